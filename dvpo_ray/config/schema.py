@@ -1,0 +1,343 @@
+"""Every setting of a run, with its default, its unit and its meaning.
+
+This module imports neither torch nor ray, so that `--help`, `--dry-run` and editors are instant.
+Units are part of the names (`_tokens`, `_seconds`, `_gib`, `_mib`). Batch sizes are written once, in `batch`;
+everything derived from them is computed in `dvpo_ray.config.arithmetic`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+# --------------------------------------------------------------------------------------------- models and data
+
+
+class ModelConfig(Section):
+    """The SFT checkpoint that the policy, the reference and the Global Value Model start from."""
+
+    path: str = Field(description="Checkpoint folder or hub name of the SFT model.")
+    dtype: Dtype = Field("bfloat16", description="Dtype of the weights in every role. Use float32 on CPU.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention implementation of transformers in the learner, the reference and the scorer."
+    )
+    chat_template: Literal["auto", "plain"] = Field(
+        "auto",
+        description="`auto` formats messages with the tokenizer's chat template where it has one; `plain` joins texts as they are.",
+    )
+    trust_remote_code: bool = Field(False, description="Allow model code from the checkpoint to run.")
+
+
+class PreferenceData(Section):
+    """Preference pairs for the Global Value Model."""
+
+    path: str = Field(description="JSONL, JSON or Parquet file, folder, hub name, or `ultrafeedback` / `ultrafeedback_binarized`.")
+    split: str = Field("train", description="Split of a hub data set.")
+    heldout_path: str | None = Field(None, description="Held-out pairs. Without it, `heldout_fraction` of the prompts is held out.")
+    heldout_split: str | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
+    heldout_fraction: Fraction = Field(0.1, description="Share of the prompts (never of the pairs) held out from `path`.")
+    min_score_gap: NonNegative = Field(0.0, description="Drop scored pairs whose two scores are closer than this.")
+    limit: Count | None = Field(None, description="Use only the first so many training pairs.")
+
+
+class PromptData(Section):
+    """Prompts for policy optimisation and for evaluation."""
+
+    path: str = Field(description="Prompt set, or a preference set whose prompts are used.")
+    split: str = Field("train", description="Split of a hub data set.")
+    heldout_path: str | None = Field(None, description="Prompts for the evaluation before and after. Else a share of `path`.")
+    heldout_split: str | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
+    heldout_fraction: Fraction = Field(0.1, description="Share of the distinct prompts held out from `path`.")
+    limit: Count | None = Field(None, description="Use only the first so many training prompts.")
+
+
+class DataConfig(Section):
+    """What is read, how long a row may be, and what happens to a bad row."""
+
+    preferences: PreferenceData | None = None
+    prompts: PromptData | None = None
+    sft: str | None = Field(None, description="Instruction-answer rows for `dvpo sft`, in TRL's SFT layouts.")
+    max_prompt_tokens: Count = Field(1024, description="Longer prompts are handled by `long_prompt`.")
+    max_response_tokens: Count = Field(1024, description="Responses of preference pairs longer than this are handled by `long_response`.")
+    long_prompt: Literal["truncate_left", "drop", "error"] = Field(
+        "truncate_left", description="A prompt over the limit: keep its last tokens, drop the row (counted), or stop."
+    )
+    long_response: Literal["truncate", "drop", "error"] = Field(
+        "error", description="A preference response over the limit: cut it (then it has no terminal state), drop the row (counted), or stop."
+    )
+    on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at the first bad row, or skip, count and list bad rows.")
+
+
+# ------------------------------------------------------------------------------------------------- shared pieces
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through peft."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: str | list[str] = Field("all-linear", description="peft's `target_modules`.")
+    layers: list[int] | None = Field(None, description="Decoder layers that get adapters; all of them when not set.")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: Positive = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay of the learning rate after the warm-up.")
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Share of the optimizer steps spent warming up.")
+    weight_decay: NonNegative = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this global norm.")
+
+
+class DeepSpeedConfig(Section):
+    """How DeepSpeed shards and stores a model that is trained."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 1-3).")
+    offload_parameters: bool = Field(False, description="Keep parameters in host memory (ZeRO 3).")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+
+    @model_validator(mode="after")
+    def _offload_needs_sharding(self) -> DeepSpeedConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        return self
+
+
+class RoleConfig(Section):
+    """How many actors a role has and what each one occupies."""
+
+    num_actors: Count = 1
+    cpus_per_actor: NonNegative = Field(1.0, description="Ray CPUs reserved for each actor.")
+    gpus_per_actor: NonNegative = Field(0.0, description="Ray GPUs reserved for each actor; a fraction shares a GPU.")
+    threads: Count = Field(1, description="OpenMP threads of each actor. Keep the sum of busy actors at the number of cores.")
+
+
+# --------------------------------------------------------------------------------------------------------- stages
+
+
+class SFTStageConfig(Section):
+    """`dvpo sft`: the supervised warm start, by TRL's SFTTrainer."""
+
+    learning_rate: Positive = 2e-5
+    epochs: Positive = 1.0
+    batch_size: Count = 8
+    max_tokens: Count = 1024
+    gradient_accumulation_steps: Count = 1
+
+
+class GVMConfig(RoleConfig):
+    """Training of the Global Value Model (`dvpo gvm train`) and the artifact that `dvpo train` loads."""
+
+    path: str | None = Field(None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`.")
+    init_from: str | None = Field(None, description="Checkpoint the trunk starts from; `model.path` when not set. Must share its tokenizer.")
+    num_layers: Count | None = Field(None, description="Keep only the first so many decoder layers of the trunk.")
+    objective: Literal["td0", "td_lambda", "monte_carlo"] = Field("monte_carlo", description="Target of the value regression.")
+    td_lambda: Probability = Field(0.95, description="Trace decay of `td_lambda`.")
+    outcome: Literal["binary", "score"] = Field("binary", description="+1 chosen / -1 rejected, or the data's score per response.")
+    outcome_scale: Positive = Field(1.0, description="Scores are multiplied by this before they become targets.")
+    bradley_terry_weight: NonNegative = Field(0.0, description="Weight of the Bradley-Terry term on each pair; 0 leaves it out.")
+    bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
+    epochs: Positive = 1.0
+    pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
+    micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
+    checkpoint_every_steps: Count = Field(200, description="Optimizer steps between checkpoints.")
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1.41e-5)
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    lora: LoraConfig | None = None
+
+
+class RolloutConfig(RoleConfig):
+    """The engines that sample responses from the current policy."""
+
+    backend: Literal["vllm", "transformers"] = "vllm"
+    tensor_parallel_size: Count = Field(1, description="GPUs that one vLLM engine shards its weights over.")
+    max_response_tokens: Count = 1024
+    min_response_tokens: Annotated[int, Field(ge=0)] = Field(0, description="EOS is not sampled before this many tokens.")
+    temperature: Positive = Field(1.0, description="Log-probs are those of the tempered distribution.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="Below 1 the engine's log-probs are renormalised and importance ratios are biased."
+    )
+    max_concurrent_sequences: Count = Field(256, description="Sequences that an engine decodes at the same time.")
+    rollouts_per_chunk: Count = Field(16, description="Finished rollouts that leave an engine together to be scored.")
+    kv_cache_gib: Positive | None = Field(None, description="vLLM's KV cache on CPU.")
+    gpu_memory_utilization: Fraction = Field(0.85, description="Share of the GPU that vLLM may take.")
+    enforce_eager: bool = Field(True, description="Run vLLM without CUDA graphs.")
+    start_timeout_seconds: Positive = Field(900.0, description="How long an engine may take to start.")
+
+
+class ScorerConfig(RoleConfig):
+    """A frozen model that scores finished rollouts: the GVM, or the reference policy."""
+
+    micro_batch_tokens: Count = Field(16384, description="Padded tokens in one forward pass.")
+
+
+class PolicyConfig(RoleConfig):
+    """The DeepSpeed learner: PPO's clipped surrogate on the frozen GVM's advantages."""
+
+    clip_epsilon: Fraction = Field(0.2, description="Clipping range of the probability ratio (PPO, Schulman et al. 2017).")
+    entropy_coefficient: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
+    old_log_probs: Literal["recompute", "rollout"] = Field(
+        "recompute",
+        description="Denominator of the ratio: recomputed by the learner before the first update (corrected by truncated importance "
+        "sampling), or the rollout engine's own.",
+    )
+    optimizer: OptimizerConfig = OptimizerConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    lora: LoraConfig | None = None
+    trainable_layers: Count | None = Field(None, description="Train only the last so many decoder layers (and the final norm).")
+
+    @model_validator(mode="after")
+    def _one_kind_of_partial_training(self) -> PolicyConfig:
+        if self.lora is not None and self.trainable_layers is not None:
+            raise ValueError("set lora or trainable_layers, not both (lora.layers chooses the adapted layers)")
+        return self
+
+
+class AdvantageConfig(Section):
+    """How the frozen GVM's values become token advantages; see docs/training.md."""
+
+    mode: Literal["static_q", "td", "gae", "release"] = "gae"
+    gae_lambda: Probability = Field(1.0, description="Trace decay of `gae`. `release` always uses 0.95, as released.")
+    whiten: bool = Field(True, description="Whiten over the response tokens of the whole batch.")
+    truncated: Literal["bootstrap", "mask", "penalty"] = Field(
+        "bootstrap",
+        description="A response cut off at the length limit: bootstrap from its last value, leave it out of the loss, or "
+        "subtract `truncation_penalty` from its last value.",
+    )
+    truncation_penalty: NonNegative = 0.0
+
+
+class KLConfig(Section):
+    """The pull towards the reference policy."""
+
+    placement: Literal["reward", "loss", "off"] = Field("reward", description="A per-token penalty inside the advantage, a loss term, or none.")
+    coefficient: NonNegative = 0.05
+    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the loss term (Schulman 2020). The reward penalty is always k1.")
+    adaptive_target_nats: Positive | None = Field(
+        None, description="Adapt the coefficient towards this sequence KL (Ziegler et al. 2019); not set: constant."
+    )
+    adaptive_horizon: Positive = Field(10_000.0, description="Samples over which the adaptive coefficient reacts.")
+
+
+class MismatchConfig(Section):
+    """What happens when the engine's and the learner's log-probs differ."""
+
+    importance_cap: Positive = Field(2.0, description="Truncated importance sampling: weights learner/engine are capped at this.")
+    max_token_mult_error: Positive | None = Field(
+        1.5, description="Stop when the batch's mean token-level multiplicative error exceeds this; not set: never stop."
+    )
+
+
+class BatchConfig(Section):
+    """The one vocabulary of batch sizes."""
+
+    prompts_per_step: Count = 128
+    samples_per_prompt: Count = 1
+    update_epochs: Count = Field(1, description="Passes over each rollout batch.")
+    minibatches_per_epoch: Count = Field(1, description="Optimizer steps in one pass.")
+    micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a learner worker.")
+
+
+class WeightSyncConfig(Section):
+    """How new weights reach the rollout engines."""
+
+    transport: Literal["auto", "object_store", "nccl", "ipc"] = Field(
+        "auto", description="`auto`: NCCL between GPUs, CUDA IPC on a shared GPU, the Ray object store otherwise."
+    )
+    bucket_mib: Positive = Field(256.0, description="Weights travel in buckets of this size.")
+    timeout_seconds: Positive = Field(600.0, description="A sync that takes longer fails by name.")
+    checksum: bool = Field(False, description="Verify every bucket of the object-store transport with CRC-32.")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of the learner, the optimizer, the data position and all random states."""
+
+    every_steps: Count = 50
+    keep: Count = Field(2, description="Older checkpoints are removed.")
+
+
+class EvaluationConfig(Section):
+    """The gold judge and the held-out prompts it judges; independent of the GVM."""
+
+    judge: Literal["vader", "none"] = "none"
+    prompts: Count = Field(256, description="Held-out prompts judged before and after training.")
+    every_steps: Annotated[int, Field(ge=0)] = Field(0, description="Also evaluate every so many steps; 0: only before and after.")
+
+
+class RayConfig(Section):
+    """The Ray cluster that the run joins or starts."""
+
+    address: str | None = Field(None, description="Address of a running cluster; not set: join the one of this job, else start a local one.")
+    num_cpus: Count | None = Field(None, description="CPUs of a local cluster that is started here.")
+    num_gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs of a local cluster that is started here.")
+    object_store_gib: Positive | None = Field(None, description="Object store of a local cluster that is started here.")
+    dashboard: bool = Field(False, description="Serve the dashboard of a local cluster that is started here.")
+    placement_timeout_seconds: Positive = Field(300.0, description="How long to wait for the cluster to have room.")
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
+
+
+class TrainConfig(Section):
+    """How long policy optimisation runs and what it keeps."""
+
+    steps: Count = 100
+    save_rollouts_every_steps: Annotated[int, Field(ge=0)] = Field(1, description="Write rollouts/step_*.jsonl every so many steps; 0: never.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+
+
+class Config(Section):
+    """A whole run, from preference data to a better policy."""
+
+    name: str = Field("dvpo", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    out: str | None = Field(None, description="Run folder; not set: runs/<name>-<time>.")
+    algorithm: Literal["dvpo"] = "dvpo"
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    sft: SFTStageConfig = SFTStageConfig()
+    gvm: GVMConfig = GVMConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    reference: ScorerConfig = ScorerConfig()
+    policy: PolicyConfig = PolicyConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    kl: KLConfig = KLConfig()
+    mismatch: MismatchConfig = MismatchConfig()
+    batch: BatchConfig = BatchConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Config:
+        if self.rollout.min_response_tokens > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"rollout.min_response_tokens ({self.rollout.min_response_tokens}) is above "
+                f"rollout.max_response_tokens ({self.rollout.max_response_tokens})"
+            )
+        if self.rollout.tensor_parallel_size > 1 and self.rollout.backend != "vllm":
+            raise ValueError("rollout.tensor_parallel_size above 1 needs rollout.backend vllm")
+        return self

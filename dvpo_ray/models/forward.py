@@ -1,0 +1,167 @@
+"""The only place where rows are padded: length-sorted micro-batches through a transformers model.
+
+Rows are padded on the right and attention is causal, so no real token ever sees padding and no mask is needed; that
+keeps the fast attention kernels and makes results independent of what a row is padded with or batched beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dvpo_ray.batch import RaggedBatch
+
+
+def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Split rows into micro-batches of at most `max_tokens` padded tokens each.
+
+    Rows are sorted by length, longest first, so that a micro-batch holds rows of like length and little padding, and so
+    that the largest micro-batch comes first and memory trouble shows at once. A row longer than the budget is alone.
+
+    Returns:
+        Row indices of each micro-batch, int64, every row exactly once.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    groups: list[list[int]] = []
+    widest = 0
+    for row in order:
+        if groups and (len(groups[-1]) + 1) * widest <= max_tokens:
+            groups[-1].append(int(row))
+        else:
+            groups.append([int(row)])
+            widest = int(lengths[row])
+    return [np.array(group, dtype=np.int64) for group in groups]
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Some rows of a batch, padded on the right for one forward pass.
+
+    Attributes:
+        input_ids: int64 [B, L]; padding repeats token 0 and is never read.
+        token_index: int64 [B, L]; position of each token in the batch's flat arrays, -1 on padding.
+    """
+
+    input_ids: torch.Tensor
+    token_index: torch.Tensor
+
+    @property
+    def is_token(self) -> torch.Tensor:
+        """True on real tokens, bool [B, L]."""
+        return self.token_index >= 0
+
+
+def pad_rows(batch: RaggedBatch, rows: np.ndarray, device: torch.device | str = "cpu") -> PaddedRows:
+    """Pad the given rows of a batch to the longest of them."""
+    lengths = batch.lengths[rows]
+    column = np.arange(lengths.max())
+    index = np.where(column < lengths[:, None], batch.offsets[rows][:, None] + column, -1)
+    input_ids = np.where(index >= 0, batch.tokens[index], 0)
+    return PaddedRows(torch.from_numpy(input_ids).to(device), torch.from_numpy(index).to(device))
+
+
+@contextmanager
+def project_only(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Within this context the model's output projection sees only the given positions, bool [B, L].
+
+    Logits then have shape [1, positions.sum(), vocabulary]. The projection is a fifth of the work of a small model and its
+    output the largest activation of any, and only response tokens need it.
+    """
+
+    def keep(_module, args):
+        return (args[0][positions].unsqueeze(0), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class ResponseLogits:
+    """What one forward pass says of the response tokens of some rows.
+
+    Attributes:
+        log_probs: float32 [n], log-probability of each response token, differentiable.
+        entropy: float32 [n], entropy in nats of the distribution each token was drawn from; differentiable when asked for.
+        token_index: int64 [n], position of each response token in the batch's flat arrays.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    token_index: torch.Tensor
+
+
+def response_log_probs(
+    model: torch.nn.Module,
+    batch: RaggedBatch,
+    rows: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    run: torch.nn.Module | None = None,
+) -> ResponseLogits:
+    """Log-probabilities and entropies of the response tokens of some rows, in one forward pass.
+
+    Args:
+        model: a causal language model of transformers; names the output projection.
+        rows: row indices, one micro-batch.
+        temperature: logits are divided by it, as the rollout engine does before it samples.
+        entropy_gradient: let gradients flow through the entropy.
+        run: what to call instead of `model` (a DeepSpeed engine around it).
+    """
+    device = next(model.parameters()).device
+    padded = pad_rows(batch, rows, device)
+    is_response = torch.from_numpy(batch.response_mask).to(device)
+    response = padded.is_token & is_response[padded.token_index.clamp(min=0)]
+    predicts = torch.zeros_like(response)
+    predicts[:, :-1] = response[:, 1:]  # the logits at position j predict the token at j + 1
+    with project_only(model, predicts):
+        logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits[0].float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    log_probs = -F.cross_entropy(logits, padded.input_ids[response], reduction="none")
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        all_log_probs = F.log_softmax(logits, dim=-1)
+        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
+    return ResponseLogits(log_probs, entropy, padded.token_index[response])
+
+
+@torch.no_grad()
+def batch_log_probs(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int, temperature: float = 1.0) -> np.ndarray:
+    """Log-probability of every response token of a batch, float32 [N], 0 on prompts; no gradients."""
+    flat = torch.zeros(batch.num_tokens)
+    for rows in micro_batches(batch.lengths, max_tokens):
+        out = response_log_probs(model, batch, rows, temperature=temperature)
+        flat[out.token_index.cpu()] = out.log_probs.cpu()
+    return flat.numpy()
+
+
+def token_values(model: torch.nn.Module, batch: RaggedBatch, rows: np.ndarray, *, run=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of every token of some rows in one forward pass of a value model, differentiable.
+
+    Args:
+        model: a token-classification model with one label: its logit at a token is the value of the state after it.
+
+    Returns:
+        values float32 [n] and token_index int64 [n], the positions of those tokens in the batch's flat arrays.
+    """
+    padded = pad_rows(batch, rows, next(model.parameters()).device)
+    logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits[..., 0].float()
+    return logits[padded.is_token], padded.token_index[padded.is_token]
+
+
+@torch.no_grad()
+def batch_values(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int) -> np.ndarray:
+    """Value of the state after every token of a batch, prompt and response, float32 [N]; no gradients."""
+    flat = torch.zeros(batch.num_tokens)
+    for rows in micro_batches(batch.lengths, max_tokens):
+        values, index = token_values(model, batch, rows)
+        flat[index.cpu()] = values.cpu()
+    return flat.numpy()
