@@ -1,0 +1,98 @@
+"""Models that the tests make themselves, and the real ones they use where those are present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+CORPUS = [
+    "Once upon a time there was a little girl who was very happy and kind.",
+    "The big dog was sad and bad, so he went home to cry in the rain.",
+    "Tell me a story about a good day in the park with a great friend.",
+    "I love this wonderful sunny day! I hate the terrible awful storm.",
+    "user assistant system : What is the best thing to do today?",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_model(folder: Path, *, chat: bool = False, seed: int = 0) -> Path:
+    """A two-layer Llama with random weights and a byte-level BPE tokenizer, small enough to learn in seconds."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if not chat:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|im_end|>" if chat else "</s>", pad_token="<pad>", model_max_length=256
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(fast),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=fast.eos_token_id,
+            pad_token_id=0,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a tiny plain-text model with random weights."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model(tmp_path_factory) -> Path:
+    """Folder of a tiny chat model with random weights and a ChatML template."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-chat"), chat=True)
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """Folder of the 260K-parameter TinyStories model, where the checkout has it beside it."""
+    folder = SHARED / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"no stories260K model at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hh_pairs() -> Path:
+    """Folder of the hh-rlhf preference pairs, where the checkout has it beside it."""
+    folder = SHARED / "data" / "hh"
+    if not folder.is_dir():
+        pytest.skip(f"no hh preference pairs at {folder}")
+    return folder
