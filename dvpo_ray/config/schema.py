@@ -97,7 +97,7 @@ class LoraConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW and its schedule."""
+    """AdamW and its schedule. A stage that trains inherits these, so that its keys are `policy.learning_rate` and the like."""
 
     learning_rate: Positive = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay of the learning rate after the warm-up.")
@@ -147,9 +147,10 @@ class SFTStageConfig(Section):
     gradient_accumulation_steps: Count = 1
 
 
-class GVMConfig(RoleConfig):
+class GVMConfig(RoleConfig, OptimizerConfig):
     """Training of the Global Value Model (`dvpo gvm train`) and the artifact that `dvpo train` loads."""
 
+    learning_rate: Positive = Field(1.41e-5, description="Peak learning rate (the released code's default).")
     path: str | None = Field(None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`.")
     init_from: str | None = Field(None, description="Checkpoint the trunk starts from; `model.path` when not set. Must share its tokenizer.")
     num_layers: Count | None = Field(None, description="Keep only the first so many decoder layers of the trunk.")
@@ -163,7 +164,6 @@ class GVMConfig(RoleConfig):
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
     checkpoint_every_steps: Count = Field(200, description="Optimizer steps between checkpoints.")
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1.41e-5)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     lora: LoraConfig | None = None
 
@@ -193,7 +193,7 @@ class ScorerConfig(RoleConfig):
     micro_batch_tokens: Count = Field(16384, description="Padded tokens in one forward pass.")
 
 
-class PolicyConfig(RoleConfig):
+class PolicyConfig(RoleConfig, OptimizerConfig):
     """The DeepSpeed learner: PPO's clipped surrogate on the frozen GVM's advantages."""
 
     clip_epsilon: Fraction = Field(0.2, description="Clipping range of the probability ratio (PPO, Schulman et al. 2017).")
@@ -203,7 +203,6 @@ class PolicyConfig(RoleConfig):
         description="Denominator of the ratio: recomputed by the learner before the first update (corrected by truncated importance "
         "sampling), or the rollout engine's own.",
     )
-    optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     lora: LoraConfig | None = None
     trainable_layers: Count | None = Field(None, description="Train only the last so many decoder layers (and the final norm).")
