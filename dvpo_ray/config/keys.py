@@ -1,0 +1,130 @@
+"""Every dotted key of the config, what it accepts in words, and the nearest key to a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from dvpo_ray.config.schema import Config, Section
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting, or one group of settings.
+
+    Attributes:
+        path: dotted, `policy.deepspeed.zero_stage`.
+        field: pydantic's record of default, description and constraints.
+        section: the group's model, or None for a single setting.
+        optional: the key may be null.
+    """
+
+    path: str
+    field: FieldInfo
+    section: type[Section] | None
+    optional: bool
+
+    @property
+    def expected(self) -> str:
+        """What the key accepts, in words: "a whole number of at least 1"."""
+        return _in_words(self.field.annotation, self.field.metadata)
+
+
+@cache
+def known_keys() -> dict[str, Key]:
+    """All keys by dotted path, in the order of the schema; a section comes before its settings."""
+    return {key.path: key for key in _walk(Config, "")}
+
+
+def nearest_keys(path: str) -> list[str]:
+    """Known keys that an unknown dotted path may stand for, best first; several only where they are equally near.
+
+    The last name counts most, so that a setting written in the wrong section is found as well as a misspelt one.
+    """
+    parent, leaf = _split(path)
+
+    def similarity(known: str) -> float:
+        known_parent, known_leaf = _split(known)
+        by_name = 0.8 * _ratio(leaf, known_leaf) + 0.2 * _ratio(parent, known_parent)
+        return by_name if leaf == known_leaf else max(by_name, _ratio(path, known))
+
+    scored = {known: round(similarity(known), 6) for known in known_keys()}
+    best = max(scored.values())
+    return [known for known, score in scored.items() if score == best][:3] if best >= 0.7 else []
+
+
+def _walk(model: type[Section], prefix: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        section, optional = _section_of(field.annotation)
+        yield Key(prefix + name, field, section, optional)
+        if section is not None:
+            yield from _walk(section, f"{prefix}{name}.")
+
+
+def _section_of(annotation) -> tuple[type[Section] | None, bool]:
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    sections = [member for member in members if isinstance(member, type) and issubclass(member, Section)]
+    return (sections[0] if sections else None), NoneType in members
+
+
+def _split(path: str) -> tuple[str, str]:
+    parent, _, leaf = path.rpartition(".")
+    return parent, leaf
+
+
+def _ratio(left: str, right: str) -> float:
+    return difflib.SequenceMatcher(None, left, right).ratio()
+
+
+# -------------------------------------------------------------------------------------------- types in words
+
+_SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+
+
+def _in_words(annotation, metadata: Sequence = ()) -> str:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _in_words(args[0], _constraints(args[1:]))
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(member, metadata if member is not NoneType else ()) for member in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is list:
+        return f"a list, each item {_in_words(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}, each item {_in_words(args[0])}"
+    if annotation in _SCALARS:
+        return _SCALARS[annotation] + _bounds_in_words(metadata)
+    return "a mapping of settings"
+
+
+def _constraints(metadata: Sequence) -> list:
+    """The bounds inside `Annotated[int, Field(ge=1)]`."""
+    return [bound for item in metadata for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+
+def _bounds_in_words(metadata: Sequence) -> str:
+    words = [_bound_in_words(bound) for bound in metadata]
+    words = [word for word in words if word]
+    return f" {' and '.join(words)}" if words else ""
+
+
+def _bound_in_words(bound) -> str | None:
+    match bound:
+        case Gt(gt=limit):
+            return f"above {limit:.12g}"
+        case Ge(ge=limit):
+            return f"of at least {limit:.12g}"
+        case Lt(lt=limit):
+            return f"below {limit:.12g}"
+        case Le(le=limit):
+            return f"of at most {limit:.12g}"
+    pattern = getattr(bound, "pattern", None)
+    return f"matching {pattern}" if pattern else None
