@@ -1,0 +1,72 @@
+"""Which actor gets which CPUs and GPUs, derived from the config alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dvpo_ray.config.schema import Config, RoleConfig
+from dvpo_ray.errors import InputError
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one actor reserves.
+
+    Attributes:
+        role: `rollout`, `scorer`, `reference`, `learner`, `experience` or `gvm_trainer`.
+        index: number of the actor within its role, from 0.
+        cpus: Ray CPUs.
+        gpus: Ray GPUs; below 1 the actor shares a GPU.
+    """
+
+    role: str
+    index: int
+    cpus: float
+    gpus: float
+
+
+def plan_placement(config: Config) -> list[Bundle]:
+    """Bundles of policy optimisation, role by role.
+
+    A rollout engine reserves the GPUs of all its tensor-parallel shards. The experience builder only waits and
+    adds, so it reserves nothing.
+
+    Raises:
+        InputError: an actor would get more than one GPU but not a whole number of them, which Ray can't give.
+    """
+    shards = config.rollout.tensor_parallel_size
+    return [
+        *_bundles("rollout", "rollout", config.rollout, shards),
+        *_bundles("scorer", "scorer", config.scorer),
+        *_bundles("reference", "reference", config.reference),
+        *_bundles("learner", "policy", config.policy),
+        Bundle("experience", 0, cpus=0.0, gpus=0.0),
+    ]
+
+
+def plan_gvm_placement(config: Config) -> list[Bundle]:
+    """Bundles of Global Value Model training: its data-parallel workers.
+
+    Raises:
+        InputError: as in `plan_placement`.
+    """
+    return _bundles("gvm_trainer", "gvm", config.gvm)
+
+
+def total_resources(bundles: Iterable[Bundle]) -> tuple[float, float]:
+    """CPUs and GPUs that all bundles reserve together; fractions of a GPU add up exactly to a whole one."""
+    bundles = list(bundles)
+    return math.fsum(bundle.cpus for bundle in bundles), round(math.fsum(bundle.gpus for bundle in bundles), 4)
+
+
+def _bundles(role: str, section: str, settings: RoleConfig, shards: int = 1) -> list[Bundle]:
+    gpus = settings.gpus_per_actor * shards
+    if gpus > 1 and gpus != int(gpus):
+        times = f" times rollout.tensor_parallel_size {shards}" if shards > 1 else ""
+        raise InputError(
+            f"{section}.gpus_per_actor {settings.gpus_per_actor:g}{times} is {gpus:g} GPUs for one actor; "
+            "an actor gets a fraction of one GPU or a whole number of GPUs"
+        )
+    return [Bundle(role, index, settings.cpus_per_actor, gpus) for index in range(settings.num_actors)]
