@@ -1,0 +1,46 @@
+"""The two frozen models of DVPO: the Global Value Model and the reference policy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dvpo_ray.actors.process import Actor
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.schema import Config
+from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.models.forward import batch_log_probs, batch_values
+from dvpo_ray.models.loading import default_device, load_policy, torch_dtype
+
+
+class ValueScorer(Actor):
+    """The frozen Global Value Model: V after each token."""
+
+    role = "scorer"
+
+    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+        super().__init__(index, run_folder)
+        self.max_tokens = config.scorer.micro_batch_tokens
+        model, self.manifest = load_gvm(config.gvm.path, torch_dtype(config.model.dtype), config.model.attention)
+        self.model = model.to(default_device())
+
+    def score(self, batch: RaggedBatch) -> np.ndarray:
+        """Value of the state after every token, prompt and response, float32 [N]."""
+        with self.clock.busy():
+            return batch_values(self.model, batch, self.max_tokens)
+
+
+class ReferenceModel(Actor):
+    """The frozen copy of the policy that KL is measured from."""
+
+    role = "reference"
+
+    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+        super().__init__(index, run_folder)
+        self.max_tokens = config.reference.micro_batch_tokens
+        self.temperature = config.rollout.temperature
+        self.model = load_policy(config.model, default_device())
+
+    def log_probs(self, batch: RaggedBatch) -> np.ndarray:
+        """Log-probability of every response token, float32 [N], 0 on prompts."""
+        with self.clock.busy():
+            return batch_log_probs(self.model, batch, self.max_tokens, self.temperature)

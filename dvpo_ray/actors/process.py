@@ -1,0 +1,97 @@
+"""What every actor's process has in common: threads, log file, busy time and memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from dvpo_ray.config.schema import RoleConfig
+
+
+def environment(role: RoleConfig, backend: str | None = None, kv_cache_gib: float | None = None) -> dict[str, str]:
+    """Environment variables of an actor's process, to be set before it starts.
+
+    Threads wait passively: OpenMP threads that spin while another process computes slow both by more than ten times.
+    """
+    variables = {
+        "OMP_NUM_THREADS": str(role.threads),
+        "MKL_NUM_THREADS": str(role.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    if backend == "vllm":
+        variables |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's own process, where weights arrive
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        if kv_cache_gib is not None:
+            variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
+    return variables
+
+
+def log_to(path: Path) -> None:
+    """Send this process's standard output and error to a file, so that the driver's console stays readable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+
+
+class BusyClock:
+    """Seconds that an actor spent computing since it was last asked."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextmanager
+    def busy(self):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def read_and_reset(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class Actor:
+    """Base of every role: its name, its log file, its busy time and memory.
+
+    Args:
+        index: number of the actor within its role.
+        run_folder: the run's folder on a file system that all nodes share; logs go to its `logs/`.
+    """
+
+    role = "actor"
+
+    def __init__(self, index: int, run_folder: str) -> None:
+        self.index = index
+        self.clock = BusyClock()
+        log_to(Path(run_folder) / "logs" / f"{self.role}-{index}.log")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.index})"
+
+    def ready(self) -> int:
+        """The process id, once the constructor is through."""
+        return os.getpid()
+
+    def stats(self) -> dict[str, float]:
+        """Busy seconds since the last call, and peak memory in GiB (of the GPU where there is one, else resident)."""
+        import torch
+
+        gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else psutil.Process().memory_info().rss / 2**30
+        return {"busy_seconds": self.clock.read_and_reset(), "memory_gib": gib}

@@ -1,0 +1,77 @@
+"""The actor that samples responses from the current policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dvpo_ray.actors.process import Actor
+from dvpo_ray.actors.rollout_backend import Response, make_backend
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.schema import Config
+
+
+class RolloutEngine(Actor):
+    """One copy of the policy in a generation library. Its weights are replaced between steps, never during one.
+
+    Args:
+        stop_token_ids: tokens that end a response.
+        transport: how new weights arrive: `object_store`, `nccl` or `ipc`.
+        max_sequence_tokens: longest prompt and response together.
+    """
+
+    role = "rollout"
+
+    def __init__(
+        self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int
+    ) -> None:
+        super().__init__(index, run_folder)
+        self.chunk_rows = config.rollout.rollouts_per_chunk
+        self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens)
+        self.policy_version = 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], seed: int) -> Iterator[RaggedBatch]:
+        """Sample one response to each prompt.
+
+        Yields:
+            Finished rollouts with their `log_probs`, `rollout.rollouts_per_chunk` rows together, as they finish. Called
+            through Ray this is a stream of object references: a chunk can be scored while the next is being sampled.
+        """
+        finished: list[Response] = []
+        responses = self.backend.generate(prompts, seed)
+        while True:
+            with self.clock.busy():
+                response = next(responses, None)
+            if response is not None:
+                finished.append(response)
+            if finished and (response is None or len(finished) == self.chunk_rows):
+                yield self._chunk(prompts, row_ids, finished)
+                finished = []
+            if response is None:
+                return
+
+    def _chunk(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], responses: list[Response]) -> RaggedBatch:
+        return RaggedBatch.from_rows(
+            [prompts[r.index] for r in responses],
+            [r.token_ids for r in responses],
+            row_ids=[row_ids[r.index] for r in responses],
+            truncated=[r.truncated for r in responses],
+            policy_version=self.policy_version,
+            response_fields={"log_probs": [r.log_probs for r in responses]},
+        )
+
+    # The phases of a weight sync, called by the learner.
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        self.backend.init_weight_transfer(init_info)
+
+    def start_weight_update(self) -> None:
+        self.backend.start_weight_update()
+
+    def update_weights(self, update_info: dict) -> None:
+        self.backend.update_weights(update_info)
+
+    def finish_weight_update(self) -> None:
+        self.backend.finish_weight_update()
+
+    def set_policy_version(self, version: int) -> None:
+        self.policy_version = version

@@ -1,0 +1,124 @@
+"""DeepSpeed behind three functions: join the group, build an engine, take one optimizer step over many micro-batches."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
+
+
+def init_process_group(rank: int, world_size: int, master_addr: str, master_port: int) -> None:
+    """Join the workers of a role: NCCL where this process has a GPU, gloo otherwise."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    os.environ["LOCAL_RANK"] = "0"  # Ray shows each actor its own GPU only, so it is always the first
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        rank=rank,
+        world_size=world_size,
+        init_method=f"tcp://{master_addr}:{master_port}",
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+
+
+def _schedule(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """Learning-rate factor by optimizer step (0-based): linear warm-up, then constant, linear or cosine decay to zero."""
+    warmup = round(optimizer.warmup_fraction * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        if optimizer.schedule == "linear":
+            return max(0.0, 1.0 - progress)
+        if optimizer.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return 1.0
+
+    return factor
+
+
+def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype) -> dict:
+    zero: dict = {"stage": deepspeed_config.zero_stage}
+    if deepspeed_config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if deepspeed_config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; micro-batches here are cut by tokens, not rows
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "steps_per_print": 2**31,
+    }
+
+
+def build_engine(
+    model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype, total_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap a model in a DeepSpeed engine with AdamW over its trainable parameters.
+
+    Args:
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+    """
+    if deepspeed_config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(
+        parameters, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.epsilon, weight_decay=optimizer.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, _schedule(optimizer, total_steps))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=adamw,
+        lr_scheduler=schedule,
+        model_parameters=parameters,
+        config=_deepspeed_json(optimizer, deepspeed_config, dtype),
+        dist_init_required=False,
+    )
+    return engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: the global gradient norm before clipping, and the learning rate it was taken with."""
+
+    grad_norm: float
+    learning_rate: float
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
+    """Accumulate the gradients of several micro-batches and take one optimizer step.
+
+    Args:
+        losses: functions that run one micro-batch forward and return its share of the minibatch's loss. The shares of all
+            micro-batches and ranks add up to that loss. Every rank passes the same number of them.
+    """
+    learning_rate = engine.get_lr()[0]
+    world_size = dist.get_world_size()
+    for index, loss in enumerate(losses):
+        engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
+        engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks; the shares are a sum
+    # Without ZeRO and in float32 DeepSpeed keeps no norm, and the gradients are whole on every rank.
+    whole = [p.grad for p in engine.module.parameters() if p.grad is not None] if engine.zero_optimization_stage() == 0 else []
+    norm = torch.nn.utils.get_total_norm(whole) if whole else None
+    engine.step()
+    return StepResult(float(norm if norm is not None else engine.get_global_grad_norm()), learning_rate)
+
+
+def gather_parameters(parameters: list[nn.Parameter]):
+    """Context in which ZeRO-3 parameters are whole on every rank; nothing happens to ordinary ones."""
+    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=None)

@@ -1,0 +1,89 @@
+"""Which parameters of a policy or value model are trained, and its full weights under their checkpoint names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from dvpo_ray.config.schema import LoraConfig
+from dvpo_ray.errors import InputError
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a transformers model, first to last."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+def train_last_layers(model: PreTrainedModel, count: int) -> None:
+    """Freeze all parameters but those of the last `count` decoder layers and the final norm.
+
+    The backward pass then ends at the first trained layer, so its cost falls with `count`.
+    """
+    layers = decoder_layers(model)
+    if count > len(layers):
+        raise InputError(f"policy.trainable_layers is {count}, but the model has {len(layers)} decoder layers")
+    trained = {id(p) for layer in layers[-count:] for p in layer.parameters()}
+    final_norm = getattr(model.base_model, "norm", None)
+    if final_norm is not None:
+        trained |= {id(p) for p in final_norm.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftModel:
+    """Wrap a model with peft's low-rank adapters; only they (and `modules_to_save`) are trained."""
+    return get_peft_model(
+        model,
+        PeftLoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            layers_to_transform=lora.layers,
+            modules_to_save=modules_to_save,
+            task_type=task_type,
+        ),
+    )
+
+
+def _merged(module: LoraLayer, adapter: str = "default") -> tuple[Callable[[], torch.Tensor], list[nn.Parameter]]:
+    """A function that computes a LoRA layer's adapted weight W + scaling * B A, and the parameters it is made of."""
+    parameters = [module.base_layer.weight, module.lora_A[adapter].weight, module.lora_B[adapter].weight]
+    return lambda: parameters[0] + module.get_delta_weight(adapter).to(parameters[0].dtype), parameters
+
+
+def full_weights(model: nn.Module, gather=None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of a model, whole and under its checkpoint name; LoRA is merged on the way.
+
+    Args:
+        model: a transformers model, or a peft LoRA model around one.
+        gather: context manager factory that makes the given parameters whole (ZeRO-3); entered for one weight at a time
+            and never nested.
+
+    Yields:
+        (name, tensor), detached. Tied weights appear once, under their first name.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    lora_layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        compute, parts, clean = (lambda p=parameter: p), [parameter], name.replace(".base_layer.", ".")
+        owner = name.removesuffix(".base_layer.weight")
+        if owner in lora_layers and owner != name:
+            compute, parts = _merged(lora_layers[owner])
+        if gather is None:
+            yield clean, compute().detach()
+        else:
+            with gather(parts):
+                yield clean, compute().detach()
