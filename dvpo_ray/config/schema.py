@@ -89,9 +89,9 @@ class DataConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters through peft."""
 
-    rank: Count = 16
-    alpha: Positive = 32.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    rank: Count = Field(16, description="Rank of the update of each adapted matrix.")
+    alpha: Positive = Field(32.0, description="Updates are scaled by `alpha / rank`.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapters' inputs.")
     target_modules: str | list[str] = Field("all-linear", description="peft's `target_modules`.")
     layers: list[int] | None = Field(None, description="Decoder layers that get adapters; all of them when not set.")
 
@@ -99,19 +99,21 @@ class LoraConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule. A stage that trains inherits these, so that its keys are `policy.learning_rate` and the like."""
 
-    learning_rate: Positive = 1e-6
+    learning_rate: Positive = Field(1e-6, description="Peak learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay of the learning rate after the warm-up.")
     warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Share of the optimizer steps spent warming up.")
-    weight_decay: NonNegative = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = Field(0.0, description="AdamW's decoupled weight decay.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates of the first and second moment.")
+    epsilon: Positive = Field(1e-8, description="AdamW's term in the denominator.")
     max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this global norm.")
 
 
 class DeepSpeedConfig(Section):
     """How DeepSpeed shards and stores a model that is trained."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="Shard over the workers: 1 optimizer state, 2 also gradients, 3 also parameters; 0 nothing."
+    )
     offload_optimizer: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 1-3).")
     offload_parameters: bool = Field(False, description="Keep parameters in host memory (ZeRO 3).")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
@@ -128,7 +130,7 @@ class DeepSpeedConfig(Section):
 class RoleConfig(Section):
     """How many actors a role has and what each one occupies."""
 
-    num_actors: Count = 1
+    num_actors: Count = Field(1, description="Actors of this role.")
     cpus_per_actor: NonNegative = Field(1.0, description="Ray CPUs reserved for each actor.")
     gpus_per_actor: NonNegative = Field(0.0, description="Ray GPUs reserved for each actor; a fraction shares a GPU.")
     threads: Count = Field(1, description="OpenMP threads of each actor. Keep the sum of busy actors at the number of cores.")
@@ -140,11 +142,11 @@ class RoleConfig(Section):
 class SFTStageConfig(Section):
     """`dvpo sft`: the supervised warm start, by TRL's SFTTrainer."""
 
-    learning_rate: Positive = 2e-5
-    epochs: Positive = 1.0
-    batch_size: Count = 8
-    max_tokens: Count = 1024
-    gradient_accumulation_steps: Count = 1
+    learning_rate: Positive = Field(2e-5, description="Peak learning rate; it decays linearly.")
+    epochs: Positive = Field(1.0, description="Passes over the rows.")
+    batch_size: Count = Field(8, description="Rows in one forward and backward pass.")
+    max_tokens: Count = Field(1024, description="Longer rows are cut off at the end.")
+    gradient_accumulation_steps: Count = Field(1, description="Forward and backward passes in one optimizer step.")
 
 
 class GVMConfig(RoleConfig, OptimizerConfig):
@@ -160,7 +162,7 @@ class GVMConfig(RoleConfig, OptimizerConfig):
     outcome_scale: Positive = Field(1.0, description="Scores are multiplied by this before they become targets.")
     bradley_terry_weight: NonNegative = Field(0.0, description="Weight of the Bradley-Terry term on each pair; 0 leaves it out.")
     bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
-    epochs: Positive = 1.0
+    epochs: Positive = Field(1.0, description="Passes over the training pairs.")
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
     checkpoint_every_steps: Count = Field(200, description="Optimizer steps between checkpoints.")
@@ -171,9 +173,9 @@ class GVMConfig(RoleConfig, OptimizerConfig):
 class RolloutConfig(RoleConfig):
     """The engines that sample responses from the current policy."""
 
-    backend: Literal["vllm", "transformers"] = "vllm"
+    backend: Literal["vllm", "transformers"] = Field("vllm", description="`transformers` is slow and for machines without vLLM.")
     tensor_parallel_size: Count = Field(1, description="GPUs that one vLLM engine shards its weights over.")
-    max_response_tokens: Count = 1024
+    max_response_tokens: Count = Field(1024, description="A response that reaches this length is cut off there.")
     min_response_tokens: Annotated[int, Field(ge=0)] = Field(0, description="EOS is not sampled before this many tokens.")
     temperature: Positive = Field(1.0, description="Log-probs are those of the tempered distribution.")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
@@ -217,7 +219,11 @@ class PolicyConfig(RoleConfig, OptimizerConfig):
 class AdvantageConfig(Section):
     """How the frozen GVM's values become token advantages; see docs/training.md."""
 
-    mode: Literal["static_q", "td", "gae", "release"] = "gae"
+    mode: Literal["static_q", "td", "gae", "release"] = Field(
+        "gae",
+        description="With v[t] the value after t response tokens: `static_q` v[t]; `td` v[t] - v[t-1]; `gae` their discounted sum; "
+        "`release` the published code's whitened variant.",
+    )
     gae_lambda: Probability = Field(1.0, description="Trace decay of `gae`. `release` always uses 0.95, as released.")
     whiten: bool = Field(True, description="Whiten over the response tokens of the whole batch.")
     truncated: Literal["bootstrap", "mask", "penalty"] = Field(
@@ -225,14 +231,14 @@ class AdvantageConfig(Section):
         description="A response cut off at the length limit: bootstrap from its last value, leave it out of the loss, or "
         "subtract `truncation_penalty` from its last value.",
     )
-    truncation_penalty: NonNegative = 0.0
+    truncation_penalty: NonNegative = Field(0.0, description="What `truncated: penalty` subtracts.")
 
 
 class KLConfig(Section):
     """The pull towards the reference policy."""
 
     placement: Literal["reward", "loss", "off"] = Field("reward", description="A per-token penalty inside the advantage, a loss term, or none.")
-    coefficient: NonNegative = 0.05
+    coefficient: NonNegative = Field(0.05, description="Weight of the KL penalty, the beta of the paper.")
     estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the loss term (Schulman 2020). The reward penalty is always k1.")
     adaptive_target_nats: Positive | None = Field(
         None, description="Adapt the coefficient towards this sequence KL (Ziegler et al. 2019); not set: constant."
@@ -252,8 +258,8 @@ class MismatchConfig(Section):
 class BatchConfig(Section):
     """The one vocabulary of batch sizes."""
 
-    prompts_per_step: Count = 128
-    samples_per_prompt: Count = 1
+    prompts_per_step: Count = Field(128, description="Prompts that one step samples responses to.")
+    samples_per_prompt: Count = Field(1, description="Responses sampled to each prompt.")
     update_epochs: Count = Field(1, description="Passes over each rollout batch.")
     minibatches_per_epoch: Count = Field(1, description="Optimizer steps in one pass.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a learner worker.")
@@ -273,14 +279,14 @@ class WeightSyncConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints of the learner, the optimizer, the data position and all random states."""
 
-    every_steps: Count = 50
+    every_steps: Count = Field(50, description="Steps between checkpoints.")
     keep: Count = Field(2, description="Older checkpoints are removed.")
 
 
 class EvaluationConfig(Section):
     """The gold judge and the held-out prompts it judges; independent of the GVM."""
 
-    judge: Literal["vader", "none"] = "none"
+    judge: Literal["vader", "none"] = Field("none", description="`vader` scores the sentiment of a response by a lexicon.")
     prompts: Count = Field(256, description="Held-out prompts judged before and after training.")
     every_steps: Annotated[int, Field(ge=0)] = Field(0, description="Also evaluate every so many steps; 0: only before and after.")
 
@@ -294,24 +300,24 @@ class RayConfig(Section):
     object_store_gib: Positive | None = Field(None, description="Object store of a local cluster that is started here.")
     dashboard: bool = Field(False, description="Serve the dashboard of a local cluster that is started here.")
     placement_timeout_seconds: Positive = Field(300.0, description="How long to wait for the cluster to have room.")
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = "PACK"
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = Field("PACK", description="How Ray spreads the actors over nodes.")
 
 
 class TrainConfig(Section):
     """How long policy optimisation runs and what it keeps."""
 
-    steps: Count = 100
+    steps: Count = Field(100, description="Steps of the run: rollout, scoring, update, weight sync.")
     save_rollouts_every_steps: Annotated[int, Field(ge=0)] = Field(1, description="Write rollouts/step_*.jsonl every so many steps; 0: never.")
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"], description="Where metrics go besides metrics.jsonl.")
 
 
 class Config(Section):
     """A whole run, from preference data to a better policy."""
 
-    name: str = Field("dvpo", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    name: str = Field("dvpo", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, in its folder and in the trackers.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of data order, sampling and initialisation.")
     out: str | None = Field(None, description="Run folder; not set: runs/<name>-<time>.")
-    algorithm: Literal["dvpo"] = "dvpo"
+    algorithm: Literal["dvpo"] = Field("dvpo", description="The method of `dvpo train`.")
     model: ModelConfig
     data: DataConfig = DataConfig()
     sft: SFTStageConfig = SFTStageConfig()
