@@ -85,7 +85,7 @@ def _ratio(left: str, right: str) -> float:
 
 # -------------------------------------------------------------------------------------------- types in words
 
-_SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+_SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def _in_words(annotation, metadata: Sequence = ()) -> str:
@@ -93,7 +93,8 @@ def _in_words(annotation, metadata: Sequence = ()) -> str:
     if origin is Annotated:
         return _in_words(args[0], _constraints(args[1:]))
     if origin in (Union, UnionType):
-        return " or ".join(_in_words(member, metadata if member is not NoneType else ()) for member in args)
+        nullable = ["null"] if NoneType in args else []
+        return " or ".join([*nullable, *(_in_words(member, metadata) for member in args if member is not NoneType)])
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is list:
@@ -127,4 +128,4 @@ def _bound_in_words(bound) -> str | None:
         case Le(le=limit):
             return f"of at most {limit:.12g}"
     pattern = getattr(bound, "pattern", None)
-    return f"matching {pattern}" if pattern else None
+    return f"matching `{pattern}`" if pattern else None

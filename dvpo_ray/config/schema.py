@@ -307,7 +307,7 @@ class TrainConfig(Section):
     """How long policy optimisation runs and what it keeps."""
 
     steps: Count = Field(100, description="Steps of the run: rollout, scoring, update, weight sync.")
-    save_rollouts_every_steps: Annotated[int, Field(ge=0)] = Field(1, description="Write rollouts/step_*.jsonl every so many steps; 0: never.")
+    save_rollouts_every_steps: Annotated[int, Field(ge=0)] = Field(1, description="Write `rollouts/step_*.jsonl` every so many steps; 0: never.")
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"], description="Where metrics go besides metrics.jsonl.")
 
 
@@ -316,15 +316,15 @@ class Config(Section):
 
     name: str = Field("dvpo", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, in its folder and in the trackers.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of data order, sampling and initialisation.")
-    out: str | None = Field(None, description="Run folder; not set: runs/<name>-<time>.")
+    out: str | None = Field(None, description="Run folder; not set: `runs/<name>-<time>`.")
     algorithm: Literal["dvpo"] = Field("dvpo", description="The method of `dvpo train`.")
     model: ModelConfig
     data: DataConfig = DataConfig()
     sft: SFTStageConfig = SFTStageConfig()
     gvm: GVMConfig = GVMConfig()
     rollout: RolloutConfig = RolloutConfig()
-    scorer: ScorerConfig = ScorerConfig()
-    reference: ScorerConfig = ScorerConfig()
+    scorer: ScorerConfig = Field(ScorerConfig(), description="The frozen Global Value Model that scores finished rollouts.")
+    reference: ScorerConfig = Field(ScorerConfig(), description="The frozen copy of the SFT model that KL is measured from.")
     policy: PolicyConfig = PolicyConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     kl: KLConfig = KLConfig()

@@ -1,0 +1,84 @@
+"""The `dvpo` command. Bad input ends in one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from dvpo_ray import __version__
+from dvpo_ray.commands import gvm, report, sft, train
+from dvpo_ray.errors import InputError, ResourceError
+
+COMMANDS: dict[str, ModuleType] = {"sft": sft, "gvm": gvm, "train": train, "report": report}
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 2 bad input or a missing resource, 130 interrupted.
+
+    Every other exception is a defect and keeps its traceback.
+    """
+    try:
+        args = parse_arguments(argv)
+        return args.run(args)
+    except (InputError, ResourceError) as error:
+        # Ray wraps an actor's error in one of the same class whose text is a traceback; the original is its `cause`.
+        print(f"dvpo: {_one_line(getattr(error, 'cause', None) or error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"dvpo: {error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("dvpo: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed command line; `run` in it is the command's function.
+
+    Raises:
+        InputError: argparse's complaint, in one line.
+    """
+    args, rest = build_parser().parse_known_args(argv)
+    # argparse takes the overrides before the first option only; those after it arrive here.
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    unknown = [text for text in rest if text not in overrides]
+    if unknown or (overrides and not hasattr(args, "overrides")):
+        hint = "; overrides are written without dashes, key=value" if unknown and "=" in unknown[0] else ""
+        raise InputError(f"unknown argument {(unknown or overrides)[0]}{hint}; see `dvpo {args.command} --help`")
+    if overrides:
+        args.overrides = [*args.overrides, *overrides]
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="dvpo", description="RLHF with a pretrained, frozen value model.", epilog="dvpo quickstart")
+    parser.add_argument("--version", action="version", version=f"dvpo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=f"{module.HELP}.", epilog=module.EXAMPLE)
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with whole option names, an example at the end of every help, and errors of one line."""
+
+    def __init__(self, *args, epilog: str, **kwargs) -> None:
+        super().__init__(*args, epilog=f"example:\n  {epilog}", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

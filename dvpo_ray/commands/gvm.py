@@ -1,0 +1,105 @@
+"""`dvpo gvm train | eval | score`: the Global Value Model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from dvpo_ray.commands.common import add_config_arguments, add_run_arguments, choose_run_folder, load, print_plan
+from dvpo_ray.config import Config
+from dvpo_ray.errors import InputError
+from dvpo_ray.orchestration.placement import plan_gvm_placement
+
+HELP = "train, evaluate or apply a Global Value Model"
+EXAMPLE = "dvpo gvm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/gvm"
+
+TRAIN_HELP = "train a value model on preference pairs"
+EVAL_HELP = "measure a value model on held-out pairs"
+EVAL_EXAMPLE = "dvpo gvm eval cluster_configs/local-cpu.yaml --gvm runs/gvm/final --out runs/gvm-eval"
+SCORE_HELP = "write the values of every response of a file"
+SCORE_EXAMPLE = "dvpo gvm score cluster_configs/local-cpu.yaml --gvm runs/gvm/final --input pairs.jsonl --output values.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help=TRAIN_HELP, description=TRAIN_HELP, epilog=EXAMPLE)
+    add_run_arguments(train, "runs/<name>-gvm-<time>")
+    train.set_defaults(gvm_command=_train)
+
+    evaluate = commands.add_parser("eval", help=EVAL_HELP, description=EVAL_HELP, epilog=EVAL_EXAMPLE)
+    add_config_arguments(evaluate)
+    _add_gvm_argument(evaluate)
+    evaluate.add_argument("--out", metavar="DIR", type=Path, help="folder of the JSON and the plots (default: evaluation/ in the GVM folder)")
+    evaluate.set_defaults(gvm_command=_evaluate)
+
+    score = commands.add_parser("score", help=SCORE_HELP, description=SCORE_HELP, epilog=SCORE_EXAMPLE)
+    add_config_arguments(score)
+    _add_gvm_argument(score)
+    score.add_argument("--input", metavar="FILE", type=Path, required=True, help="rows with a prompt and responses")
+    score.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSONL to write, one object per row")
+    score.set_defaults(gvm_command=_score)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.gvm_command(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = load(args)
+    missing = ["data.preferences.path is not set; give the preference pairs to train on"] if config.data.preferences is None else []
+    if args.dry_run:
+        print_plan(config, _arithmetic(config), plan_gvm_placement(config), missing)
+        return 0
+    for problem in missing:
+        raise InputError(f"{args.config}: {problem}")
+    out = choose_run_folder(args, config, suffix="-gvm")
+
+    from dvpo_ray.gvm.training import train_gvm
+
+    print(train_gvm(config, out, args.resume))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    config = load(args)
+    gvm = _gvm_path(args, config)
+
+    from dvpo_ray.gvm.evaluation import evaluate_gvm
+
+    print(json.dumps(evaluate_gvm(config, gvm, args.out or gvm / "evaluation"), indent=2))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    config = load(args)
+    gvm = _gvm_path(args, config)
+
+    from dvpo_ray.gvm.scoring import score_file
+
+    rows = score_file(config, gvm, args.input, args.output)
+    print(f"{args.output}: {rows} rows")
+    return 0
+
+
+def _add_gvm_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gvm", metavar="DIR", type=Path, help="GVM folder (default: gvm.path of the config)")
+
+
+def _gvm_path(args: argparse.Namespace, config: Config) -> Path:
+    if args.gvm is None and config.gvm.path is None:
+        raise InputError(f"{args.config}: which value model? give --gvm DIR or set gvm.path")
+    return args.gvm or Path(config.gvm.path)
+
+
+def _arithmetic(config: Config) -> list[str]:
+    gvm, data = config.gvm, config.data
+    pairs_per_worker = math.ceil(gvm.pairs_per_step / gvm.num_actors)
+    return [
+        f"pairs per step           {gvm.pairs_per_step}, at most {pairs_per_worker} on each of {gvm.num_actors} workers",
+        f"optimizer steps          {gvm.epochs:g} epochs x training pairs / {gvm.pairs_per_step}",
+        f"longest row              {data.max_prompt_tokens + data.max_response_tokens} tokens = {data.max_prompt_tokens} prompt + "
+        f"{data.max_response_tokens} response; micro-batches of {gvm.micro_batch_tokens} padded tokens",
+    ]

@@ -1,0 +1,59 @@
+"""`dvpo train`: policy optimisation."""
+
+from __future__ import annotations
+
+import argparse
+
+from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan
+from dvpo_ray.config import Config
+from dvpo_ray.config.arithmetic import batch_notes, derive_batch
+from dvpo_ray.errors import InputError
+from dvpo_ray.orchestration.placement import plan_placement
+
+HELP = "optimise the policy with a frozen Global Value Model"
+EXAMPLE = "dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learning_rate=1e-5 --out runs/first"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, "runs/<name>-<time>")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load(args)
+    arithmetic, bundles = _arithmetic(config), plan_placement(config)
+    if args.dry_run:
+        print_plan(config, arithmetic, bundles, [*_missing(config), *batch_notes(config)])
+        return 0
+    for problem in _missing(config):
+        raise InputError(f"{args.config}: {problem}")
+    config = config.model_copy(update={"out": str(choose_run_folder(args, config))})
+
+    from dvpo_ray.orchestration.run import train
+
+    print(train(config, resume=args.resume))
+    return 0
+
+
+def _missing(config: Config) -> list[str]:
+    missing = []
+    if config.gvm.path is None:
+        missing.append("gvm.path is not set; train a value model with `dvpo gvm train` and give its folder")
+    if config.data.prompts is None:
+        missing.append("data.prompts.path is not set; give the prompts to optimise on")
+    return missing
+
+
+def _arithmetic(config: Config) -> list[str]:
+    plan, batch = derive_batch(config), config.batch
+    samples = plan.samples_per_step
+    return [
+        f"samples per step         {samples} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
+        f"samples per engine       {plan.max_samples_per_engine} at most, over {config.rollout.num_actors} engines",
+        f"samples per worker       {plan.samples_per_worker}, over {config.policy.num_actors} learner workers",
+        f"rows per minibatch       {plan.rows_per_minibatch}, {plan.rows_per_worker_minibatch} on each worker",
+        f"optimizer steps          {plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
+        f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {config.train.steps} steps",
+        f"longest row              {plan.max_tokens_per_row} tokens = {config.data.max_prompt_tokens} prompt + "
+        f"{config.rollout.max_response_tokens} response",
+        f"samples in the run       {plan.total_samples} on {plan.total_prompts} prompts",
+    ]
