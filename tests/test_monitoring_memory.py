@@ -1,0 +1,172 @@
+"""Memory of process trees."""
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+
+from dvpo_ray.monitoring import memory
+from dvpo_ray.monitoring.memory import GIB, PeakMemory, process_tree_gib
+
+HOLD = "import sys; block = bytearray({mib} << 20); print('ready', flush=True); sys.stdin.read()"
+TREE = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=0, stdout=1); child.wait()"
+MIB = 1 / 1024  # in GiB
+
+
+@pytest.fixture
+def start():
+    """Start a Python program that says when it is ready and lives until its standard input closes."""
+    started = []
+
+    def run(program: str) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield run
+    for process in started:
+        process.communicate()
+
+
+def test_a_process_is_measured_by_what_it_holds(start):
+    process = start(HOLD.format(mib=64))
+    assert 64 * MIB < process_tree_gib([process.pid]) < 110 * MIB
+
+
+def test_descendants_count(start):
+    parent = start(TREE.format(child=HOLD.format(mib=64)))
+    assert process_tree_gib([parent.pid]) > 64 * MIB
+
+
+def test_a_process_named_twice_counts_once(start):
+    parent = start(TREE.format(child=HOLD.format(mib=64)))
+    (child,) = psutil.Process(parent.pid).children()
+    alone = process_tree_gib([parent.pid])
+    assert process_tree_gib([parent.pid, child.pid, parent.pid]) == pytest.approx(alone, abs=2 * MIB)
+    assert process_tree_gib([child.pid, parent.pid]) == pytest.approx(alone, abs=2 * MIB)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="no PSS on this system")
+def test_shared_pages_count_once():
+    before = process_tree_gib()
+    shared = mmap.mmap(-1, 64 << 20)
+    shared.write(b"x" * (64 << 20))
+    read, write = os.pipe()
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:  # touches every page and waits
+        os.close(write)
+        sum(shared[:: mmap.PAGESIZE])
+        os.write(tell, b"x")
+        os.read(read, 1)
+        os._exit(0)
+    os.read(ready, 1)
+    together = process_tree_gib() - before
+    os.close(write)
+    os.waitpid(child, 0)
+    shared.close()
+    assert 60 * MIB < together < 100 * MIB  # RSS would say 128 and more
+
+
+def test_the_peak_outlives_its_process(start):
+    process = start(HOLD.format(mib=64))
+    with PeakMemory([process.pid], period_seconds=60.0) as peak:
+        held = peak.sample()
+        process.communicate()
+        assert peak.sample() == 0.0
+    assert peak.peak_gib == held > 64 * MIB
+
+
+def test_added_processes_count(start):
+    first, second = start(HOLD.format(mib=8)), start(HOLD.format(mib=64))
+    peak = PeakMemory([first.pid])
+    alone = peak.sample()
+    peak.add_pids([second.pid])
+    assert peak.sample() > alone + 64 * MIB
+
+
+def test_sampling_goes_on_in_the_background(monkeypatch):
+    sizes = iter([1.0, 3.0, 2.0])
+    sampled = threading.Event()
+
+    def size(_roots):
+        value = next(sizes, None)
+        if value is None:
+            sampled.set()
+        return value or 0.0
+
+    monkeypatch.setattr(memory, "_tree_gib", size)
+    with PeakMemory(period_seconds=0.001) as peak:
+        assert sampled.wait(30)
+    assert peak.peak_gib == 3.0
+
+
+def test_a_fault_of_the_background_sampling_is_raised(monkeypatch):
+    def fail(_roots):
+        raise RuntimeError("no memory of this")
+
+    monkeypatch.setattr(memory, "_tree_gib", fail)
+    peak = PeakMemory()
+    peak.start()
+    with pytest.raises(RuntimeError, match="no memory of this"):
+        peak.stop()
+
+
+def test_vanished_processes_count_nothing():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert process_tree_gib([process.pid]) == 0.0
+    peak = PeakMemory([process.pid])
+    peak.add_pids([process.pid])
+    assert peak.sample() == 0.0
+
+
+def test_a_zombie_counts_nothing(start):
+    process = start(HOLD.format(mib=8))
+    process.send_signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert process_tree_gib([process.pid]) == 0.0
+
+
+def test_a_pid_given_to_another_process_is_not_mistaken(start, monkeypatch):
+    process = start(HOLD.format(mib=8))
+    peak = PeakMemory([process.pid])
+    monkeypatch.setattr(psutil.Process, "is_running", lambda self: False)  # as psutil answers after a reuse
+    assert peak.sample() == 0.0
+
+
+def test_without_pss_the_resident_size_is_taken(start, monkeypatch):
+    process = start(HOLD.format(mib=64))
+    monkeypatch.setattr(memory, "open", lambda *_: (_ for _ in ()).throw(PermissionError()), raising=False)
+    assert process_tree_gib([process.pid]) == pytest.approx(psutil.Process(process.pid).memory_info().rss / GIB, abs=2 * MIB)
+
+
+@pytest.mark.slow
+def test_workers_of_a_ray_cluster_started_here_count():
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    try:
+
+        @ray.remote(num_cpus=1)
+        class Holder:
+            def hold(self) -> int:
+                self.block = bytearray(256 << 20)
+                return os.getpid()
+
+        holder = Holder.remote()
+        pid = ray.get(holder.hold.remote())
+        alone = process_tree_gib([pid])
+        assert alone > 256 * MIB
+        assert pid in {child.pid for child in psutil.Process().children(recursive=True)}
+        with PeakMemory() as peak:
+            peak.add_pids([pid])
+        assert peak.peak_gib > alone
+    finally:
+        ray.shutdown()
