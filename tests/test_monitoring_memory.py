@@ -91,27 +91,40 @@ def test_added_processes_count(start):
     assert peak.sample() > alone + 64 * MIB
 
 
-def test_sampling_goes_on_in_the_background(monkeypatch):
-    sizes = iter([1.0, 3.0, 2.0])
-    sampled = threading.Event()
+def sizes_over_time(monkeypatch, resident: list[int], proportional: list[int]) -> PeakMemory:
+    """A background sampling that meets these sizes, in GiB, one after the other."""
+    resident_left, proportional_left = iter(resident), iter(proportional)
+    seen = threading.Event()
 
-    def size(_roots):
-        value = next(sizes, None)
+    def next_resident(_process):
+        value = next(resident_left, None)
         if value is None:
-            sampled.set()
-        return value or 0.0
+            seen.set()
+        return (value or 0) * GIB
 
-    monkeypatch.setattr(memory, "_tree_gib", size)
+    monkeypatch.setattr(memory, "_tree", lambda roots: [None])
+    monkeypatch.setattr(memory, "_resident_bytes", next_resident)
+    monkeypatch.setattr(memory, "_proportional_bytes", lambda _process: next(proportional_left, 0) * GIB)
     with PeakMemory(period_seconds=0.001) as peak:
-        assert sampled.wait(30)
-    assert peak.peak_gib == 3.0
+        assert seen.wait(30)
+    return peak
+
+
+def test_background_sampling_keeps_the_largest(monkeypatch):
+    # each new high is looked at twice: once to see it, once beside the proportional size
+    assert sizes_over_time(monkeypatch, [4, 4, 8, 8, 6, 9, 9], [3, 7, 5]).peak_gib == 7.0
+
+
+def test_proportional_sizes_are_measured_only_at_a_new_high(monkeypatch):
+    assert sizes_over_time(monkeypatch, [4, 4, 4, 3, 4], [3, 100]).peak_gib == 100.0  # the last sample, by stop()
+    assert sizes_over_time(monkeypatch, [4, 4, 4, 3, 4], [3, 2, 100]).peak_gib == 3.0
 
 
 def test_a_fault_of_the_background_sampling_is_raised(monkeypatch):
     def fail(_roots):
         raise RuntimeError("no memory of this")
 
-    monkeypatch.setattr(memory, "_tree_gib", fail)
+    monkeypatch.setattr(memory, "_tree", fail)
     peak = PeakMemory()
     peak.start()
     with pytest.raises(RuntimeError, match="no memory of this"):

@@ -1,7 +1,9 @@
 """Host memory of processes and of their descendants, in GiB.
 
 The figure is the proportional set size (PSS): a page shared by n processes counts 1/n in each, so that the sum over
-processes counts Ray's object store, shared libraries and forked pages once. RSS would count them n times.
+processes counts Ray's object store, shared libraries and forked pages once. The resident set size (RSS) would count them
+n times. PSS costs a walk over the page tables, some 50 ms per GiB, RSS next to nothing: the background sampling looks at
+RSS often and at PSS only when RSS is higher than it was before.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterable
 import psutil
 
 GIB = 1 << 30
+_NEW_HIGH = 1.01  # times the highest RSS so far, for PSS to be measured again
 
 
 class PeakMemory:
@@ -30,11 +33,12 @@ class PeakMemory:
 
     Args:
         pids: processes to watch with their descendants; this process when not given.
-        period_seconds: time between samples. A sample takes a few milliseconds per process.
+        period_seconds: time between looks at the resident size.
     """
 
-    def __init__(self, pids: Iterable[int] | None = None, period_seconds: float = 1.0) -> None:
+    def __init__(self, pids: Iterable[int] | None = None, period_seconds: float = 0.5) -> None:
         self.peak_gib = 0.0
+        self._highest_resident = 0.0
         self._roots: list[psutil.Process] = []
         self._period_seconds = period_seconds
         self._lock = threading.Lock()
@@ -51,7 +55,9 @@ class PeakMemory:
     def sample(self) -> float:
         """The memory of all watched processes now, in GiB; raises `peak_gib` to it."""
         with self._lock:
-            now = _tree_gib(self._roots)
+            tree = _tree(self._roots)
+            now = sum(map(_proportional_bytes, tree)) / GIB
+            self._highest_resident = max(self._highest_resident, sum(map(_resident_bytes, tree)))
             self.peak_gib = max(self.peak_gib, now)
         return now
 
@@ -84,7 +90,10 @@ class PeakMemory:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                self.sample()
+                with self._lock:
+                    resident = sum(map(_resident_bytes, _tree(self._roots)))
+                if resident > _NEW_HIGH * self._highest_resident:
+                    self.sample()
                 self._stop.wait(self._period_seconds)
         except Exception as error:  # raised by stop(), in the thread that can handle it
             self._failure = error
@@ -95,7 +104,7 @@ def process_tree_gib(pids: Iterable[int] | None = None) -> float:
 
     Processes that vanish meanwhile count 0.
     """
-    return _tree_gib(_processes([os.getpid()] if pids is None else pids))
+    return sum(map(_proportional_bytes, _tree(_processes([os.getpid()] if pids is None else pids)))) / GIB
 
 
 def _processes(pids: Iterable[int]) -> list[psutil.Process]:
@@ -109,12 +118,13 @@ def _processes(pids: Iterable[int]) -> list[psutil.Process]:
     return found
 
 
-def _tree_gib(roots: Iterable[psutil.Process]) -> float:
+def _tree(roots: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """The processes and all their descendants, each once."""
     tree: dict[int, psutil.Process] = {}
     for root in roots:
         if root.pid not in tree:
             tree.update((process.pid, process) for process in _with_descendants(root))
-    return sum(_process_bytes(process) for process in tree.values()) / GIB
+    return list(tree.values())
 
 
 def _with_descendants(root: psutil.Process) -> list[psutil.Process]:
@@ -124,8 +134,8 @@ def _with_descendants(root: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def _process_bytes(process: psutil.Process) -> int:
-    """PSS of one process in bytes; RSS where the system does not tell PSS; 0 when it has vanished."""
+def _proportional_bytes(process: psutil.Process) -> int:
+    """PSS of one process; its RSS where the system does not tell PSS; 0 when it has vanished."""
     try:
         with open(f"/proc/{process.pid}/smaps_rollup", "rb") as file:
             for line in file:
@@ -133,6 +143,10 @@ def _process_bytes(process: psutil.Process) -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass  # vanished, not permitted, or no such file on this system: RSS tells which
+    return _resident_bytes(process)
+
+
+def _resident_bytes(process: psutil.Process) -> int:
     try:
         return process.memory_info().rss
     except (psutil.NoSuchProcess, psutil.AccessDenied):
