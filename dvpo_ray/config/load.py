@@ -68,7 +68,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+(_[0-9]+)*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
@@ -165,7 +165,7 @@ def _explain(error: ValidationError, tree: dict) -> Iterator[tuple[str, str]]:
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in item["loc"])
         key = _known_prefix(item["loc"])
-        about = path if item["type"] in ("extra_forbidden", "missing") or key is None else key.path
+        about = path if item["type"] == "extra_forbidden" or key is None else key.path
         if about not in explained:
             explained.add(about)
             yield about, _problem(item, path, key, tree)
@@ -184,7 +184,7 @@ def _known_prefix(loc: tuple) -> Key | None:
 def _problem(item: dict, path: str, key: Key | None, tree: dict) -> str:
     if item["type"] == "extra_forbidden":
         return _unknown(path)
-    if item["type"] == "missing":
+    if item["type"] == "missing" and path == key.path:
         return _missing(key)
     if item["type"] == "value_error":
         return f"{key.path}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])

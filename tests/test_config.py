@@ -1,0 +1,348 @@
+"""The config: what loads, what is refused and in which words, what is derived, and what the documentation says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dvpo_ray.config import Config, dump_config, load_config
+from dvpo_ray.config.arithmetic import batch_notes, derive_batch
+from dvpo_ray.config.docs import configuration_page
+from dvpo_ray.config.keys import known_keys, nearest_keys
+from dvpo_ray.errors import InputError
+from dvpo_ray.orchestration.placement import Bundle, plan_gvm_placement, plan_placement, total_resources
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))
+MODEL = "model: {path: some/model}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config file and returns its path."""
+
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "x.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The one line with which a config is refused, without the folder of its file."""
+    with pytest.raises(InputError) as caught:
+        load_config(path, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line.replace(f"{path.parent}/", "")
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def test_file_then_overrides_then_defaults(write):
+    config = load_config(write(MODEL + "policy: {learning_rate: 2.0e-6, clip_epsilon: 0.1}\n"), ["policy.learning_rate=1e-5", "seed=7"])
+    assert config.policy.learning_rate == 1e-5
+    assert config.policy.clip_epsilon == 0.1
+    assert config.seed == 7
+    assert config.gvm.learning_rate == 1.41e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("policy.learning_rate=1e-5", "policy.learning_rate", 1e-5),
+        ("policy.learning_rate=1E-5", "policy.learning_rate", 1e-5),
+        ("policy.learning_rate=.5", "policy.learning_rate", 0.5),
+        ("policy.betas=[0.9, 0.95]", "policy.betas", (0.9, 0.95)),
+        ("train.steps=10_000", "train.steps", 10_000),
+        ("train.steps=010", "train.steps", 10),
+        ("kl.placement=off", "kl.placement", "off"),
+        ("name=2024-01-01", "name", "2024-01-01"),
+        ("train.trackers=[]", "train.trackers", []),
+        ("rollout.kv_cache_gib=null", "rollout.kv_cache_gib", None),
+        ("rollout.kv_cache_gib=", "rollout.kv_cache_gib", None),
+        ("policy.lora.rank=8", "policy.lora.rank", 8),
+        ("policy.lora={rank: 4}", "policy.lora.rank", 4),
+        ("data.preferences.path=a=b.jsonl", "data.preferences.path", "a=b.jsonl"),
+        ("model.path=models/a:b", "model.path", "models/a:b"),
+    ],
+)
+def test_override_values_are_yaml(write, override, key, value):
+    found = load_config(write(MODEL), [override])
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_last_override_wins(write):
+    assert load_config(write(MODEL), ["seed=1", "seed=2"]).seed == 2
+
+
+def test_empty_section_means_its_defaults(write):
+    config = load_config(write(MODEL + "data:\npolicy:\n  deepspeed:\n  lora:\n"))
+    assert config.data.max_prompt_tokens == 1024
+    assert config.policy.deepspeed.zero_stage == 0
+    assert config.policy.lora is None
+
+
+def test_override_of_one_alias_leaves_the_other_alone(write):
+    config = load_config(write(MODEL + "scorer: &frozen {threads: 3}\nreference: *frozen\n"), ["scorer.threads=5"])
+    assert (config.scorer.threads, config.reference.threads) == (5, 3)
+
+
+def test_byte_order_mark_is_no_part_of_the_first_key(write):
+    assert load_config(write(b"\xef\xbb\xbf" + MODEL.encode())).model.path == "some/model"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rate=st.floats(1e-300, 1e300),
+    betas=st.tuples(*[st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)] * 2),
+    path=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"))),
+    placement=st.sampled_from(["reward", "loss", "off"]),
+)
+def test_dumped_config_loads_back_equal(tmp_path_factory, rate, betas, path, placement):
+    config = Config(model={"path": path}, policy={"learning_rate": rate, "betas": betas}, kl={"placement": placement})
+    file = tmp_path_factory.mktemp("dump") / "config.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(file) == config
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("policy: {learning_rat: 1}", "x.yaml: unknown key policy.learning_rat; did you mean policy.learning_rate?"),
+        ("policy: {zero_stage: 1}", "x.yaml: unknown key policy.zero_stage; did you mean policy.deepspeed.zero_stage?"),
+        ("polcy: {clip_epsilon: 1}", "x.yaml: unknown key polcy; did you mean policy?"),
+        (
+            "learning_rate: 1",
+            "x.yaml: unknown key learning_rate; did you mean sft.learning_rate or gvm.learning_rate or policy.learning_rate?",
+        ),
+        ("qqzzxx: 1", "x.yaml: unknown key qqzzxx; docs/configuration.md lists all keys"),
+        ("1: 2", "x.yaml: unknown key 1; docs/configuration.md lists all keys"),
+        ("policy: {clip_epsilon: high}", "x.yaml: policy.clip_epsilon is 'high'; expected a number above 0 and below 1"),
+        ("policy: {clip_epsilon: 1}", "x.yaml: policy.clip_epsilon is 1; expected a number above 0 and below 1"),
+        ("policy: {clip_epsilon: '0.2'}", "x.yaml: policy.clip_epsilon is '0.2'; expected a number above 0 and below 1"),
+        ("kl: {coefficient: .nan}", "x.yaml: kl.coefficient is NaN; expected a number of at least 0"),
+        ("batch: {prompts_per_step: 1.5}", "x.yaml: batch.prompts_per_step is 1.5; expected a whole number of at least 1"),
+        ("batch: {prompts_per_step: true}", "x.yaml: batch.prompts_per_step is true; expected a whole number of at least 1"),
+        ("batch: {prompts_per_step:}", "x.yaml: batch.prompts_per_step is nothing; expected a whole number of at least 1"),
+        ("ray: {dashboard: 1}", "x.yaml: ray.dashboard is 1; expected true or false"),
+        ("name: 7", "x.yaml: name is 7; expected text matching `^[A-Za-z0-9._-]+$`"),
+        ("kl: {placement: reword}", "x.yaml: kl.placement is 'reword'; expected one of reward, loss, off"),
+        ("train: {trackers: [tensorbord]}", 'x.yaml: train.trackers is ["tensorbord"]; expected a list, each item one of tensorboard, wandb, mlflow'),
+        ("policy: {betas: [0.9]}", "x.yaml: policy.betas is [0.9]; expected a list of 2, each item a number above 0 and below 1"),
+        ("policy: {lora: {target_modules: 3}}", "x.yaml: policy.lora.target_modules is 3; expected text or a list, each item text"),
+        ("rollout: {kv_cache_gib: big}", "x.yaml: rollout.kv_cache_gib is 'big'; expected null or a number above 0"),
+        ("policy: 3", "x.yaml: policy is 3; expected a mapping of settings"),
+        ("policy: {deepspeed: {offload_optimizer: true}}", "x.yaml: policy.deepspeed: offload_optimizer needs zero_stage 1, 2 or 3"),
+        (
+            "rollout: {min_response_tokens: 9, max_response_tokens: 3}",
+            "x.yaml: rollout.min_response_tokens (9) is above rollout.max_response_tokens (3)",
+        ),
+        (
+            "policy: {clip_epsilon: 2, threads: 0}\nbatch: {size: 3}",
+            "x.yaml: policy.threads is 0; expected a whole number of at least 1 (and 2 more)",
+        ),
+        ("data: [1\n", "x.yaml: not valid YAML at line 3: expected ',' or ']', but got '<stream end>'"),
+        ("seed: 1\n\nseed: 2", "x.yaml: not valid YAML at line 4: key seed is there twice"),
+        ("seed: 1\x00", "x.yaml: not valid YAML at line 2: special characters are not allowed"),
+        ("? [1, 2]\n: 3", "x.yaml: not valid YAML at line 2: found unhashable key"),
+        ("data: &a [*a]", "x.yaml: Circular reference detected"),
+    ],
+)
+def test_mistakes_in_the_file(write, text, line):
+    assert refusal(write(MODEL + text)) == line
+
+
+def test_a_required_key_that_is_missing(write):
+    assert refusal(write("seed: 1")).startswith("x.yaml: model.path is missing; expected text: ")
+    assert refusal(write(MODEL + "data: {preferences: {split: train}}")).startswith("x.yaml: data.preferences.path is missing; expected text: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "x.yaml: expected a mapping of settings at the top level, got nothing"),
+        (b"- 1", "x.yaml: expected a mapping of settings at the top level, got [1]"),
+        (b"model: \xff", "x.yaml: not UTF-8 text at byte 7; save the file as UTF-8"),
+    ],
+)
+def test_files_that_hold_no_config(write, content, line):
+    assert refusal(write(content)) == line
+
+
+def test_files_that_are_not_there(tmp_path):
+    assert refusal(tmp_path / "x.yaml") == "x.yaml: no such file"
+    (tmp_path / "x.yaml").mkdir()
+    assert refusal(tmp_path / "x.yaml") == "x.yaml: cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("policy.learning_rat=1", "override policy.learning_rat=1: unknown key policy.learning_rat; did you mean policy.learning_rate?"),
+        ("polcy.clip_epsilon=1", "override polcy.clip_epsilon=1: unknown key polcy.clip_epsilon; did you mean policy.clip_epsilon?"),
+        ("seed.x=1", "override seed.x=1: unknown key seed.x; did you mean seed?"),
+        ("policy.lora={rnk: 3}", "override policy.lora={rnk: 3}: unknown key policy.lora.rnk; did you mean policy.lora.rank?"),
+        ("policy.lora.rank=0", "override policy.lora.rank=0: policy.lora.rank is 0; expected a whole number of at least 1"),
+        ("seed", "override seed: expected key=value, for example policy.learning_rate=1e-5"),
+        ("=3", "override =3: expected key=value, for example policy.learning_rate=1e-5"),
+        ("seed=[", "override seed=[: the value is not valid YAML: expected the node content, but found '<stream end>'"),
+        ("train.steps=3", "override train.steps=3: train is 'long'; expected a mapping of settings (and 1 more)"),
+    ],
+)
+def test_mistakes_in_an_override_name_the_override(write, override, line):
+    text = MODEL + ("train: long\n" if override.startswith("train") else "")
+    assert refusal(write(text), override) == line
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(known_keys())), st.data())
+def test_a_key_with_one_letter_missing_is_found(path, data):
+    name = path.rpartition(".")[2]
+    if len(name) < 8:
+        return
+    cut = len(path) - len(name) + data.draw(st.integers(0, len(name) - 1))
+    assert path in nearest_keys(path[:cut] + path[cut + 1 :])
+
+
+# -------------------------------------------------------------------------------------- arithmetic and placement
+
+
+def make(**sections) -> Config:
+    return Config(model={"path": "some/model"}, **sections)
+
+
+def test_batch_arithmetic_golden_numbers():
+    config = make(
+        batch={"prompts_per_step": 24, "samples_per_prompt": 2, "update_epochs": 4, "minibatches_per_epoch": 3},
+        policy={"num_actors": 4},
+        rollout={"num_actors": 5, "max_response_tokens": 300},
+        data={"max_prompt_tokens": 200},
+        train={"steps": 10},
+    )
+    plan = derive_batch(config, num_prompts=60)
+    assert plan.samples_per_step == 48
+    assert plan.max_samples_per_engine == 10
+    assert plan.samples_per_worker == 12
+    assert plan.rows_per_minibatch == 16
+    assert plan.rows_per_worker_minibatch == 4
+    assert plan.max_tokens_per_row == 500
+    assert plan.optimizer_steps_per_step == 12
+    assert plan.optimizer_steps == 120
+    assert plan.total_prompts == 240
+    assert plan.total_samples == 480
+    assert plan.prompt_epochs == 4.0
+    assert derive_batch(config).prompt_epochs is None
+
+
+@given(*[st.integers(1, 40)] * 4)
+def test_uneven_batches_are_refused_with_numbers_that_work(prompts, samples, workers, minibatches):
+    def config(prompts: int) -> Config:
+        batch = {"prompts_per_step": prompts, "samples_per_prompt": samples, "minibatches_per_epoch": minibatches}
+        return make(batch=batch, policy={"num_actors": workers})
+
+    if prompts * samples % (workers * minibatches) == 0:
+        plan = derive_batch(config(prompts))
+        assert plan.rows_per_worker_minibatch * workers * minibatches == plan.samples_per_step
+        return
+    with pytest.raises(InputError, match="policy.num_actors .* batch.minibatches_per_epoch") as caught:
+        derive_batch(config(prompts))
+    proposed = str(caught.value).removesuffix(" can").rpartition("batch.prompts_per_step ")[2].split(" or ")
+    for number in proposed:
+        derive_batch(config(int(number)))
+
+
+def test_what_is_legal_but_odd_is_noted():
+    assert batch_notes(make()) == []
+    notes = batch_notes(make(batch={"prompts_per_step": 2, "micro_batch_tokens": 100}, rollout={"num_actors": 3}))
+    assert [note.split()[0] for note in notes] == ["batch.micro_batch_tokens", "rollout.num_actors"]
+
+
+def test_placement_of_every_role():
+    config = make(
+        rollout={"num_actors": 2, "tensor_parallel_size": 2, "gpus_per_actor": 1, "cpus_per_actor": 3},
+        scorer={"gpus_per_actor": 0.5},
+        reference={"gpus_per_actor": 0.5},
+        policy={"num_actors": 2, "gpus_per_actor": 1},
+        gvm={"num_actors": 3, "gpus_per_actor": 1, "cpus_per_actor": 2},
+    )
+    bundles = plan_placement(config)
+    assert bundles == [
+        Bundle("rollout", 0, 3, 2),
+        Bundle("rollout", 1, 3, 2),
+        Bundle("scorer", 0, 1, 0.5),
+        Bundle("reference", 0, 1, 0.5),
+        Bundle("learner", 0, 1, 1),
+        Bundle("learner", 1, 1, 1),
+        Bundle("experience", 0, 0, 0),
+    ]
+    assert total_resources(bundles) == (10, 7)
+    assert plan_gvm_placement(config) == [Bundle("gvm_trainer", index, 2, 1) for index in range(3)]
+
+
+def test_a_share_that_ray_cannot_give_is_refused():
+    with pytest.raises(InputError, match=r"rollout.gpus_per_actor 0.75 times rollout.tensor_parallel_size 2 is 1.5 GPUs"):
+        plan_placement(make(rollout={"gpus_per_actor": 0.75, "tensor_parallel_size": 2}))
+    with pytest.raises(InputError, match=r"gvm.gpus_per_actor 1.5 is 1.5 GPUs"):
+        plan_gvm_placement(make(gvm={"gpus_per_actor": 1.5}))
+
+
+# ------------------------------------------------------------------------------------- shipped configs and docs
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_fit_the_machine_they_are_named_after(path):
+    gpus = {"local-cpu": 0, "single-gpu": 1, "single-node-8gpu": 8}[path.stem]
+    config = load_config(path)
+    derive_batch(config)
+    assert batch_notes(config) == []
+    assert total_resources(plan_placement(config))[1] == gpus
+    assert total_resources(plan_gvm_placement(config))[1] == gpus
+    assert config.data.preferences and config.data.prompts
+    if config.ray.num_cpus:
+        assert total_resources(plan_placement(config))[0] <= config.ray.num_cpus
+
+
+def test_the_papers_setting():
+    config = load_config(ROOT / "cluster_configs" / "single-node-8gpu.yaml")
+    assert (config.gvm.learning_rate, config.gvm.pairs_per_step, config.gvm.epochs) == (1.41e-5, 32, 1)
+    assert config.data.max_prompt_tokens + config.data.max_response_tokens == 2048
+    assert (config.policy.learning_rate, config.policy.schedule, config.policy.clip_epsilon) == (2e-6, "linear", 0.2)
+    assert (config.kl.placement, config.kl.coefficient) == ("reward", 0.05)
+    assert config.policy.deepspeed.zero_stage == 3
+    assert derive_batch(config).total_prompts == 10_000
+
+
+def test_shipped_configs_mean_the_same_to_other_yaml_readers():
+    for path in SHIPPED:
+        assert Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))) == load_config(path)
+
+
+def test_configuration_page_is_up_to_date():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == configuration_page(), "run: python -m dvpo_ray.config.docs > docs/configuration.md"
+
+
+def test_every_setting_is_explained():
+    unexplained = [key.path for key in known_keys().values() if key.section is None and not key.field.description]
+    assert unexplained == []
+
+
+def test_importing_the_config_loads_neither_torch_nor_ray():
+    code = "import sys, dvpo_ray.config, dvpo_ray.config.arithmetic, dvpo_ray.orchestration.placement; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "ray", "transformers", "vllm", "deepspeed"} & set(loaded)
