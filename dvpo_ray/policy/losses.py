@@ -1,0 +1,140 @@
+"""The policy's loss: PPO's clipped surrogate, with a KL term and an entropy bonus where asked for.
+
+Losses and metrics are sums over tokens divided by the token count of the whole minibatch, given by the caller. So the parts
+that micro-batches and ranks compute add up to the minibatch's, however it was split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dvpo_ray.policy.kl import token_kl
+
+
+class Surrogate(NamedTuple):
+    """The clipped surrogate of n tokens, and what its metrics are made of. Only `loss` carries gradients.
+
+    Attributes:
+        loss: float [n].
+        ratio: float [n], pi_new / pi_old.
+        clipped: bool [n], the ratio is outside [1 - epsilon, 1 + epsilon].
+        approx_kl: float [n], estimate of KL(pi_old || pi_new) in nats, never negative.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    approx_kl: Tensor
+
+
+def clipped_surrogate(
+    new_log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_epsilon: float, weights: Tensor | None = None
+) -> Surrogate:
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347), as a loss per token: -w * min(r A, clip(r, 1-eps, 1+eps) A).
+
+    Args:
+        new_log_probs: float [n], of the policy being trained; differentiable.
+        old_log_probs: float [n], of the policy before the first update on these tokens.
+        advantages: float [n].
+        clip_epsilon: clipping range of the ratio.
+        weights: float [n], importance weights of the tokens; all 1 when not given.
+    """
+    log_ratio = new_log_probs - old_log_probs
+    ratio = log_ratio.exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantages)
+    if weights is not None:
+        loss = weights * loss
+    ratio = ratio.detach()
+    return Surrogate(
+        loss=loss,
+        ratio=ratio,
+        clipped=(ratio - 1).abs() > clip_epsilon,
+        approx_kl=token_kl(old_log_probs, new_log_probs.detach(), "k3"),
+    )
+
+
+def truncated_importance_weights(learner_log_probs: Tensor, engine_log_probs: Tensor, cap: float) -> Tensor:
+    """min(pi_learner / pi_engine, cap) per token, without gradients (truncated importance sampling, Ionides 2008).
+
+    Tokens are sampled by the engine's numerics and trained by the learner's; the weight corrects the expectation.
+
+    Args:
+        learner_log_probs: float [n], the learner's own, before the first update.
+        engine_log_probs: float [n], those the tokens were sampled with.
+        cap: bound on the weight, and so on the variance it adds.
+    """
+    return (learner_log_probs - engine_log_probs).detach().exp().clamp(max=cap)
+
+
+def policy_loss(
+    new_log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    minibatch_tokens: int,
+    clip_epsilon: float,
+    weights: Tensor | None = None,
+    reference_log_probs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coefficient: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This part's share of the minibatch loss: (sum of surrogate + beta * KL - c * entropy) / minibatch_tokens.
+
+    Args:
+        new_log_probs, old_log_probs, advantages, clip_epsilon, weights: see `clipped_surrogate`. n may be 0: the loss is then 0
+            with zero gradients, so that a rank without rows can take part in the backward pass.
+        minibatch_tokens: tokens in the loss of the whole minibatch, over all micro-batches and ranks.
+        reference_log_probs: float [n]; needed when `kl_coefficient` isn't 0.
+        kl_coefficient: weight of the KL loss term; 0 when KL is in the reward or off. Importance weights don't apply to it.
+        kl_estimator: see `dvpo_ray.policy.kl`.
+        entropy: float [n] in nats; differentiable when `entropy_coefficient` isn't 0, else only reported.
+        entropy_coefficient: weight of the entropy bonus.
+
+    Returns:
+        The loss, a scalar, and its metrics, detached scalars by name; add parts up with `combine_metrics`.
+
+    Raises:
+        ValueError: a coefficient is set and what it weighs is missing or carries no gradient.
+    """
+    surrogate = clipped_surrogate(new_log_probs, old_log_probs, advantages, clip_epsilon, weights)
+    total = surrogate.loss.sum()
+    if kl_coefficient:
+        if reference_log_probs is None:
+            raise ValueError("kl_coefficient needs reference_log_probs")
+        total = total + kl_coefficient * token_kl(new_log_probs, reference_log_probs, kl_estimator).sum()
+    if entropy_coefficient:
+        if entropy is None or (new_log_probs.requires_grad and not entropy.requires_grad):
+            raise ValueError("entropy_coefficient needs an entropy that carries gradients")
+        total = total - entropy_coefficient * entropy.sum()
+    loss = total / minibatch_tokens
+
+    metrics = {
+        "policy/loss": loss.detach(),
+        "policy/approx_kl": surrogate.approx_kl.sum() / minibatch_tokens,
+        "policy/clip_fraction": surrogate.clipped.sum() / minibatch_tokens,
+        "policy/ratio_max": surrogate.ratio.max() if len(surrogate.ratio) else torch.zeros_like(loss),
+    }
+    if entropy is not None:
+        metrics["policy/entropy"] = entropy.detach().sum() / minibatch_tokens
+    return loss, metrics
+
+
+def combine_metrics(parts: Iterable[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """Metrics of a minibatch from those of its micro-batches and ranks: maxima of `*_max`, sums of all others."""
+    combined: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            value = float(value)
+            if name not in combined:
+                combined[name] = value
+            elif name.endswith("_max"):
+                combined[name] = max(combined[name], value)
+            else:
+                combined[name] += value
+    return combined

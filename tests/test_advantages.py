@@ -1,0 +1,386 @@
+"""Advantages against hand-computed numbers, an independent row-by-row reference, and their invariants.
+
+The reference below is written from the definitions, one token at a time and with double sums, and shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.models.forward import batch_values
+from dvpo_ray.policy.advantages import MODES, compute_advantages, discounted_to_go
+from dvpo_ray.policy.whitening import masked_whiten
+
+ALL_MODES = sorted(MODES)
+HANDLINGS = ["bootstrap", "mask", "penalty"]
+
+
+def make_batch(rows: list[dict]) -> RaggedBatch:
+    """A batch of rows with `prompt` (its length), `values` of all tokens, `log_probs`, `reference` of the response tokens."""
+    batch = RaggedBatch.from_rows(
+        [[1] * row["prompt"] for row in rows],
+        [[2] * len(row["log_probs"]) for row in rows],
+        truncated=[row.get("truncated", False) for row in rows],
+        response_fields={
+            "log_probs": [row["log_probs"] for row in rows],
+            "reference_log_probs": [row["reference"] for row in rows],
+        },
+    )
+    return batch.with_fields(values=np.array([v for row in rows for v in row["values"]], dtype=np.float32))
+
+
+def advantages_of(rows: list[dict] | RaggedBatch, **settings_) -> SimpleNamespace:
+    defaults = dict(mode="gae", gae_lambda=1.0, kl_coefficient=0.0, whiten=False, truncated="bootstrap", truncation_penalty=0.0)
+    batch = rows if isinstance(rows, RaggedBatch) else make_batch(rows)
+    return compute_advantages(batch, **{**defaults, **settings_})
+
+
+# -------------------------------------------------------------------------------------------------- by hand
+
+# v[0..3] = 0.1 0.3 0.2 0.6, so d = 0.2 -0.1 0.4; kl = 0.5 -0.5 0.5. The first prompt token's value must not matter.
+ROW = {"prompt": 2, "values": [9.0, 0.1, 0.3, 0.2, 0.6], "log_probs": [-1.0, -2.0, -0.5], "reference": [-1.5, -1.5, -1.0]}
+
+
+@pytest.mark.parametrize(
+    ("mode", "gae_lambda", "kl_coefficient", "expected"),
+    [
+        ("static_q", 1.0, 0.0, [0.3, 0.2, 0.6]),
+        ("static_q", 1.0, 0.1, [0.25, 0.2, 0.55]),
+        ("td", 1.0, 0.0, [0.2, -0.1, 0.4]),
+        ("td", 1.0, 0.1, [0.15, -0.05, 0.35]),
+        ("gae", 0.0, 0.1, [0.15, -0.05, 0.35]),
+        ("gae", 0.5, 0.1, [0.2125, 0.125, 0.35]),
+        ("gae", 1.0, 0.0, [0.5, 0.3, 0.4]),
+        ("gae", 1.0, 0.1, [0.45, 0.3, 0.35]),
+    ],
+)
+def test_hand_computed_row(mode, gae_lambda, kl_coefficient, expected):
+    result = advantages_of([ROW], mode=mode, gae_lambda=gae_lambda, kl_coefficient=kl_coefficient)
+    np.testing.assert_allclose(result.advantages, [0, 0, *expected], atol=1e-6)
+    np.testing.assert_allclose(result.kl, [0, 0, 0.5, -0.5, 0.5], atol=1e-6)
+    assert result.loss_mask.tolist() == [False, False, True, True, True]
+    assert result.advantages.dtype == np.float32
+
+
+def test_hand_computed_whitening():
+    # td with KL is 0.15 -0.05 0.35: mean 0.15, unbiased variance (0.04 + 0.04) / 2
+    result = advantages_of([ROW], mode="td", kl_coefficient=0.1, whiten=True)
+    np.testing.assert_allclose(result.advantages, [0, 0, 0, -1, 1], atol=1e-6)
+    np.testing.assert_allclose(result.unwhitened, [0, 0, 0.15, -0.05, 0.35], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("static_q", [0.3, 0.2, 0.1]), ("td", [0.2, -0.1, -0.1]), ("gae", [0.0, -0.2, -0.1])],
+)
+def test_hand_computed_penalty_of_a_cut_off_response(mode, expected):
+    # the last value 0.6 becomes 0.1
+    result = advantages_of([{**ROW, "truncated": True}], mode=mode, truncated="penalty", truncation_penalty=0.5)
+    np.testing.assert_allclose(result.advantages[2:], expected, atol=1e-6)
+    whole = advantages_of([ROW], mode=mode, truncated="penalty", truncation_penalty=0.5)
+    np.testing.assert_array_equal(whole.advantages, advantages_of([ROW], mode=mode).advantages)
+
+
+# values -1 3 -1 -1 have mean 0 and unbiased variance 4: whitened -0.5 1.5 -0.5 -0.5, of which the first three are V_1 V_2 V_3
+RELEASE_ROW = {"prompt": 1, "values": [-1.0, 3.0, -1.0, -1.0], "log_probs": [-1.0, -3.0, -1.0], "reference": [-2.0, -1.0, -1.5]}
+
+
+def test_hand_computed_release():
+    # A_3 = 0.5; A_2 = -1.5 + 0.05 * -0.5; A_1 = 0.5 + 0.05 * (1.5 + 0.95 * -0.5)
+    result = advantages_of([RELEASE_ROW], mode="release")
+    np.testing.assert_allclose(result.unwhitened, [0, 0.55125, -1.525, 0.5], atol=1e-6)
+    # mean -0.157917, unbiased variance 1.402344, standard deviation 1.184206
+    np.testing.assert_allclose(result.advantages, [0, 0.598854, -1.154430, 0.555576], atol=1e-6)
+    np.testing.assert_array_equal(result.advantages, advantages_of([RELEASE_ROW], mode="release", whiten=True).advantages)
+
+
+def test_hand_computed_release_with_kl():
+    # rewards -0.1 * (1, -2, 0.5): deltas 1.9 -1.8 0.45, discounted by 0.95
+    result = advantages_of([RELEASE_ROW], mode="release", kl_coefficient=0.1)
+    np.testing.assert_allclose(result.unwhitened, [0, 0.596125, -1.3725, 0.45], atol=1e-6)
+
+
+def test_release_identity():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": p, "values": rng.normal(size=p + t).tolist(), "log_probs": [0.0] * t, "reference": [0.0] * t} for p, t in [(3, 40), (1, 7), (5, 1)]
+    ]
+    batch = make_batch(rows)
+    result = compute_advantages(
+        batch, mode="release", gae_lambda=0.3, kl_coefficient=0.05, whiten=False, truncated="bootstrap", truncation_penalty=0.0
+    )
+    values = batch.fields["values"].astype(np.float64)
+    whitened = (values - values.mean()) / math.sqrt(values.var(ddof=1) + 1e-8)
+    for r in range(batch.num_rows):
+        state = whitened[batch.states(r)][:-1]
+        expected = [-state[t] + 0.05 * sum(0.95 ** (k - t - 1) * state[k] for k in range(t + 1, len(state))) for t in range(len(state))]
+        np.testing.assert_allclose(result.unwhitened[batch.response(r)], expected, atol=1e-6)
+
+
+def test_gae_with_lambda_one_telescopes():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=60)
+    row = {"prompt": 10, "values": values.tolist(), "log_probs": [0.0] * 50, "reference": [0.0] * 50}
+    result = advantages_of([row], mode="gae", gae_lambda=1.0)
+    np.testing.assert_allclose(result.advantages[10:], values[-1] - values[9:-1], atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------- the slow, plain reference
+
+
+def reference_raw(rows: list[dict], mode: str, lam: float, beta: float, penalty: float) -> list[list[float]]:
+    """Advantages before whitening from the definitions. `penalty` is what a cut-off row's last value loses."""
+    every_value = [float(np.float32(v)) for row in rows for v in row["values"]]
+    mean = sum(every_value) / len(every_value) if every_value else 0.0
+    spread = math.sqrt(sum((v - mean) ** 2 for v in every_value) / max(len(every_value) - 1, 1) + 1e-8)
+    advantages = []
+    for row in rows:
+        length = len(row["log_probs"])
+        v = [float(np.float32(x)) for x in row["values"][row["prompt"] - 1 :]]  # v[0..T]
+        kl = [None] + [float(np.float32(a)) - float(np.float32(b)) for a, b in zip(row["log_probs"], row["reference"], strict=True)]
+        cut = penalty if row.get("truncated") else 0.0
+        before = [(x - mean) / spread for x in v] if mode == "release" else v
+        state = before[:-1] + [(0.0 if mode == "release" else v[-1]) - cut]
+        of_row = []
+        for t in range(1, length + 1):
+            if mode == "static_q":
+                credit = state[t] - beta * sum(kl[s] for s in range(t, length + 1))
+            elif mode == "td":
+                credit = state[t] - state[t - 1] - beta * kl[t]
+            else:
+                decay = 0.95 if mode == "release" else lam
+                credit = sum(decay ** (s - t) * (state[s] - state[s - 1] - beta * kl[s]) for s in range(t, length + 1))
+            of_row.append(credit)
+        advantages.append(of_row)
+    return advantages
+
+
+def reference_advantages(rows: list[dict], mode, gae_lambda, kl_coefficient, whiten, truncated, truncation_penalty) -> list[list[float]]:
+    in_loss = [not (truncated == "mask" and row.get("truncated")) for row in rows]
+    kept = [row for row, keep in zip(rows, in_loss, strict=True) if keep]
+    raw = reference_raw(kept, mode, gae_lambda, kl_coefficient, truncation_penalty if truncated == "penalty" else 0.0)
+    everything = [a for row in raw for a in row]
+    if (whiten or mode == "release") and everything:
+        mean = statistics.fmean(everything)
+        variance = statistics.variance(everything) if len(everything) > 1 else 0.0
+        raw = [[(a - mean) / math.sqrt(variance + 1e-8) for a in row] for row in raw]
+    remaining = iter(raw)
+    return [next(remaining) if keep else [0.0] * len(row["log_probs"]) for row, keep in zip(rows, in_loss, strict=True)]
+
+
+numbers = st.floats(-3, 3, width=32)
+
+
+@st.composite
+def random_rows(draw, min_rows: int = 1) -> list[dict]:
+    rows = []
+    for _ in range(draw(st.integers(min_rows, 5))):
+        prompt, response = draw(st.integers(1, 4)), draw(st.integers(0, 7))
+        rows.append(
+            {
+                "prompt": prompt,
+                "values": draw(st.lists(numbers, min_size=prompt + response, max_size=prompt + response)),
+                "log_probs": draw(st.lists(numbers, min_size=response, max_size=response)),
+                "reference": draw(st.lists(numbers, min_size=response, max_size=response)),
+                "truncated": draw(st.booleans()),
+            }
+        )
+    return rows
+
+
+mode_settings = st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(ALL_MODES),
+        "gae_lambda": st.floats(0, 1),
+        "kl_coefficient": st.sampled_from([0.0, 0.05, 1.0]),
+        "whiten": st.booleans(),
+        "truncated": st.sampled_from(HANDLINGS),
+        "truncation_penalty": st.sampled_from([0.0, 0.5]),
+    }
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(random_rows(), mode_settings)
+def test_equals_the_reference(rows, chosen):
+    batch = make_batch(rows)
+    result = compute_advantages(batch, **chosen)
+    expected = reference_advantages(rows, **chosen)
+    for r, row in enumerate(rows):
+        np.testing.assert_allclose(result.advantages[batch.response(r)], expected[r], rtol=1e-6, atol=1e-6)
+        assert (result.advantages[batch.row(r)][: row["prompt"]] == 0).all()
+        in_loss = not (chosen["truncated"] == "mask" and row["truncated"])
+        assert result.loss_mask[batch.row(r)].tolist() == [False] * row["prompt"] + [in_loss] * len(row["log_probs"])
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.2])
+def test_release_equals_the_released_recipe_in_torch(kl_coefficient):
+    """The recipe written as such code is: rectangular tensors, a mask, a reversed loop over time. Rows of one length, so no padding."""
+    torch.manual_seed(0)
+    rows, prompt, length = 6, 3, 30
+    head = torch.randn(rows, prompt + length, dtype=torch.float64)
+    log_probs, reference = -torch.rand(2, rows, length, dtype=torch.float64) * 3
+    head, log_probs, reference = head.float().double(), log_probs.float().double(), reference.float().double()
+
+    values = ((head - head.mean()) * torch.rsqrt(head.var() + 1e-8))[:, prompt - 1 : -1]
+    rewards = -kl_coefficient * (log_probs - reference)
+    advantages, carry = torch.zeros_like(values), torch.zeros(rows, dtype=torch.float64)
+    for t in reversed(range(length)):
+        next_value = values[:, t + 1] if t < length - 1 else 0.0
+        carry = rewards[:, t] + next_value - values[:, t] + 0.95 * carry
+        advantages[:, t] = carry
+    expected = (advantages - advantages.mean()) * torch.rsqrt(advantages.var() + 1e-8)
+
+    batch = make_batch(
+        [{"prompt": prompt, "values": head[r].tolist(), "log_probs": log_probs[r].tolist(), "reference": reference[r].tolist()} for r in range(rows)]
+    )
+    result = advantages_of(batch, mode="release", kl_coefficient=kl_coefficient)
+    np.testing.assert_allclose(result.advantages.reshape(rows, -1)[:, prompt:], expected, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- invariants
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_rows(min_rows=2), mode_settings, st.randoms(use_true_random=False))
+def test_order_and_sharding_of_rows_change_nothing(rows, chosen, random):
+    """Shards of shuffled rows, put together in any order, give each row the same bits."""
+    batch = make_batch(rows)
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    cut = random.randint(0, len(rows))
+    shards = [batch.select(order[cut:]), batch.select(order[:cut])]
+    assembled = RaggedBatch.concatenate(shards)
+    result = compute_advantages(assembled, **chosen)
+    restored = assembled.with_fields(advantages=result.advantages, mask=result.loss_mask.astype(np.float32)).sorted_by_row_id()
+    whole = compute_advantages(batch, **chosen)
+    np.testing.assert_array_equal(restored.fields["advantages"], whole.advantages)
+    np.testing.assert_array_equal(restored.fields["mask"].astype(bool), whole.loss_mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_rows(min_rows=2), mode_settings.filter(lambda s: s["mode"] != "release"))
+def test_before_whitening_a_row_depends_on_no_other(rows, chosen):
+    batch = make_batch(rows)
+    whole = compute_advantages(batch, **chosen)
+    for r in range(batch.num_rows):
+        alone = compute_advantages(batch.select([r]), **chosen)
+        np.testing.assert_array_equal(alone.unwhitened, whole.unwhitened[batch.row(r)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_rows(min_rows=2), mode_settings)
+def test_masked_rows_are_as_if_absent(rows, chosen):
+    chosen = {**chosen, "truncated": "mask"}
+    batch = make_batch(rows)
+    whole = compute_advantages(batch, **chosen)
+    kept = np.flatnonzero(~batch.truncated)
+    without = compute_advantages(batch.select(kept), **chosen)
+    np.testing.assert_array_equal(batch.with_fields(a=whole.advantages).select(kept).fields["a"], without.advantages)
+    assert not whole.advantages[~whole.loss_mask].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_rows(), mode_settings.filter(lambda s: s["mode"] != "release"), numbers)
+def test_values_of_states_before_the_response_never_matter(rows, chosen, other):
+    changed = [{**row, "values": [other] * (row["prompt"] - 1) + row["values"][row["prompt"] - 1 :]} for row in rows]
+    before, after = compute_advantages(make_batch(rows), **chosen), compute_advantages(make_batch(changed), **chosen)
+    np.testing.assert_array_equal(before.advantages, after.advantages)
+
+
+class RunningSum(torch.nn.Module):
+    """A causal value model small enough to check by eye: the value after a token is the sum of weights of the tokens so far.
+
+    The weights are multiples of 1/64, so that float32 holds every sum exactly.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randint(-64, 65, (20,), generator=torch.Generator().manual_seed(0)) / 64)
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.weight[input_ids].cumsum(1)[..., None])
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+def test_padding_of_the_scoring_pass_changes_nothing(mode, max_tokens):
+    """From tokens through padded forward passes of any shape to advantages: what a row is padded to doesn't show."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 30, size=(12, 2))
+    prompts, responses = ([rng.integers(0, 20, n).tolist() for n in column] for column in lengths.T)
+    kl = [rng.normal(size=n).tolist() for n in lengths[:, 1]]
+    zeros = [[0.0] * n for n in lengths[:, 1]]
+    batch = RaggedBatch.from_rows(prompts, responses, response_fields={"log_probs": kl, "reference_log_probs": zeros})
+    model = RunningSum()
+    weight = model.weight.detach().numpy()
+    exact = np.concatenate([weight[batch.tokens[batch.row(r)]].cumsum(dtype=np.float32) for r in range(batch.num_rows)])
+    padded = advantages_of(batch.with_fields(values=batch_values(model, batch, max_tokens)), mode=mode, kl_coefficient=0.05, whiten=True)
+    plain = advantages_of(batch.with_fields(values=exact), mode=mode, kl_coefficient=0.05, whiten=True)
+    np.testing.assert_allclose(padded.advantages, plain.advantages, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_rows(), mode_settings)
+def test_whitened_advantages_have_mean_zero_and_at_most_unit_variance(rows, chosen):
+    result = compute_advantages(make_batch(rows), **{**chosen, "whiten": True})
+    counted = result.advantages[result.loss_mask].astype(np.float64)
+    if len(counted) > 1:
+        assert abs(counted.mean()) < 1e-5
+        assert counted.var(ddof=1) < 1 + 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- pieces and errors
+
+
+@given(st.lists(st.integers(0, 6), max_size=6), st.floats(0, 1), st.randoms(use_true_random=False))
+def test_discounted_to_go_is_its_definition(lengths, decay, random):
+    rows = [[random.uniform(-1, 1) for _ in range(n)] for n in lengths]
+    expected = [sum(decay ** (s - t) * row[s] for s in range(t, len(row))) for row in rows for t in range(len(row))]
+    flat = np.array([x for row in rows for x in row], dtype=np.float64)
+    np.testing.assert_allclose(discounted_to_go(flat, np.array(lengths, dtype=np.int64), decay), expected, atol=1e-12)
+
+
+def test_masked_whiten_reads_only_the_mask():
+    values = np.array([1.0, np.nan, 3.0, 5.0])
+    np.testing.assert_allclose(masked_whiten(values, np.array([True, False, True, True])), [-1, 0, 0, 1], atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_masked_whiten_of_too_few_numbers_is_zero(count):
+    assert masked_whiten(np.array([7.0, 8.0]), np.arange(2) < count).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_a_batch_with_nothing_in_the_loss(mode):
+    rows = [{**ROW, "truncated": True}, {"prompt": 2, "values": [1.0, 2.0], "log_probs": [], "reference": []}]
+    result = advantages_of(rows, mode=mode, truncated="mask", whiten=True)
+    assert not result.advantages.any() and not result.loss_mask.any()
+    np.testing.assert_allclose(result.kl[2:5], [0.5, -0.5, 0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"mode": "gea"}, "unknown advantage mode 'gea'; choose one of static_q, td, gae, release"),
+        ({"truncated": "drop"}, "unknown truncated 'drop'; choose one of bootstrap, mask, penalty"),
+        ({"values_field": "critic_values"}, "advantages need the field 'critic_values'; the batch has log_probs, reference_log_probs, values"),
+    ],
+)
+def test_errors_name_what_is_wrong(settings_, message):
+    with pytest.raises(ValueError, match=message):
+        advantages_of([ROW], **settings_)
+
+
+def test_a_number_that_is_not_finite_names_its_row():
+    with pytest.raises(ValueError, match="field 'values' of row 1 is not finite at token 3"):
+        advantages_of([ROW, {**ROW, "values": [0.0, 0.0, 0.0, math.nan, 0.0]}])
