@@ -174,5 +174,18 @@ class RaggedBatch:
         return replace(self, fields={**self.fields, **fields})
 
 
+def balanced_shards(lengths: np.ndarray, num_shards: int) -> list[np.ndarray]:
+    """Split rows into shards of equal row counts and like token counts: longest first, dealt back and forth.
+
+    Raises:
+        ValueError: the rows can't be shared out evenly.
+    """
+    if len(lengths) % num_shards:
+        raise ValueError(f"{len(lengths)} rows can't be shared evenly by {num_shards} shards")
+    order = np.argsort(-np.asarray(lengths), kind="stable").reshape(-1, num_shards)
+    order[1::2] = order[1::2, ::-1]
+    return [np.sort(order[:, shard]) for shard in range(num_shards)]
+
+
 def _concatenate(rows: list[list], dtype) -> np.ndarray:
     return np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if rows else np.zeros(0, dtype)

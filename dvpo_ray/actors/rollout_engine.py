@@ -21,9 +21,7 @@ class RolloutEngine(Actor):
 
     role = "rollout"
 
-    def __init__(
-        self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int
-    ) -> None:
+    def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int) -> None:
         super().__init__(index, run_folder)
         self.chunk_rows = config.rollout.rollouts_per_chunk
         self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens)

@@ -300,6 +300,7 @@ class RayConfig(Section):
     object_store_gib: Positive | None = Field(None, description="Object store of a local cluster that is started here.")
     dashboard: bool = Field(False, description="Serve the dashboard of a local cluster that is started here.")
     placement_timeout_seconds: Positive = Field(300.0, description="How long to wait for the cluster to have room.")
+    autoscaling: bool = Field(False, description="The cluster can grow: wait for room even if it has too little in all.")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = Field("PACK", description="How Ray spreads the actors over nodes.")
 
 

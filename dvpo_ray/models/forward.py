@@ -134,11 +134,11 @@ def response_log_probs(
 
 
 @torch.no_grad()
-def batch_log_probs(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int, temperature: float = 1.0) -> np.ndarray:
+def batch_log_probs(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int, temperature: float = 1.0, *, run=None) -> np.ndarray:
     """Log-probability of every response token of a batch, float32 [N], 0 on prompts; no gradients."""
     flat = torch.zeros(batch.num_tokens)
     for rows in micro_batches(batch.lengths, max_tokens):
-        out = response_log_probs(model, batch, rows, temperature=temperature)
+        out = response_log_probs(model, batch, rows, temperature=temperature, run=run)
         flat[out.token_index.cpu()] = out.log_probs.cpu()
     return flat.numpy()
 

@@ -40,6 +40,15 @@ def train_last_layers(model: PreTrainedModel, count: int) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """Turn every dropout off for good: log-probs of sampling and training must be of one distribution."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
 def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftModel:
     """Wrap a model with peft's low-rank adapters; only they (and `modules_to_save`) are trained."""
     return get_peft_model(

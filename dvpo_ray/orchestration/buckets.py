@@ -39,7 +39,9 @@ def pack(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, checksu
         yield bucket()
 
 
-def unpack(names: list[str], dtypes: list[str], shapes: list[tuple[int, ...]], data: np.ndarray, crc32: int | None) -> Iterator[tuple[str, torch.Tensor]]:
+def unpack(
+    names: list[str], dtypes: list[str], shapes: list[tuple[int, ...]], data: np.ndarray, crc32: int | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights of a bucket, as read-only views of its bytes.
 
     Raises:

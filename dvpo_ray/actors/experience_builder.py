@@ -1,0 +1,159 @@
+"""The actor that turns a step's scored rollouts into the learner's batch, so that the driver never holds a token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray import ObjectRef
+
+from dvpo_ray.actors.process import Actor
+from dvpo_ray.batch import RaggedBatch, balanced_shards
+from dvpo_ray.config.schema import Config
+from dvpo_ray.evaluation.judges import make_judge
+from dvpo_ray.models.loading import load_tokenizer
+from dvpo_ray.policy.advantages import compute_advantages
+from dvpo_ray.policy.statistics import batch_statistics, sequence_kl
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """Some rollouts and what the frozen models say of them, as references into the object store.
+
+    Attributes:
+        rollouts: reference to a `RaggedBatch`.
+        scores: reference to a float32 [N] array for each per-token field, by the field's name.
+    """
+
+    rollouts: ObjectRef
+    scores: dict[str, ObjectRef] = field(default_factory=dict)
+
+
+class ExperienceBuilder(Actor):
+    """Advantages over the whole batch, shards for the learner, and the texts that people read."""
+
+    role = "experience"
+
+    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+        super().__init__(index, run_folder)
+        self.config = config
+        self.run_folder = Path(run_folder)
+        self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        self.judge = make_judge(config.evaluation.judge) if config.evaluation.judge != "none" else None
+        self.batch: RaggedBatch | None = None
+        self.gold: np.ndarray | None = None
+
+    # ------------------------------------------------------------------------------------------------ experience
+
+    def build(self, chunks: list[ScoredChunk], policy_version: int, kl_reward_coefficient: float, num_shards: int) -> tuple:
+        """Advantages of a step's rollouts.
+
+        Args:
+            chunks: references to rollouts, values and reference log-probs, in any order.
+            policy_version: version that every rollout must be of.
+            kl_reward_coefficient: weight of the KL penalty inside the advantage; 0 when KL is in the loss or off.
+            num_shards: learner ranks.
+
+        Returns:
+            Metrics, then one shard per rank with equal numbers of rows and like numbers of tokens. Call with
+            `num_returns=1 + num_shards`, so that a rank fetches its own part only.
+        """
+        with self.clock.busy():
+            batch = _gather(chunks)
+            if (batch.policy_version != policy_version).any():
+                raise RuntimeError(f"rollouts of policy version {sorted(set(batch.policy_version.tolist()))}, expected {policy_version}")
+            settings = self.config.advantage
+            result = compute_advantages(
+                batch,
+                mode=settings.mode,
+                gae_lambda=settings.gae_lambda,
+                kl_coefficient=kl_reward_coefficient,
+                whiten=settings.whiten,
+                truncated=settings.truncated,
+                truncation_penalty=settings.truncation_penalty,
+            )
+            self.batch = batch.with_fields(advantages=result.advantages, loss_mask=result.loss_mask.astype(np.float32))
+            self.gold = self._judge(self.batch)
+            shards = [self.batch.select(rows) for rows in balanced_shards(batch.lengths, num_shards)]
+            return (batch_statistics(self.batch, self.gold), *shards)
+
+    def write_rollouts(self, step: int) -> None:
+        """Write the batch built last to rollouts/step_*.jsonl, one row per rollout."""
+        with self.clock.busy():
+            path = self.run_folder / "rollouts" / f"step_{step:06d}.jsonl"
+            _write_jsonl(path, [self._record(r) for r in range(self.batch.num_rows)])
+
+    def _record(self, r: int) -> dict:
+        batch, response = self.batch, self.batch.response(r)
+        prompt_ids = batch.tokens[batch.offsets[r] : response.start].tolist()
+        response_ids = batch.tokens[response].tolist()
+        return {
+            "row_id": int(batch.row_ids[r]),
+            "prompt": self._text(prompt_ids),
+            "response": self._text(response_ids),
+            "prompt_ids": prompt_ids,
+            "response_ids": response_ids,
+            "tokens": [self.tokenizer.decode([token]) for token in response_ids],
+            "values": _rounded(batch.fields["values"][batch.states(r)]),
+            "advantages": _rounded(batch.fields["advantages"][response]),
+            "log_probs": _rounded(batch.fields["log_probs"][response]),
+            "reference_log_probs": _rounded(batch.fields["reference_log_probs"][response]),
+            "gold": None if self.gold is None else round(float(self.gold[r]), 6),
+            "policy_version": int(batch.policy_version[r]),
+            "truncated": bool(batch.truncated[r]),
+        }
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+
+    def evaluate(self, step: int, chunks: list[ScoredChunk]) -> dict[str, float]:
+        """Judge held-out rollouts and write them to evaluation/step_*.jsonl.
+
+        Returns:
+            `gold`, the mean score (absent without a judge), and `kl`, the mean sequence KL from the reference in nats.
+        """
+        with self.clock.busy():
+            batch = _gather(chunks)
+            gold = self._judge(batch)
+            kl = sequence_kl(batch)
+            records = [
+                {
+                    "prompt": self._text(batch.tokens[batch.offsets[r] : batch.response(r).start]),
+                    "response": self._text(batch.tokens[batch.response(r)]),
+                    "gold": None if gold is None else round(float(gold[r]), 6),
+                    "kl": round(float(kl[r]), 6),
+                }
+                for r in range(batch.num_rows)
+            ]
+            _write_jsonl(self.run_folder / "evaluation" / f"step_{step:06d}.jsonl", records)
+            return {"kl": float(kl.mean())} | ({} if gold is None else {"gold": float(gold.mean())})
+
+    def _text(self, token_ids) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _judge(self, batch: RaggedBatch) -> np.ndarray | None:
+        if self.judge is None:
+            return None
+        rows = range(batch.num_rows)
+        prompts = [self._text(batch.tokens[batch.offsets[r] : batch.response(r).start]) for r in rows]
+        return self.judge.score(prompts, [self._text(batch.tokens[batch.response(r)]) for r in rows])
+
+
+def _gather(chunks: list[ScoredChunk]) -> RaggedBatch:
+    """All rows of a step in the order of their ids, with their scores as fields."""
+    whole = []
+    for chunk in chunks:
+        rollouts, *scores = ray.get([chunk.rollouts, *chunk.scores.values()])
+        whole.append(rollouts.with_fields(**dict(zip(chunk.scores, scores, strict=True))))
+    return RaggedBatch.concatenate(whole).sorted_by_row_id()
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(v), 6) for v in values]
+
+
+def _write_jsonl(path: Path, records: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")

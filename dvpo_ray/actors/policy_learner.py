@@ -1,0 +1,223 @@
+"""The actor that trains the policy. It knows no algorithm: tokens arrive with their advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from dvpo_ray.actors.process import Actor
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.schema import Config
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.models.deepspeed import build_engine, gather_parameters, init_process_group, optimizer_step
+from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
+from dvpo_ray.models.loading import default_device, load_policy, load_tokenizer, torch_dtype
+from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
+from dvpo_ray.orchestration.weight_sync import make_sender
+from dvpo_ray.policy.losses import combine_metrics, policy_loss, truncated_importance_weights
+from dvpo_ray.policy.mismatch import mismatch_metrics
+
+
+class PolicyLearner(Actor):
+    """One data-parallel rank of the policy under DeepSpeed.
+
+    A shard has the per-token fields `advantages`, `loss_mask`, `log_probs` (the rollout engine's) and
+    `reference_log_probs`; every rank gets the same number of rows.
+    """
+
+    role = "learner"
+
+    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+        super().__init__(index, run_folder)
+        self.config = config
+        self.micro_batch_tokens = config.batch.micro_batch_tokens
+        self.optimizer_steps_per_batch = config.batch.update_epochs * config.batch.minibatches_per_epoch
+
+    # ------------------------------------------------------------------------------------------------- set-up
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and free port at which the learner's ranks can meet; asked of rank 0."""
+        from ray._common.network_utils import find_free_port
+
+        return ray.util.get_node_ip_address(), find_free_port()
+
+    def connect(self, master_addr: str, master_port: int, engines: list[ActorHandle], transport: str) -> None:
+        """Join the other ranks, shard the model, and open the channel to the rollout engines."""
+        config = self.config
+        init_process_group(self.index, config.policy.num_actors, master_addr, master_port)
+        model = load_policy(config.model)
+        disable_dropout(model)
+        if config.policy.trainable_layers is not None:
+            train_last_layers(model, config.policy.trainable_layers)
+        self.model = apply_lora(model, config.policy.lora) if config.policy.lora is not None else model
+        self.engine = build_engine(
+            self.model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps
+        )
+        self.engine.train()
+        self.sender = make_sender(transport, config, engines, self._weights, self.index)
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return full_weights(self.model, gather_parameters if self.config.policy.deepspeed.zero_stage == 3 else None)
+
+    # ------------------------------------------------------------------------------------------------- update
+
+    def update(self, shard: RaggedBatch, step: int, kl_loss_coefficient: float) -> dict[str, float]:
+        """Train on this rank's rows of a batch; a collective of all ranks.
+
+        Args:
+            step: the step's number; with the seed it decides the minibatches.
+            kl_loss_coefficient: weight of the KL loss term, 0 when KL is in the reward or off.
+
+        Returns:
+            `policy/…` and `mismatch/…` metrics of the whole batch, the same on every rank.
+        """
+        with self.clock.busy():
+            if self.config.policy.old_log_probs == "rollout":
+                shard = shard.with_fields(old_log_probs=shard.fields["log_probs"])
+            elif self.optimizer_steps_per_batch > 1:
+                shard = shard.with_fields(old_log_probs=self.log_probs(shard))
+            # Else the only optimizer step sees the ratio at 1, and its own forward pass serves as the old log-probs.
+            tally = _Tally()
+            for epoch in range(self.config.batch.update_epochs):
+                for rows in self._minibatch_rows(shard.num_rows, step, epoch):
+                    losses = self._micro_batch_losses(shard.select(rows), kl_loss_coefficient, tally)
+                    result = optimizer_step(self.engine, losses)
+                    tally.end_minibatch(result.grad_norm)
+            return tally.over_ranks() | {"policy/learning_rate": result.learning_rate}
+
+    def log_probs(self, batch: RaggedBatch) -> np.ndarray:
+        """Log-probability of every response token under the current weights, float32 [N], 0 on prompts."""
+        return batch_log_probs(self.model, batch, self.micro_batch_tokens, self.config.rollout.temperature, run=self.engine)
+
+    def _minibatch_rows(self, num_rows: int, step: int, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([self.config.seed, step, epoch, self.index]).permutation(num_rows)
+        return np.split(order, self.config.batch.minibatches_per_epoch)
+
+    def _micro_batch_losses(self, minibatch: RaggedBatch, kl_coefficient: float, tally: _Tally) -> list[Callable[[], Tensor]]:
+        """One loss function per micro-batch, as many on every rank."""
+        groups = micro_batches(minibatch.lengths, self.micro_batch_tokens)
+        tokens = _reduce(float(minibatch.fields["loss_mask"].sum()), dist.ReduceOp.SUM)
+        most = int(_reduce(float(len(groups)), dist.ReduceOp.MAX))
+        loss = partial(self._loss, minibatch, minibatch_tokens=max(1, round(tokens)), kl_coefficient=kl_coefficient, tally=tally)
+        idle = [partial(loss, groups[-1][-1:], counts=False)] * (most - len(groups))  # ranks run forward and backward together
+        return [partial(loss, rows) for rows in groups] + idle
+
+    def _loss(
+        self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, kl_coefficient: float, tally: _Tally, counts: bool = True
+    ) -> Tensor:
+        settings = self.config.policy
+        out = response_log_probs(
+            self.model,
+            batch,
+            rows,
+            temperature=self.config.rollout.temperature,
+            entropy_gradient=settings.entropy_coefficient > 0,
+            run=self.engine,
+        )
+        index = out.token_index.cpu().numpy()
+        in_loss = (batch.fields["loss_mask"][index] > 0) & counts
+        keep = torch.from_numpy(in_loss).to(out.log_probs.device)
+        new = out.log_probs[keep]
+
+        def field(name: str) -> Tensor:
+            return torch.from_numpy(batch.fields[name][index[in_loss]]).to(new.device)
+
+        engine_log_probs = field("log_probs")
+        old = field("old_log_probs") if "old_log_probs" in batch.fields else new.detach()
+        corrected = settings.old_log_probs == "recompute"
+        loss, metrics = policy_loss(
+            new,
+            old,
+            field("advantages"),
+            minibatch_tokens=minibatch_tokens,
+            clip_epsilon=settings.clip_epsilon,
+            weights=truncated_importance_weights(old, engine_log_probs, self.config.mismatch.importance_cap) if corrected else None,
+            reference_log_probs=field("reference_log_probs") if kl_coefficient else None,
+            kl_coefficient=kl_coefficient,
+            kl_estimator=self.config.kl.estimator,
+            entropy=out.entropy[keep],
+            entropy_coefficient=settings.entropy_coefficient,
+        )
+        tally.add(metrics, new, engine_log_probs)
+        return loss
+
+    # ------------------------------------------------------------------------- weights, checkpoints, final model
+
+    def sync_weights(self, version: int) -> None:
+        """Bring the current weights to all rollout engines as policy version `version`; a collective of all ranks."""
+        with self.clock.busy():
+            self.sender.send(version)
+
+    def save_checkpoint(self, folder: str) -> None:
+        """Write the sharded model, optimizer and schedule; a collective of all ranks."""
+        self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self._has_frozen_parameters)
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Continue from what `save_checkpoint` wrote; a collective of all ranks."""
+        loaded, _ = self.engine.load_checkpoint(folder, tag=_CHECKPOINT_TAG, load_module_strict=not self._has_frozen_parameters)
+        if loaded is None:
+            raise ResourceError(f"{folder}: DeepSpeed found no checkpoint of this learner")
+
+    @property
+    def _has_frozen_parameters(self) -> bool:
+        return any(not p.requires_grad for p in self.model.parameters())
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write a Hugging Face checkpoint with its tokenizer, LoRA merged; a collective of all ranks, written by rank 0."""
+        weights = {}
+        for name, tensor in self._weights():
+            if self.index == 0:
+                weights[name] = tensor.cpu().clone()
+        if self.index == 0:
+            base = self.model.get_base_model() if self.config.policy.lora is not None else self.model
+            base.save_pretrained(folder, state_dict=weights)
+            load_tokenizer(self.config.model.path, self.config.model.trust_remote_code).save_pretrained(Path(folder))
+
+
+_CHECKPOINT_TAG = "learner"
+
+
+class _Tally:
+    """Metrics of one `update`, collected by micro-batch and brought together over minibatches and ranks at the end."""
+
+    def __init__(self) -> None:
+        self._parts: list[dict[str, Tensor]] = []
+        self._minibatches: list[dict[str, float]] = []
+        self._grad_norms: list[float] = []
+        self._unchanged: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, metrics: dict[str, Tensor], learner_log_probs: Tensor, engine_log_probs: Tensor) -> None:
+        """A micro-batch. Until the first optimizer step the learner still has the weights that the engine sampled with."""
+        self._parts.append(metrics)
+        if not self._minibatches:
+            self._unchanged.append((learner_log_probs.detach().cpu().numpy(), engine_log_probs.cpu().numpy()))
+
+    def end_minibatch(self, grad_norm: float) -> None:
+        self._minibatches.append(combine_metrics(self._parts))
+        self._grad_norms.append(grad_norm)
+        self._parts = []
+
+    def over_ranks(self) -> dict[str, float]:
+        """Each minibatch summed over the ranks, then the mean (of `*_max` the maximum) over minibatches."""
+        ranks: list = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (self._minibatches, self._unchanged))
+        whole = [combine_metrics(parts) for parts in zip(*(minibatches for minibatches, _ in ranks), strict=True)]
+        metrics = {name: float((np.max if name.endswith("_max") else np.mean)([m[name] for m in whole])) for name in whole[0]}
+        learner, engine = (np.concatenate(side) for side in zip(*(pair for _, pairs in ranks for pair in pairs), strict=True))
+        return metrics | {"policy/grad_norm": float(np.mean(self._grad_norms))} | mismatch_metrics(learner, engine)
+
+
+def _reduce(value: float, op: dist.ReduceOp) -> float:
+    """A number summed, or its maximum, over all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=default_device())
+    dist.all_reduce(tensor, op)
+    return float(tensor)

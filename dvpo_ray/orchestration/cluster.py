@@ -1,0 +1,67 @@
+"""Joining or starting Ray, and calls to actors whose failures are one clear line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from dvpo_ray.config.schema import RayConfig
+from dvpo_ray.errors import InputError, ResourceError
+
+
+@contextmanager
+def connect(config: RayConfig) -> Iterator[None]:
+    """Ray for the time of a `with` block: the session this process is in, the cluster of this job or address, or a local one.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": "WARNING"}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError as error:
+            raise ResourceError(f"no Ray cluster answers at {address}; start one with `ray start --head`, or unset ray.address") from error
+    else:
+        ray.init(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            object_store_memory=int(config.object_store_gib * 2**30) if config.object_store_gib else None,
+            include_dashboard=config.dashboard,
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def get(refs, *, what: str, timeout_seconds: float | None = None):
+    """`ray.get` whose failures say what was waited for.
+
+    Args:
+        refs: one reference or a list of them.
+        what: names the work, for the error.
+
+    Raises:
+        InputError, ResourceError: as raised in the actor; or an actor died, or the time limit passed.
+    """
+    try:
+        return ray.get(refs, timeout=timeout_seconds)
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError | ResourceError):
+            raise type(error.cause)(str(error.cause)) from None
+        raise
+    except GetTimeoutError:
+        raise ResourceError(f"{what} did not finish within {timeout_seconds:g} seconds") from None
+    except RayActorError as error:
+        reason = " ".join(str(error).split())
+        raise ResourceError(f"{what}: an actor died: {reason[:300]}; its log is in the run folder's logs/") from error

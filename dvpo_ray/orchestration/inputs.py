@@ -1,0 +1,72 @@
+"""Everything a run reads, checked before any actor starts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from dvpo_ray.config.schema import Config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.prompts import Prompt, load_prompts
+from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import GVMManifest, check_tokenizer, read_manifest
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts as token ids, and what the actors must know of the tokenizer and the GVM.
+
+    Attributes:
+        prompts: training prompts.
+        heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
+        stop_token_ids: tokens that end a response.
+        manifest: of the GVM artifact.
+        notes: skipped and dropped rows, one line each.
+    """
+
+    prompts: list[list[int]]
+    heldout: list[list[int]]
+    stop_token_ids: frozenset[int]
+    manifest: GVMManifest
+    notes: list[str]
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read and check the model's tokenizer, the GVM's manifest and the prompts.
+
+    Raises:
+        InputError: anything missing, unreadable or unfit, in one line.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    context = context_tokens(config.model.path, config.model.trust_remote_code)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > context:
+        raise InputError(
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens {config.rollout.max_response_tokens} = "
+            f"{longest} tokens, but {config.model.path} has a context of {context}"
+        )
+    manifest = read_manifest(Path(config.gvm.path))
+    check_tokenizer(Path(config.gvm.path), manifest, tokenizer)
+    sets = load_prompts(config.data.prompts, config.data.on_bad_row)
+    encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
+    prompts, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
+    if not prompts:
+        raise InputError(f"{config.data.prompts.path}: no prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
+    return Inputs(
+        prompts=prompts,
+        heldout=_sample(heldout, config.evaluation.prompts, config.seed),
+        stop_token_ids=frozenset(encoder.stop_token_ids),
+        manifest=manifest,
+        notes=[*sets.skipped, *(str(row) for row in encoder.dropped)],
+    )
+
+
+def _encode(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:
+    encoded = (encoder.encode_prompt(prompt) for prompt in prompts)
+    return [ids for ids in encoded if ids is not None]
+
+
+def _sample(prompts: list[list[int]], count: int, seed: int) -> list[list[int]]:
+    return prompts if len(prompts) <= count else random.Random(seed).sample(prompts, count)

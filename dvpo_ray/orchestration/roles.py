@@ -1,0 +1,140 @@
+"""Starting the actors of a run in one placement group, and waiting for them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dvpo_ray.actors.experience_builder import ExperienceBuilder
+from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
+from dvpo_ray.actors.policy_learner import PolicyLearner
+from dvpo_ray.actors.process import Actor, environment
+from dvpo_ray.actors.rollout_engine import RolloutEngine
+from dvpo_ray.config.schema import Config, RayConfig, RoleConfig
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.orchestration.cluster import get
+from dvpo_ray.orchestration.placement import Bundle, plan_placement, total_resources
+from dvpo_ray.orchestration.weight_sync import choose_transport
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Handles of the actors of a run, by role."""
+
+    engines: list[ActorHandle]
+    scorers: list[ActorHandle]
+    references: list[ActorHandle]
+    learners: list[ActorHandle]
+    builder: ActorHandle
+
+    def by_role(self) -> dict[str, list[ActorHandle]]:
+        """The same handles under the names that metrics and logs use."""
+        return {
+            "rollout": self.engines,
+            "scorer": self.scorers,
+            "reference": self.references,
+            "learner": self.learners,
+            "experience": [self.builder],
+        }
+
+
+@contextmanager
+def start_roles(config: Config, run_folder: str, stop_token_ids: frozenset[int], max_sequence_tokens: int) -> Iterator[Roles]:
+    """All actors of a run, ready, for the time of a `with` block.
+
+    Raises:
+        ResourceError: the cluster has no room for them, or one did not start in time.
+    """
+    bundles = plan_placement(config)
+    transport = choose_transport(config)
+    group = reserve(bundles, config.ray)
+    actors: dict[str, list[ActorHandle]] = {}
+
+    def start(cls: type[Actor], settings: RoleConfig | None, *args, **env) -> list[ActorHandle]:
+        actors[cls.role] = [
+            spawn(cls, bundle, group, bundles, environment(settings or RoleConfig(), **env), config, bundle.index, run_folder, *args)
+            for bundle in bundles
+            if bundle.role == cls.role
+        ]
+        return actors[cls.role]
+
+    try:
+        rollout = config.rollout
+        roles = Roles(
+            engines=start(
+                RolloutEngine,
+                rollout,
+                stop_token_ids,
+                transport,
+                max_sequence_tokens,
+                backend=rollout.backend,
+                kv_cache_gib=rollout.kv_cache_gib,
+            ),
+            scorers=start(ValueScorer, config.scorer),
+            references=start(ReferenceModel, config.reference),
+            learners=start(PolicyLearner, config.policy),
+            builder=start(ExperienceBuilder, None)[0],
+        )
+        wait_until_ready(actors, rollout.start_timeout_seconds)
+        address = get(roles.learners[0].rendezvous.remote(), what="learner rendezvous")
+        joined = [learner.connect.remote(*address, roles.engines, transport) for learner in roles.learners]
+        get(joined, what="the learner's start", timeout_seconds=rollout.start_timeout_seconds)
+        yield roles
+    finally:
+        for handle in [handle for handles in actors.values() for handle in handles]:
+            ray.kill(handle)
+        remove_placement_group(group)
+
+
+def reserve(bundles: list[Bundle], settings: RayConfig) -> PlacementGroup:
+    """A placement group for the bundles that reserve anything.
+
+    Raises:
+        ResourceError: the cluster didn't have the room within `ray.placement_timeout_seconds`.
+    """
+    resources = [_resources(bundle) for bundle in bundles if _resources(bundle)]
+    group = placement_group(resources, strategy=settings.placement_strategy)
+    ready, _ = ray.wait([group.ready()], timeout=_patience(bundles, settings))
+    if not ready:
+        remove_placement_group(group)
+        cpus, gpus = total_resources(bundles)
+        have = ray.cluster_resources()
+        raise ResourceError(
+            f"the run needs {cpus:g} CPUs and {gpus:g} GPUs, but the Ray cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs "
+            "in all; lower cpus_per_actor, gpus_per_actor or num_actors of a role, or free resources (waited "
+            f"{_patience(bundles, settings):g} s, ray.placement_timeout_seconds)"
+        )
+    return group
+
+
+def _patience(bundles: list[Bundle], settings: RayConfig) -> float:
+    """Seconds to wait for room: none to speak of when the whole cluster, empty, would not have it and can't grow by itself."""
+    cpus, gpus = total_resources(bundles)
+    have = ray.cluster_resources()
+    fits = have.get("CPU", 0) >= cpus and have.get("GPU", 0) >= gpus
+    return settings.placement_timeout_seconds if fits or settings.autoscaling else 1.0
+
+
+def _resources(bundle: Bundle) -> dict[str, float]:
+    return {name: amount for name, amount in (("CPU", bundle.cpus), ("GPU", bundle.gpus)) if amount > 0}
+
+
+def spawn(cls: type[Actor], bundle: Bundle, group: PlacementGroup, bundles: list[Bundle], env: dict[str, str], *args) -> ActorHandle:
+    """Create one named actor in its bundle."""
+    options: dict = {"name": f"{bundle.role}-{bundle.index}", "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "runtime_env": {"env_vars": env}}
+    if _resources(bundle):
+        place = [b for b in bundles if _resources(b)].index(bundle)
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place)
+    return ray.remote(cls).options(**options).remote(*args)
+
+
+def wait_until_ready(actors: dict[str, list[ActorHandle]], timeout_seconds: float) -> dict[str, list[int]]:
+    """Wait for the constructors of all actors and return their process ids by role."""
+    pending = {role: [handle.ready.remote() for handle in handles] for role, handles in actors.items()}
+    return {role: get(refs, what=f"the start of {role}", timeout_seconds=timeout_seconds) for role, refs in pending.items()}

@@ -1,0 +1,139 @@
+"""`dvpo train`, from a config to a finished run folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from dvpo_ray.config import Config, dump_config
+from dvpo_ray.evaluation.gain import gold_gain
+from dvpo_ray.monitoring.memory import PeakMemory
+from dvpo_ray.monitoring.metrics import MetricsLog
+from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.orchestration import checkpoints
+from dvpo_ray.orchestration.cluster import connect, get
+from dvpo_ray.orchestration.inputs import Inputs, load_inputs
+from dvpo_ray.orchestration.loop import Loop
+from dvpo_ray.orchestration.roles import Roles, start_roles
+
+
+def train(config: Config, resume: bool = False) -> Path:
+    """Optimise the policy of a config in `config.out` and return that folder.
+
+    Args:
+        resume: continue the run in that folder from its last whole checkpoint.
+
+    Raises:
+        InputError, ResourceError: in one line; bad input is found before any actor starts.
+    """
+    run_folder = Path(config.out).resolve()
+    inputs = load_inputs(config)
+    checkpoint = checkpoints.last_whole(run_folder) if resume else None
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return Run(config, run_folder, inputs).train(checkpoint)
+
+
+class Run:
+    """One run in its folder: steps, evaluations, checkpoints, the final model and the summary."""
+
+    def __init__(self, config: Config, run_folder: Path, inputs: Inputs) -> None:
+        self.config = config
+        self.run_folder = run_folder
+        self.inputs = inputs
+        self.started = time.time()
+        self.memory = PeakMemory()
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.last_step = 0
+
+    def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
+        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
+        state = "failed"
+        try:
+            with connect(self.config.ray), self.memory:
+                with start_roles(self.config, str(self.run_folder), self.inputs.stop_token_ids, longest) as roles:
+                    self._optimise(roles, checkpoint)
+            state = "finished"
+        except KeyboardInterrupt:
+            state = "interrupted"
+            raise
+        finally:
+            self._summarise(state)
+        return self.run_folder
+
+    def _optimise(self, roles: Roles, checkpoint: tuple[Path, dict] | None) -> None:
+        loop = Loop(self.config, roles, self.inputs.prompts, self.inputs.heldout)
+        first = 1
+        if checkpoint is not None:
+            first = self._restore(loop, roles, *checkpoint) + 1
+        else:
+            self._evaluate(loop, 0)
+        settings = self.config.model_dump(mode="json")
+        with MetricsLog(self.run_folder, self.config.train.trackers, resume_step=first - 1 if checkpoint else None, config=settings) as log:
+            for step in range(first, self.config.train.steps + 1):
+                metrics = loop.step(step)
+                log.write(step, metrics)
+                self.last_step = step
+                if self._is_due(step, self.config.checkpoint.every_steps):
+                    self._save(loop, roles, step)
+                if self._is_due(step, self.config.evaluation.every_steps):
+                    self._evaluate(loop, step)
+        if self.config.train.steps not in self.evaluations:
+            self._evaluate(loop, self.config.train.steps)
+        self._save_final(roles)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _evaluate(self, loop: Loop, step: int) -> None:
+        if self.inputs.heldout:
+            self.evaluations[step] = loop.evaluate(step)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _save(self, loop: Loop, roles: Roles, step: int) -> None:
+        draft = checkpoints.begin(self.run_folder, step)
+        get([learner.save_checkpoint.remote(str(draft / "learner")) for learner in roles.learners], what="saving a checkpoint")
+        state = {"step": step, "kl": loop.kl.state_dict(), "evaluations": {str(k): v for k, v in self.evaluations.items()}}
+        checkpoints.commit(draft, state, self.config.checkpoint.keep)
+
+    def _restore(self, loop: Loop, roles: Roles, folder: Path, state: dict) -> int:
+        """Bring every role to the state of a checkpoint; returns its step."""
+        get([learner.load_checkpoint.remote(str(folder / "learner")) for learner in roles.learners], what="loading a checkpoint")
+        loop.kl.load_state_dict(state["kl"])
+        self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
+        self.last_step = state["step"]
+        loop.sync(state["step"])
+        return state["step"]
+
+    def _save_final(self, roles: Roles) -> None:
+        draft = self.run_folder / ".final.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        get([learner.save_pretrained.remote(str(draft)) for learner in roles.learners], what="saving the final model")
+        shutil.rmtree(self.run_folder / "final", ignore_errors=True)
+        os.rename(draft, self.run_folder / "final")
+
+    # ---------------------------------------------------------------------------------------------------- summary
+
+    def _summarise(self, state: str) -> None:
+        last = max(self.evaluations, default=0)
+        summary = {
+            "name": self.config.name,
+            "state": state,
+            "steps": self.last_step,
+            "algorithm": self.config.algorithm,
+            "advantage_mode": self.config.advantage.mode,
+            "model": self.config.model.path,
+            "seed": self.config.seed,
+            "gvm": {"path": self.config.gvm.path, "heldout_accuracy": self.inputs.manifest.heldout_accuracy},
+            "duration_seconds": round(time.time() - self.started, 1),
+            "peak_memory_gib": round(self.memory.peak_gib, 3),
+            "notes": self.inputs.notes,
+        }
+        if last > 0:
+            summary["kl"] = {"after_mean": self.evaluations[last]["kl"]}
+            if "gold" in self.evaluations[last]:
+                summary["gold"] = gold_gain(self.run_folder, last)
+        write_summary(self.run_folder, summary)

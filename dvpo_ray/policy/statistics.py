@@ -1,0 +1,58 @@
+"""What a step's batch says about itself: the `reward/`, `value/`, `advantage/`, `kl/` and `response_length/` metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dvpo_ray.batch import RaggedBatch
+
+
+def sequence_kl(batch: RaggedBatch) -> np.ndarray:
+    """Sum over a response's tokens of log pi - log pi_ref, in nats, float64 [R]: a one-sample estimate of each row's KL."""
+    kl = (batch.fields["log_probs"].astype(np.float64) - batch.fields["reference_log_probs"])[batch.response_mask]
+    ends = np.cumsum(batch.response_lengths)
+    return np.diff(np.concatenate([[0.0], np.concatenate([[0.0], np.cumsum(kl)])[ends]]))
+
+
+def explained_variance(values: list[np.ndarray]) -> float:
+    """1 - Var(V_T - V_t) / Var(V_T) over all states t < T: how well earlier values foresee the terminal one.
+
+    Args:
+        values: the T + 1 values of each row.
+
+    Returns:
+        The fraction, at most 1; NaN when the terminal values don't vary.
+    """
+    earlier = np.concatenate([v[:-1] for v in values]).astype(np.float64)
+    terminal = np.concatenate([np.full(len(v) - 1, v[-1]) for v in values]).astype(np.float64)
+    variance = terminal.var()
+    return float(1.0 - (terminal - earlier).var() / variance) if variance > 0 else float("nan")
+
+
+def batch_statistics(batch: RaggedBatch, gold: np.ndarray | None) -> dict[str, float]:
+    """Metrics of a batch with `values`, `advantages`, `loss_mask`, `log_probs` and `reference_log_probs`.
+
+    Args:
+        gold: float [R], the gold judge's scores, where there is a judge.
+    """
+    values = [batch.fields["values"][batch.states(r)] for r in range(batch.num_rows)]
+    all_values = np.concatenate(values).astype(np.float64)
+    advantages = batch.fields["advantages"][batch.fields["loss_mask"] > 0].astype(np.float64)
+    kl = sequence_kl(batch)
+    lengths = batch.response_lengths
+    metrics = {
+        "value/mean": all_values.mean(),
+        "value/std": all_values.std(),
+        "value/terminal_mean": np.mean([v[-1] for v in values], dtype=np.float64),
+        "value/explained_variance": explained_variance(values),
+        "kl/reference_mean": kl.mean(),
+        "kl/reference_max": kl.max(),
+        "response_length/mean": lengths.mean(),
+        "response_length/max": lengths.max(),
+        "response_length/truncated_fraction": batch.truncated.mean(),
+    }
+    if len(advantages):
+        metrics |= {f"advantage/{name}": getattr(np, name)(advantages) for name in ("mean", "std", "min", "max")}
+    if gold is not None:
+        metrics |= {"reward/gold_mean": gold.mean(dtype=np.float64), "reward/gold_std": gold.std(dtype=np.float64)}
+    return {name: float(value) for name, value in metrics.items()}
