@@ -1,0 +1,268 @@
+"""The saved Global Value Model: a Hugging Face folder plus `gvm.json`, which says what the values mean and is checked on loading."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
+from dvpo_ray.gvm.model import first_line, head_parameters, load_token_classifier
+
+FORMAT_VERSION = 1
+MANIFEST = "gvm.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class HeadSpec(_Part):
+    """The linear layer that turns a hidden state into a value."""
+
+    name: str = Field(description="Parameter name of its weight.")
+    shape: list[int] = Field(description="[1, hidden size].")
+    dtype: str = Field(description="Dtype of the saved weight.")
+
+
+class ObjectiveSpec(_Part):
+    """What the values were regressed on."""
+
+    name: Literal["td0", "td_lambda", "monte_carlo"]
+    td_lambda: float = Field(description="Trace decay; used by td_lambda alone.")
+    bradley_terry_weight: float
+    bradley_terry_value: Literal["last", "mean"]
+
+
+class OutcomeSpec(_Part):
+    """The unit of the values."""
+
+    kind: Literal["binary", "score"] = Field(description="binary: +1 chosen, -1 rejected; score: the data's score per response.")
+    scale: float = Field(description="Scores were multiplied by this.")
+
+
+class TrainingDataSpec(_Part):
+    """The pairs the model learnt from."""
+
+    path: str
+    fingerprint: str = Field(description="SHA-256 over token ids, row lengths and outcomes.")
+    pairs: int
+    heldout_pairs: int
+
+
+class GVMManifest(_Part):
+    """The content of gvm.json."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    base_model: str = Field(description="Checkpoint the trunk started from.")
+    num_layers: int = Field(description="Decoder layers that were kept.")
+    tokenizer_sha256: str = Field(description="Over vocabulary, merges, special and added tokens.")
+    chat_template_sha256: str | None
+    chat_template: Literal["auto", "plain"] = Field(description="How messages became text in training.")
+    head: HeadSpec
+    objective: ObjectiveSpec
+    outcome: OutcomeSpec
+    value_position: Literal["after_token"] = Field("after_token", description="The logit at a token is the value of the state after it.")
+    end_of_response: Literal["appended_once_unless_truncated"] = Field(
+        "appended_once_unless_truncated", description="A finished response ends with one end-of-turn token, and the value there is supervised."
+    )
+    training_data: TrainingDataSpec
+    heldout_accuracy: dict[str, float] = Field(description="Pairwise accuracy on held-out prompts by view of the values.")
+    heldout_regression: dict[str, float] = Field(description="Mean squared error and explained variance on held-out prompts.")
+    weights_sha256: dict[str, str] = Field(default_factory=dict, description="Hash of each weight file; filled in when saved.")
+
+
+# ---------------------------------------------------------------------------------------------------------- saving
+
+
+def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, manifest: GVMManifest) -> Path:
+    """Write an artifact in one move: the folder is whole or not there.
+
+    Args:
+        model: names the architecture and its config.
+        state: every weight under its checkpoint name.
+
+    Raises:
+        ResourceError: the disk is full; nothing is left behind.
+    """
+    with whole_folder(folder) as draft:
+        model.save_pretrained(draft, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
+        tokenizer.save_pretrained(draft)
+        hashes = {file.name: _file_hash(file) for file in sorted(draft.glob("*.safetensors"))}
+        whole = manifest.model_copy(update={"weights_sha256": hashes})
+        (draft / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n")
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft folder that takes the place of `folder` when the block ends well, and is removed when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(draft, folder)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if _disk_full(error):
+            raise ResourceError(f"{folder}: no space left on the disk; free some or choose another --out") from error
+        raise
+
+
+def _disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, SafetensorError) and "No space left" in str(error)
+
+
+def head_spec(state: dict[str, torch.Tensor], model: PreTrainedModel) -> HeadSpec:
+    """The head's entry of the manifest from the weights that will be saved."""
+    name = _head_weight(model)
+    return HeadSpec(name=name, shape=list(state[name].shape), dtype=str(state[name].dtype).removeprefix("torch."))
+
+
+def _head_weight(model: PreTrainedModel) -> str:
+    return next(name for name, _ in head_parameters(model) if name.endswith("weight"))
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def load_gvm(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, GVMManifest]:
+    """Load an artifact for scoring: in evaluation mode, no gradients, the head in float32.
+
+    Args:
+        dtype: of the trunk. The head reads its states in float32 and returns float32, because rounding a value near 1 to
+            bfloat16 would cost 0.004, more than most tokens change it.
+        tokenizer: the tokenizer of the run; must be the one the GVM was trained with.
+
+    Raises:
+        InputError: no artifact, an unknown format version, another tokenizer or chat template, damaged weights, or a head
+            that is missing or has another shape.
+    """
+    folder = Path(path).expanduser()
+    manifest = read_manifest(folder)
+    if tokenizer is not None:
+        check_tokenizer(folder, manifest, tokenizer)
+    check_weights(folder, manifest)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model, report = load_token_classifier(str(folder), config, dtype, attention, trust_remote_code)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{folder}: weights are missing and would be newly initialised: {', '.join(missing[:3])}; train the GVM again")
+    model.requires_grad_(False).eval().to(device)
+    _float32_head(model)
+    return model, manifest
+
+
+def read_manifest(folder: Path) -> GVMManifest:
+    """Read and check gvm.json.
+
+    Raises:
+        InputError: the file is missing, unreadable or of another format version.
+    """
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give a GVM artifact made by `dvpo gvm train`")
+    if not file.is_file():
+        raise InputError(f"{folder}: no {MANIFEST}, so this is no GVM artifact; give a folder made by `dvpo gvm train`")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as JSON: {first_line(error)}; train the GVM again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise InputError(f"{file}: format_version is {json.dumps(version)}, this program reads version {FORMAT_VERSION}")
+    try:
+        return GVMManifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{file}: {key}: {first['msg']}; train the GVM again") from error
+
+
+def check_tokenizer(folder: Path, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a GVM that was trained on other ids than the run's tokenizer makes.
+
+    Raises:
+        InputError: the vocabulary, merges, special tokens or chat template differ.
+    """
+    if tokenizer_hash(tokenizer) != manifest.tokenizer_sha256:
+        raise InputError(
+            f"{folder}: this GVM was trained with another tokenizer than {tokenizer.name_or_path} has; "
+            f"use a GVM and a policy with one tokenizer (this one started from {manifest.base_model})"
+        )
+    if manifest.chat_template == "auto" and chat_template_hash(tokenizer) != manifest.chat_template_sha256:
+        raise InputError(
+            f"{folder}: this GVM was trained with another chat template than {tokenizer.name_or_path} has; "
+            f"use the template of {manifest.base_model} or train the GVM again"
+        )
+
+
+def check_weights(folder: Path, manifest: GVMManifest) -> None:
+    """Refuse weight files that are missing, truncated or changed, and a head that is not in them.
+
+    Raises:
+        InputError: names the file or the head.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    lost = sorted(set(manifest.weights_sha256) - {file.name for file in files})
+    if lost or not files:
+        raise InputError(
+            f"{folder}: weight file {lost[0] if lost else 'model.safetensors'} is missing; copy the artifact whole or train the GVM again"
+        )
+    shapes = _tensor_shapes(files)
+    head = manifest.head
+    if head.name not in shapes:
+        raise InputError(f"{folder}: the value head {head.name} is not in the weights and would be newly initialised; train the GVM again")
+    if shapes[head.name] != head.shape:
+        raise InputError(f"{folder}: the value head {head.name} has shape {shapes[head.name]}, {MANIFEST} says {head.shape}; train the GVM again")
+    for file in files:
+        if _file_hash(file) != manifest.weights_sha256.get(file.name):
+            raise InputError(f"{file}: the weights are not those that were saved (SHA-256 differs from {MANIFEST}); copy the artifact again")
+
+
+def _tensor_shapes(files: list[Path]) -> dict[str, list[int]]:
+    """Shape of every tensor by name, read from the headers; a truncated file already shows there."""
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                shapes |= {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: damaged or truncated weights ({first_line(error)}); copy the artifact again") from error
+    return shapes
+
+
+def _float32_head(model: PreTrainedModel) -> None:
+    name = _head_weight(model).removesuffix(".weight")
+    head = model.get_submodule(name).float()
+    head.register_forward_pre_hook(lambda _module, args: (args[0].float(),))

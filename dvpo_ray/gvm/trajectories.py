@@ -1,0 +1,118 @@
+"""Preference pairs as trajectories: one ragged batch, two rows a pair, an outcome per row; and how a minibatch is cut up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.data.encoding import EncodedPair
+from dvpo_ray.errors import InputError
+from dvpo_ray.models.forward import micro_batches
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """P preference pairs.
+
+    Attributes:
+        batch: 2P rows; row 2p is the chosen response of pair p and row 2p + 1 the rejected one.
+        outcomes: float32 [2P], r of each row.
+    """
+
+    batch: RaggedBatch
+    outcomes: np.ndarray
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.outcomes) // 2
+
+    @property
+    def pair_tokens(self) -> np.ndarray:
+        """Padded tokens of each pair, int64 [P]: twice its longer row, because the two share a micro-batch."""
+        return 2 * self.batch.lengths.reshape(-1, 2).max(axis=1)
+
+    @property
+    def pair_states(self) -> np.ndarray:
+        """Supervised states of each pair, int64 [P]."""
+        return (self.batch.response_lengths + 1).reshape(-1, 2).sum(axis=1)
+
+    def select(self, pairs: np.ndarray) -> Trajectories:
+        """The given pairs, in the given order."""
+        rows = (2 * np.asarray(pairs, dtype=np.int64)[:, None] + np.array([0, 1])).reshape(-1)
+        return Trajectories(self.batch.select(rows), self.outcomes[rows])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over tokens, row lengths and outcomes: the same for the same training data, however it was stored."""
+        digest = hashlib.sha256()
+        for array in (self.batch.tokens, self.batch.offsets, self.batch.prompt_lengths, self.outcomes):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def build_trajectories(pairs: Iterable[EncodedPair], outcome: Literal["binary", "score"], scale: float) -> Trajectories:
+    """Lay encoded pairs out as trajectories.
+
+    Args:
+        outcome: `binary` gives +1 to chosen and −1 to rejected responses, `score` the data's score of each times `scale`.
+
+    Raises:
+        InputError: a pair has no scores, but `score` was asked for.
+    """
+    prompts, responses, truncated, outcomes = [], [], [], []
+    for pair in pairs:
+        prompts += [pair.prompt, pair.prompt]
+        responses += [pair.chosen, pair.rejected]
+        truncated += [pair.chosen_truncated, pair.rejected_truncated]
+        outcomes += _outcomes(pair, outcome, scale)
+    return Trajectories(RaggedBatch.from_rows(prompts, responses, truncated=truncated), np.array(outcomes, dtype=np.float32))
+
+
+def _outcomes(pair: EncodedPair, outcome: Literal["binary", "score"], scale: float) -> list[float]:
+    if outcome == "binary":
+        return [1.0, -1.0]
+    if pair.chosen_score is None or pair.rejected_score is None:
+        raise InputError(
+            f"{pair.where}: gvm.outcome is score, but the row has no chosen_score and rejected_score; add them or set gvm.outcome=binary"
+        )
+    return [scale * pair.chosen_score, scale * pair.rejected_score]
+
+
+def state_index(batch: RaggedBatch) -> np.ndarray:
+    """Positions of all T + 1 states of every row in the batch's flat arrays, int64 [S], row after row."""
+    first = batch.offsets[:-1] + batch.prompt_lengths - 1
+    lengths = batch.response_lengths + 1
+    return np.repeat(first - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+
+
+def minibatches(num_pairs: int, pairs_per_step: int, epoch: int, seed: int) -> list[np.ndarray]:
+    """The pairs of each optimizer step of one epoch: a fresh shuffle cut into nearly equal parts of at most `pairs_per_step`.
+
+    Equal parts, because a last minibatch of a few pairs would move the weights as far as a full one.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+    return np.array_split(order, -(-num_pairs // pairs_per_step))
+
+
+def plan_minibatch(pair_tokens: np.ndarray, world_size: int, max_tokens: int) -> list[list[np.ndarray]]:
+    """Deal a minibatch out to the workers as micro-batches of at most `max_tokens` padded tokens.
+
+    Every worker gets the same number of micro-batches, because each one is a collective under ZeRO. To that end the
+    micro-batches with most pairs are halved; workers that still have none to do get an empty one.
+
+    Args:
+        pair_tokens: int64 [P], padded tokens of each pair of the minibatch.
+
+    Returns:
+        For each worker its micro-batches: indices into the minibatch, every pair exactly once over all workers.
+    """
+    groups = micro_batches(pair_tokens, max_tokens)
+    while len(groups) % world_size and max(map(len, groups)) > 1:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+        groups[largest : largest + 1] = np.array_split(groups[largest], 2)
+    groups += [np.zeros(0, np.int64)] * (-len(groups) % world_size)
+    return [groups[worker::world_size] for worker in range(world_size)]
