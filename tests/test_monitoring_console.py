@@ -1,0 +1,203 @@
+"""The console of a run, and the files that the output of actors goes to."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from rich.console import Console
+
+from dvpo_ray.monitoring.console import PLAIN_PERIOD_SECONDS, RunConsole, duration, key_metrics
+
+METRICS = {"reward/gold_mean": 0.6123, "kl/reference_mean": 4.2, "value/terminal_mean": 0.331, "time/step_seconds": 8.11, "policy/loss": 0.1}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def plain(clock) -> tuple[RunConsole, io.StringIO]:
+    out = io.StringIO()
+    return RunConsole(Console(file=out, force_terminal=False, width=60), clock), out
+
+
+def live() -> tuple[RunConsole, io.StringIO]:
+    out = io.StringIO()
+    return RunConsole(Console(file=out, force_terminal=True, width=80, highlight=False, color_system=None)), out
+
+
+def test_key_metrics():
+    assert key_metrics(METRICS) == "gold 0.612 · KL 4.20 nats · value 0.331 · 8.1 s/step"
+    assert key_metrics({"kl/reference_mean": 0.5, "reward/gold_mean": None}) == "KL 0.50 nats"
+    assert key_metrics({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (3599.7, "1 h 00 min"), (7800, "2 h 10 min")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_plain_lines_come_from_time_to_time(plain, clock):
+    console, out = plain
+    with console, console.stage("policy optimisation", 4, unit="steps") as stage:
+        for step in (1, 2, 3, 4):
+            clock.now += PLAIN_PERIOD_SECONDS * 2 / 3
+            stage.step(step, METRICS)
+    numbers = key_metrics(METRICS)
+    assert out.getvalue().splitlines() == [
+        "policy optimisation: 0/4 steps",
+        f"policy optimisation: 2/4 steps · {numbers} · 20 s left",
+        f"policy optimisation: 4/4 steps · {numbers} · done in 40 s",
+    ]
+
+
+def test_plain_lines_of_a_resumed_stage_estimate_from_what_was_done_here(plain, clock):
+    console, out = plain
+    with console, console.stage("policy optimisation", 12, done=10, unit="steps") as stage:
+        clock.now = 60.0
+        stage.step(11, {})
+        stage.step(12, {})
+    assert out.getvalue().splitlines()[:2] == ["policy optimisation: 10/12 steps", "policy optimisation: 11/12 steps · 1 min 00 s left"]
+
+
+def test_plain_lines_of_a_stage_of_unknown_length(plain, clock):
+    console, out = plain
+    with console, console.stage("reading prompts", unit="rows") as stage:
+        clock.now = 20.0
+        stage.advance(7, "helpful.jsonl")
+        stage.advance(1)
+    assert out.getvalue().splitlines() == [
+        "reading prompts: starts",
+        "reading prompts: 7 rows · helpful.jsonl",
+        "reading prompts: 8 rows · helpful.jsonl · done in 20 s",
+    ]
+
+
+def test_a_failed_stage_does_not_say_done(plain):
+    console, out = plain
+    with pytest.raises(RuntimeError), console, console.stage("evaluation", 2):
+        raise RuntimeError
+    assert "done" not in out.getvalue()
+
+
+def test_plain_output_has_no_control_characters_and_keeps_long_lines_whole(plain):
+    console, out = plain
+    with console:
+        console.header("DVPO", {"model": "SmolLM2-135M-Instruct", "settings": "[bold]" + "x" * 100})
+        console.say("[red]" + "y" * 100)
+        console.warn("held-out accuracy is low")
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert text.splitlines() == [
+        "DVPO",
+        "  model: SmolLM2-135M-Instruct",
+        "  settings: [bold]" + "x" * 100,
+        "[red]" + "y" * 100,
+        "warning: held-out accuracy is low",
+    ]
+
+
+def test_live_bars_show_the_key_metrics():
+    console, out = live()
+    with console:
+        console.header("DVPO", {"model": "SmolLM2"})
+        with console.stage("policy optimisation", 2, unit="steps") as stage:
+            stage.step(1, METRICS)
+            stage.step(2, METRICS)
+        console.say("[not markup]")
+    text = out.getvalue()
+    assert "SmolLM2" in text and "[not markup]" in text
+    assert "policy optimisation" in text and "0/2 steps" in text
+    assert f"✓ policy optimisation  2 steps in 0 s · {key_metrics(METRICS)}" in text
+
+
+def test_a_live_bar_and_its_details_fit_80_columns():
+    console, out = live()
+    with console, console.stage("policy optimisation", 100, unit="steps") as stage:
+        stage.step(99, METRICS)
+        console._bars.refresh()
+    assert "99/100 steps" in out.getvalue() and "…" not in out.getvalue()
+
+
+def test_the_cursor_is_back_after_a_failure():
+    console, out = live()
+    with pytest.raises(RuntimeError), console, console.stage("evaluation", 2):
+        raise RuntimeError
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
+
+
+def test_everything_a_process_writes_goes_to_the_file(tmp_path):
+    log = tmp_path / "logs" / "actor.log"
+    program = f"""
+        import os, subprocess, sys
+        print("before")
+        from dvpo_ray.monitoring.logs import redirect_process_output
+        redirect_process_output({str(log)!r})
+        print("from print")
+        print("from stderr", file=sys.stderr)
+        os.write(1, b"from C\\n")
+        subprocess.run([sys.executable, "-c", "print('from a child')"])
+        print("the last words \\udc80")
+        os._exit(1)  # without any flush, as a killed actor
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("before\n", "")
+    assert log.read_text().splitlines() == ["from print", "from stderr", "from C", "from a child", "the last words \\udc80"]
+
+
+def test_a_restarted_actor_keeps_the_log_of_its_predecessor(tmp_path):
+    program = f"from dvpo_ray.monitoring.logs import redirect_process_output as r; r({str(tmp_path / 'a.log')!r}); print('hello')"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], check=True)
+    assert (tmp_path / "a.log").read_text() == "hello\nhello\n"
+
+
+def test_quiet_libraries_leaves_the_users_choice(monkeypatch):
+    from dvpo_ray.monitoring.logs import quiet_libraries
+
+    monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "info"})
+    monkeypatch.setattr(logging.getLogger("ray"), "level", logging.INFO)
+    quiet_libraries()
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    assert os.environ["TQDM_DISABLE"] == "1"
+    assert not logging.getLogger("ray").isEnabledFor(logging.INFO)
+
+
+@pytest.mark.slow
+def test_output_of_a_ray_actor_goes_to_its_file(tmp_path):
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
+    try:
+
+        @ray.remote(num_cpus=1)
+        class Talker:
+            def __init__(self, path):
+                from dvpo_ray.monitoring.logs import redirect_process_output
+
+                redirect_process_output(path)
+
+            def talk(self):
+                print("from print")
+                os.system("echo from a child")
+                return True
+
+        assert ray.get(Talker.remote(str(tmp_path / "talker.log")).talk.remote())
+        assert (tmp_path / "talker.log").read_text().splitlines() == ["from print", "from a child"]
+    finally:
+        ray.shutdown()
