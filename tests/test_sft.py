@@ -1,0 +1,118 @@
+"""The supervised warm start: which rows it takes, what of them it learns, and that it learns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dvpo_ray.config import Config
+from dvpo_ray.errors import InputError
+
+
+def write_rows(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def config(model, path: str = "rows.jsonl", **sections) -> Config:
+    return Config(model={"path": str(model), "dtype": "float32"}, data={"sft": path}, **sections)
+
+
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Good day"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "Once upon a time"}, [(None, "Once upon a time")]),
+        ({"prompt": "Hi", "completion": "Good day"}, [("Hi", "Good day")]),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, [([USER], [ASSISTANT])]),
+        ({"messages": [USER, ASSISTANT]}, [([USER], [ASSISTANT])]),
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, [([USER], [ASSISTANT]), ([USER, ASSISTANT, USER], [ASSISTANT])]),
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, [("Add\n\n1 2", "3")]),
+        ({"instruction": "Add", "input": "", "output": "3"}, [("Add", "3")]),
+    ],
+)
+def test_layouts(row, expected):
+    from dvpo_ray.sft import parse_answers
+
+    assert [(answer.prompt, answer.answer) for answer in parse_answers(row, "here")] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"prompt": "Hi"}, "rows.jsonl:2: no `completion`; the row has prompt"),
+        ({"instruction": "Add", "input": "1"}, "rows.jsonl:2: no `output`; the row has instruction, input"),
+        ({"instruction": "Add", "output": " "}, "rows.jsonl:2: `output` is empty text"),
+        ({"messages": [USER]}, "rows.jsonl:2: `messages` has no assistant message that answers another one"),
+        (
+            {"question": "Hi"},
+            "rows.jsonl:2: needs `messages`, `prompt` and `completion`, `instruction` and `output`, or `text`; the row has question",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, row, line):
+    from dvpo_ray.sft import load_answers
+
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, row])
+    with pytest.raises(InputError) as caught:
+        load_answers(path, "error")
+    assert str(caught.value) == f"{tmp_path}/{line}"
+    assert len(load_answers(path, "skip")) == 1
+
+
+def test_only_answers_are_learned_and_each_ends_once(tiny_chat_model):
+    from dvpo_ray.models.loading import load_tokenizer
+    from dvpo_ray.sft import Answer, encode_answers
+
+    tokenizer = load_tokenizer(str(tiny_chat_model))
+    chat, text = encode_answers([Answer([USER], [ASSISTANT], "a"), Answer(None, "Once", "b")], tokenizer, config(tiny_chat_model))
+    prompt = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
+    answer = [*tokenizer("Good day", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(chat["input_ids"][: -len(answer)]) == prompt
+    assert chat["input_ids"][-len(answer) :] == answer
+    assert chat["labels"] == [-100] * (len(chat["input_ids"]) - len(answer)) + answer
+    assert text["labels"] == text["input_ids"] == [*tokenizer("Once")["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.slow
+def test_the_loss_falls_and_the_checkpoint_loads(tiny_chat_model, tmp_path):
+    from dvpo_ray.models.loading import load_policy, load_tokenizer
+    from dvpo_ray.sft import train_sft
+
+    path = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"Say it {n}", "output": "Good day to you"} for n in range(16)])
+    settings = config(tiny_chat_model, path, sft={"learning_rate": 1e-2, "epochs": 6, "batch_size": 4}, checkpoint={"every_steps": 10})
+    final = train_sft(settings, tmp_path / "run", resume=False)
+    losses = [json.loads(line)["sft/loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 24
+    assert losses[-1] < 0.2 * losses[0]
+
+    model, tokenizer = load_policy(settings.model.model_copy(update={"path": str(final)})), load_tokenizer(str(final))
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Say it 3"}], add_generation_prompt=True, return_tensors="pt")
+    prompt = prompt["input_ids"] if not hasattr(prompt, "shape") else prompt
+    answer = model.generate(prompt, max_new_tokens=30, do_sample=False)[0, prompt.shape[1] :]
+    assert tokenizer.decode(answer) == "Good day to you<|im_end|>"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_chat_model, tmp_path):
+    import shutil
+
+    import torch
+
+    from dvpo_ray.models.loading import load_policy
+    from dvpo_ray.sft import train_sft
+
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Number {n}", "completion": f"It is {n}"} for n in range(12)])
+    settings = config(tiny_chat_model, path, sft={"learning_rate": 1e-3, "batch_size": 4, "epochs": 2}, checkpoint={"every_steps": 4})
+    whole = train_sft(settings, tmp_path / "whole", resume=False)
+    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-4", tmp_path / "stopped" / "checkpoints" / "checkpoint-4")
+    resumed = train_sft(settings, tmp_path / "stopped", resume=True)
+
+    left, right = (load_policy(settings.model.model_copy(update={"path": str(folder)})) for folder in (whole, resumed))
+    for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
+        assert torch.equal(a, b), name
