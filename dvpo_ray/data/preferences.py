@@ -1,0 +1,291 @@
+"""Preference pairs: the column layouts that TRL documents, UltraFeedback, and their held-out split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from dvpo_ray.config.schema import PreferenceData
+from dvpo_ray.data.reading import read_rows
+from dvpo_ray.data.rows import (
+    BadRow,
+    Content,
+    Messages,
+    checked_content,
+    checked_flag,
+    checked_name,
+    checked_prompt,
+    checked_response,
+    checked_score,
+    content_text,
+    first_present,
+    parse_rows,
+    required,
+)
+from dvpo_ray.data.splitting import load_split, prompt_key
+from dvpo_ray.errors import InputError
+
+# Where a dialogue of Anthropic's hh-rlhf hands over to the assistant; both of its responses follow the last one they share.
+HH_ASSISTANT = "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One prompt and two responses to it, of which the first was preferred.
+
+    Attributes:
+        prompt: text, or messages that end with the turn to be answered.
+        chosen: the preferred response: text, or a list with one assistant message.
+        rejected: the other response, likewise.
+        chosen_score: outcome of the chosen response (a reward model's, a judge's); both responses have one or neither has.
+        rejected_score: outcome of the rejected response, at most `chosen_score`.
+        source_model: the model that wrote the responses; the chosen one only, where `rejected_model` names another.
+        chosen_truncated: the chosen response was cut off and has no terminal state.
+        rejected_truncated: likewise.
+        where: the row's label, `file.jsonl:LINE` or `name[row]`.
+        rejected_model: the model that wrote the rejected response, where it is not `source_model`.
+    """
+
+    prompt: Content
+    chosen: Content
+    rejected: Content
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    source_model: str | None = None
+    chosen_truncated: bool = False
+    rejected_truncated: bool = False
+    where: str = ""
+    rejected_model: str | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for pairs with the same prompt; see `prompt_key`."""
+        return prompt_key(self.prompt)
+
+    @property
+    def score_gap(self) -> float | None:
+        """Chosen score minus rejected score, where there are scores."""
+        return None if self.chosen_score is None else self.chosen_score - self.rejected_score
+
+
+@dataclass(frozen=True)
+class PreferenceSets:
+    """What `load_preferences` found.
+
+    Attributes:
+        train: pairs to train on, in the order of the data.
+        heldout: pairs of other prompts.
+        skipped: one line `where: reason` for each bad row that was left out.
+        without_preference: labels of rows that were left out because their scores tie or are closer than `min_score_gap`.
+        warnings: what the user should know, one line each.
+    """
+
+    train: list[PreferencePair]
+    heldout: list[PreferencePair]
+    skipped: list[str] = field(default_factory=list)
+    without_preference: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def load_preferences(data: PreferenceData, on_bad_row: Literal["error", "skip"]) -> PreferenceSets:
+    """Read, check and split the preference pairs that the config names.
+
+    Raises:
+        InputError: a missing, unreadable or empty source; a bad row, unless bad rows are skipped; no pairs left; a
+            `min_score_gap` for data without scores.
+    """
+    skipped: list[str] = []
+    without_preference: list[str] = []
+
+    def load(path: str, split: str) -> list[PreferencePair]:
+        rows, bad = parse_rows(path, read_rows(path, split), parse_pair, on_bad_row)
+        skipped.extend(bad)
+        pairs, close = _apart(rows, data.min_score_gap)
+        without_preference.extend(close)
+        if not pairs:
+            raise InputError(f"{path}: in every pair the scores tie or are closer than data.preferences.min_score_gap {data.min_score_gap}")
+        if data.min_score_gap > 0 and all(pair.score_gap is None for pair in pairs):
+            raise InputError(f"data.preferences.min_score_gap: {path} has no scores; remove the setting or add chosen_score and rejected_score")
+        return pairs
+
+    split = load_split("data.preferences", data, load)
+    return PreferenceSets(split.train, split.heldout, skipped, without_preference, split.warnings)
+
+
+def _apart(rows: Iterable[PreferencePair | str], min_score_gap: float) -> tuple[list[PreferencePair], list[str]]:
+    """Pairs that state a preference of at least the gap, and the labels of those that do not."""
+    pairs, close = [], []
+    for row in rows:
+        if isinstance(row, str):
+            close.append(row)
+        elif row.score_gap is not None and row.score_gap < min_score_gap:
+            close.append(row.where)
+        else:
+            pairs.append(row)
+    return pairs, close
+
+
+# ------------------------------------------------------------------------------------------------------- layouts
+
+
+def parse_pair(columns: Mapping, where: str) -> PreferencePair | str:
+    """The pair in a row, whatever its layout; the row's label where an UltraFeedback row prefers no completion.
+
+    Raises:
+        BadRow: the row is not a preference pair.
+    """
+    if columns.get("completions") is not None:
+        return _ultrafeedback_pair(columns, where)
+    prompt, chosen, rejected = separate_prompt(columns)
+    if content_text(chosen).strip() == content_text(rejected).strip():
+        raise BadRow("`chosen` and `rejected` are equal; a pair needs two different responses")
+    chosen_score, rejected_score = _scores(columns)
+    return PreferencePair(
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_score=chosen_score,
+        rejected_score=rejected_score,
+        source_model=checked_name(first_present(columns, "source_model", "model"), "source_model"),
+        chosen_truncated=checked_flag(columns.get("chosen_truncated"), "chosen_truncated"),
+        rejected_truncated=checked_flag(columns.get("rejected_truncated"), "rejected_truncated"),
+        where=where,
+    )
+
+
+def _scores(columns: Mapping) -> tuple[float | None, float | None]:
+    chosen = checked_score(first_present(columns, "chosen_score", "score_chosen"), "chosen_score")
+    rejected = checked_score(first_present(columns, "rejected_score", "score_rejected"), "rejected_score")
+    if (chosen is None) != (rejected is None):
+        raise BadRow(f"no `{'chosen_score' if chosen is None else 'rejected_score'}`; give both scores or neither")
+    if chosen is not None and chosen < rejected:
+        raise BadRow(f"`chosen_score` {chosen:g} is below `rejected_score` {rejected:g}; swap the responses or leave the scores out")
+    return chosen, rejected
+
+
+def separate_prompt(columns: Mapping) -> tuple[Content, Content, Content]:
+    """Prompt, chosen and rejected of a row, explicit or implicit.
+
+    A prompt is implicit where `chosen` and `rejected` hold whole dialogues (then it is the messages they share at the
+    start, also when a `prompt` text stands beside them), and where there is no `prompt` column (then it is the text they
+    share at the start, up to a word's boundary).
+
+    Raises:
+        BadRow: a part is missing, empty or of the wrong type, or there is no shared start.
+    """
+    chosen = checked_content(required(columns, "chosen"), "chosen")
+    rejected = checked_content(required(columns, "rejected"), "rejected")
+    prompt = columns.get("prompt")
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise BadRow("`chosen` and `rejected` must both be text or both be lists of messages")
+    if isinstance(chosen, list):
+        prompt, chosen, rejected = _separate_messages(prompt, chosen, rejected)
+    elif prompt is None:
+        prompt, chosen, rejected = _separate_text(chosen, rejected)
+    return checked_prompt(prompt), checked_response(chosen, "chosen"), checked_response(rejected, "rejected")
+
+
+def _separate_messages(prompt: object, chosen: Messages, rejected: Messages) -> tuple[object, Messages, Messages]:
+    if prompt is not None and len(chosen) == len(rejected) == 1:
+        return prompt, chosen, rejected
+    if isinstance(prompt, list):
+        shared = len(prompt)
+        if checked_content(prompt, "prompt") != chosen[:shared] or chosen[:shared] != rejected[:shared]:
+            return prompt, chosen, rejected
+    else:
+        shared = _shared_length(chosen[:-1], rejected[:-1])
+    if shared == 0:
+        raise BadRow("`chosen` and `rejected` share no leading messages that could be the prompt; give a `prompt`")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _separate_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    if chosen.strip() == rejected.strip():
+        raise BadRow("`chosen` and `rejected` are equal; a pair needs two different responses")
+    shared = chosen[: _shared_length(chosen, rejected)]
+    dialogue, marker, _ = shared.rpartition(HH_ASSISTANT)
+    end = len(dialogue + marker) if marker else _last_boundary(shared)
+    if not shared[:end].strip():
+        raise BadRow("`chosen` and `rejected` share no leading words that could be the prompt; give a `prompt`")
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _shared_length(first: Sequence, second: Sequence) -> int:
+    """How many leading elements two sequences share."""
+    differences = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differences, min(len(first), len(second)))
+
+
+def _last_boundary(text: str) -> int:
+    """Where the last, perhaps partial, word of a text begins; a space before it goes with the word, as tokenizers have it."""
+    end = len(text)
+    while end and not text[end - 1].isspace():
+        end -= 1
+    return end - 1 if end and text[end - 1] == " " else end
+
+
+def _ultrafeedback_pair(columns: Mapping, where: str) -> PreferencePair | str:
+    """The best-scored completion against one of the lower-scored others, drawn by a hash of the instruction.
+
+    The published binarized form draws among all others and so keeps ties; a tie states no preference and is left out here.
+    Completions without a score or without text are no candidates.
+    """
+    prompt = checked_prompt(required(columns, "instruction"), "instruction")
+    candidates = _scored_completions(columns["completions"])
+    best_score, best = max(candidates, key=lambda candidate: candidate[0])
+    others = [candidate for candidate in candidates if candidate[0] < best_score]
+    if not others:
+        return where
+    draw = int.from_bytes(hashlib.sha256(f"rejected:{content_text(prompt)}".encode()).digest()[:8])
+    other_score, other = others[draw % len(others)]
+    return PreferencePair(
+        prompt=prompt,
+        chosen=best["response"],
+        rejected=other["response"],
+        chosen_score=best_score,
+        rejected_score=other_score,
+        source_model=checked_name(best.get("model"), "model"),
+        where=where,
+        rejected_model=checked_name(other.get("model"), "model"),
+    )
+
+
+def _scored_completions(completions: object) -> list[tuple[float, Mapping]]:
+    if not isinstance(completions, list) or not all(isinstance(completion, Mapping) for completion in completions):
+        raise BadRow("`completions` must be a list of objects with `response` and `overall_score`")
+    scored = [
+        (checked_score(completion["overall_score"], "overall_score"), completion)
+        for completion in completions
+        if completion.get("overall_score") is not None and isinstance(completion.get("response"), str) and completion["response"].strip()
+    ]
+    if len(scored) < 2:
+        raise BadRow(f"`completions` has {len(scored)} scored responses; a pair needs two")
+    return scored
+
+
+# --------------------------------------------------------------------------------------------------- fingerprint
+
+
+def dataset_fingerprint(pairs: Iterable[PreferencePair]) -> str:
+    """SHA-256, in hex, of what the pairs say: the same for any order of the pairs, and for any file they came from."""
+    digests = sorted(hashlib.sha256(_canonical(pair)).digest() for pair in pairs)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _canonical(pair: PreferencePair) -> bytes:
+    content = [
+        pair.prompt,
+        pair.chosen,
+        pair.rejected,
+        pair.chosen_score,
+        pair.rejected_score,
+        pair.source_model,
+        pair.rejected_model,
+        pair.chosen_truncated,
+        pair.rejected_truncated,
+    ]
+    return json.dumps(content, sort_keys=True, ensure_ascii=True).encode()

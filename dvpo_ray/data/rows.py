@@ -1,0 +1,154 @@
+"""Checks of row contents: text, messages, scores; and what becomes of a bad row."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, TypeVar
+
+from dvpo_ray.data.reading import Row
+from dvpo_ray.errors import InputError
+
+Message = dict[str, str]
+Messages = list[Message]
+Content = str | Messages
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message says what is wrong and what would be right."""
+
+
+def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T], on_bad_row: Literal["error", "skip"]) -> tuple[list[T], list[str]]:
+    """Parse every row of a source.
+
+    Args:
+        path: what the source is called in messages.
+        parse: makes an item of a row's columns and its label; raises `BadRow`.
+        on_bad_row: stop at the first bad row, or go on and list it.
+
+    Returns:
+        The items in order, and one line `where: reason` for each bad row.
+
+    Raises:
+        InputError: a bad row when `on_bad_row` is "error"; no rows at all; no good row.
+    """
+    items, skipped = [], []
+    for row in rows:
+        try:
+            if row.problem:
+                raise BadRow(row.problem)
+            items.append(parse(row.columns, row.where))
+        except BadRow as error:
+            if on_bad_row == "error":
+                raise InputError(f"{row.where}: {error}") from error
+            skipped.append(f"{row.where}: {error}")
+    if not items:
+        raise InputError(
+            f"{path}: all {len(skipped)} rows are bad; the first is {skipped[0]}" if skipped else f"{path}: no rows; the data set is empty"
+        )
+    if skipped:
+        logger.warning("%s: skipped %d bad rows of %d; the first is %s", path, len(skipped), len(skipped) + len(items), skipped[0])
+    return items, skipped
+
+
+def required(columns: Mapping, name: str) -> object:
+    """The value of a column that must be there and not be null."""
+    if columns.get(name) is None:
+        there = ", ".join(str(column) for column, value in columns.items() if value is not None)
+        raise BadRow(f"no `{name}`; the row has {there or 'no columns'}")
+    return columns[name]
+
+
+def first_present(columns: Mapping, *names: str) -> object:
+    """The value of the first of these columns that is there and not null, else None."""
+    return next((columns[name] for name in names if columns.get(name) is not None), None)
+
+
+def checked_content(value: object, name: str) -> Content:
+    """Text that is not blank, or a list of messages reduced to their `role` and `content`."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise BadRow(f"`{name}` is empty text")
+        return _checked_unicode(value, name)
+    if isinstance(value, list):
+        return _checked_messages(value, name)
+    raise BadRow(f"`{name}` must be text or a list of messages, got {type(value).__name__}")
+
+
+def _checked_messages(value: list, name: str) -> Messages:
+    if not value:
+        raise BadRow(f"`{name}` is an empty list; it needs at least one message")
+    for index, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise BadRow(f"`{name}[{index}]` must be a message with `role` and `content`, got {type(message).__name__}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise BadRow(f"`{name}[{index}]` needs `{key}` as text, got {type(message.get(key)).__name__}")
+        if not message["role"].strip():
+            raise BadRow(f"`{name}[{index}]` has an empty `role`")
+        _checked_unicode(message["content"], f"{name}[{index}]")
+    if not value[-1]["content"].strip():
+        raise BadRow(f"`{name}` ends with a message whose content is empty")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _checked_unicode(text: str, name: str) -> str:
+    """The text, unless it holds half of a surrogate pair, as JSON can escape it and no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"`{name}` has an unpaired surrogate at character {error.start}; it is not valid Unicode text") from error
+    return text
+
+
+def checked_prompt(value: object, name: str = "prompt") -> Content:
+    """A prompt as text, or as messages that leave the next turn to the assistant."""
+    prompt = checked_content(value, name)
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise BadRow(f"`{name}` ends with an assistant message; it must end with the turn to be answered")
+    return prompt
+
+
+def checked_response(value: object, name: str) -> Content:
+    """A response as text, or as exactly one assistant message."""
+    response = checked_content(value, name)
+    if isinstance(response, list) and [message["role"] for message in response] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in response)
+        raise BadRow(f"`{name}` must be one assistant message after the prompt, got {len(response)} ({roles})")
+    return response
+
+
+def checked_score(value: object, name: str) -> float | None:
+    """A finite number, or None where there is none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow(f"`{name}` must be a number, got {type(value).__name__} {value!r}")
+    if not abs(value) <= sys.float_info.max:  # false for NaN, and holds for integers of any size
+        raise BadRow(f"`{name}` must be a finite number, got {value:.6g}")
+    return float(value)
+
+
+def checked_flag(value: object, name: str) -> bool:
+    """True or false; false where there is none."""
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise BadRow(f"`{name}` must be true or false, got {type(value).__name__} {value!r}")
+    return value
+
+
+def checked_name(value: object, name: str) -> str | None:
+    """Text, or None where there is none."""
+    if value is not None and not isinstance(value, str):
+        raise BadRow(f"`{name}` must be text, got {type(value).__name__}")
+    return value
+
+
+def content_text(content: Content) -> str:
+    """The bare text: of a list of messages, their contents on lines of their own, without roles."""
+    return content if isinstance(content, str) else "\n".join(message["content"] for message in content)
