@@ -296,7 +296,7 @@ METRICS = (
     Metric(
         "memory/<role>_gib",
         "GiB",
-        "Memory of the role's largest actor: proportional set size, in which a page shared by n processes counts 1/n. summary.json has the run's peak.",
+        "Memory of the role's largest actor, as proportional set size: a page shared by n processes counts 1/n. The run's peak is in summary.json.",
         "Grows from step to step.",
         "Lower micro_batch_tokens, rollout.kv_cache_gib or ray.object_store_gib.",
     ),
