@@ -9,15 +9,16 @@ Three rules hold for every row (each has a property test):
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import DataConfig
+from dvpo_ray.data.chat import PROBE, Turn, probe_turn, render, special_tokens
 from dvpo_ray.data.preferences import PreferencePair
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.rows import Content, Messages, content_text
@@ -26,9 +27,7 @@ from dvpo_ray.errors import InputError
 # Text that no merge rule joins to what follows it: tokenised before a continuation, it keeps a tokenizer of the
 # SentencePiece kind from putting its leading space there.
 ANCHOR = "\n"
-PROBE = "dvpo-probe"
-# Templates of the Llama 3 family write today's date into the system prompt; a fixed one keeps runs repeatable.
-TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
+DROP_REASONS = ("long_prompt", "long_response", "chat_template", "empty", "equal")
 
 
 @dataclass(frozen=True)
@@ -70,25 +69,6 @@ class Dropped(Exception):
 
 
 @dataclass(frozen=True)
-class Turn:
-    """How an assistant's turn looks: `lead` + content + `tail`, of which the ids are `lead` + content + `close` + end token.
-
-    Attributes:
-        lead: what a chat template puts between the generation prompt and the content, often nothing.
-        close: what stands between the content and the end token, often nothing.
-        end: text of the end token.
-        end_id: id of the end token.
-        tail: all that the template puts after the content: `close`, `end`, and what may follow it.
-    """
-
-    lead: str
-    close: str
-    end: str
-    end_id: int
-    tail: str
-
-
-@dataclass(frozen=True)
 class _PromptIds:
     """An encoded prompt, and what its responses need of it.
 
@@ -115,7 +95,8 @@ class Encoder:
         end_token_id: the id that ends every finished response.
         stop_token_ids: ids at which a rollout ends: the end token, the tokenizer's EOS and the checkpoint's own list.
         dropped: labels of the rows left out so far, by reason: `long_prompt`, `long_response`, `chat_template` (which
-            refused the messages), `equal` (the two responses have the same ids, as after truncation).
+            refused the messages), `empty` (a cut-off response without a token), `equal` (both responses have the same ids,
+            as after truncation).
         truncated: labels of the rows shortened so far, by `long_prompt` and `long_response`.
     """
 
@@ -136,12 +117,12 @@ class Encoder:
         self.data = data
         self.context_tokens = context_tokens
         self.is_chat = chat_template == "auto" and bool(tokenizer.chat_template)
-        self.dropped: dict[str, list[str]] = {"long_prompt": [], "long_response": [], "chat_template": [], "equal": []}
+        self.dropped: dict[str, list[str]] = {reason: [] for reason in DROP_REASONS}
         self.truncated: dict[str, list[str]] = {"long_prompt": [], "long_response": []}
-        self._special = _any_of([*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)])
+        self._special = special_tokens(tokenizer)
         self._anchor_ids = self._ids(ANCHOR)
         self._text_prefix = self._added_before_text()
-        self._turn = self._probe_turn() if self.is_chat else Turn("", "", tokenizer.eos_token, tokenizer.eos_token_id, "")
+        self._turn = probe_turn(tokenizer) if self.is_chat else Turn("", "", tokenizer.eos_token, tokenizer.eos_token_id, "")
         self.end_token_id = self._turn.end_id
         self.stop_token_ids = {self.end_token_id, tokenizer.eos_token_id, *_generation_stop_ids(tokenizer.name_or_path)}
 
@@ -177,15 +158,15 @@ class Encoder:
         self._check_context(len(prompt.ids), max(len(chosen), len(rejected)), pair.where)
         return EncodedPair(prompt.ids, chosen, rejected, chosen_cut, rejected_cut, pair.chosen_score, pair.rejected_score, pair.where)
 
-    def encode_answer(self, prompt: Content, answer: Content, where: str) -> tuple[list[int], list[int]] | None:
-        """Ids of a prompt and of its answer, the end token included; None where the settings drop it.
+    def encode_answer(self, prompt: Content, answer: Content, where: str, truncated: bool = False) -> tuple[list[int], list[int]] | None:
+        """Ids of a prompt and of its answer, with the end token unless it was cut off; None where the settings drop it.
 
         Raises:
             InputError: as in `encode_pair`.
         """
         try:
             encoded = self._prompt(prompt, where)
-            answer_ids, _ = self._response(encoded, answer, False, where)
+            answer_ids, _ = self._response(encoded, answer, truncated, where)
         except Dropped:
             return None
         self._check_context(len(encoded.ids), len(answer_ids), where)
@@ -219,36 +200,6 @@ class Encoder:
         start = next(i for i in range(len(dressed)) if dressed[i : i + len(alone)] == alone)
         return dressed[:start]
 
-    # ---------------------------------------------------------------------------------------------- chat template
-
-    def _render(self, messages: Messages, *, generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **TEMPLATE_ARGUMENTS)
-
-    def _probe_turn(self) -> Turn:
-        """Read off the template what it puts around an assistant's answer, and which token ends it."""
-        question = [{"role": "user", "content": "?"}]
-        try:
-            opening = self._render(question, generation_prompt=True)
-            dialogue = self._render([*question, {"role": "assistant", "content": PROBE}], generation_prompt=False)
-            before, tail = dialogue.rsplit(PROBE, 1)
-        except (TemplateError, ValueError) as error:
-            name = self.tokenizer.name_or_path
-            raise InputError(f"{name}: the chat template cannot write a question and its answer ({error}); use model.chat_template: plain") from error
-        lead = before.removeprefix(opening) if before.startswith(opening) else ""
-        end = _any_of([str(token) for token in self.tokenizer.added_tokens_decoder.values()]).search(tail)
-        if end is None:
-            return Turn(lead, "", self.tokenizer.eos_token, self.tokenizer.eos_token_id, tail)
-        return Turn(lead, tail[: end.start()], end.group(), self.tokenizer.convert_tokens_to_ids(end.group()), tail)
-
-    def _render_prompt(self, messages: Messages, where: str) -> str:
-        try:
-            return self._render(messages, generation_prompt=True)
-        except TemplateError as error:
-            if self.data.on_bad_row == "skip":
-                self._drop("chat_template", where)
-            roles = ", ".join(message["role"] for message in messages)
-            raise InputError(f"{where}: the chat template refuses messages with the roles {roles} ({error})") from error
-
     # ----------------------------------------------------------------------------------------------------- prompts
 
     def _prompt(self, content: Content, where: str) -> _PromptIds:
@@ -265,6 +216,13 @@ class Encoder:
             self._drop("long_prompt", where)
         self.truncated["long_prompt"].append(where)
         return self._shorten_chat(prompt, where) if self.is_chat else self._shorten_plain(prompt)
+
+    def _render_prompt(self, messages: Messages, where: str) -> str:
+        try:
+            return render(self.tokenizer, messages, generation_prompt=True)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            self._refuse("chat_template", where, f"the chat template refuses messages with the roles {roles} ({error})")
 
     def _chat_prompt(self, messages: Messages, where: str) -> _PromptIds:
         text = self._render_prompt(messages, where)
@@ -313,7 +271,8 @@ class Encoder:
         while (excess := len(prompt.ids) - self.data.max_prompt_tokens) > 0:
             kept -= excess
             if kept <= 0:
-                raise InputError(f"{where}: the chat template alone takes more than data.max_prompt_tokens {self.data.max_prompt_tokens}; raise it")
+                limit = self.data.max_prompt_tokens
+                self._refuse("long_prompt", where, f"the prompt exceeds data.max_prompt_tokens {limit} even without its last turn's text; raise it")
             # A cut within a character leaves a replacement character at the start.
             text = self._text(content[-kept:]).lstrip("\ufffd")
             prompt = self._chat_prompt([*earlier, {**last, "content": text}], where)
@@ -329,7 +288,7 @@ class Encoder:
         if not truncated:
             ids = [*ids, self.end_token_id]
         if not ids:
-            raise InputError(f"{where}: a response that is marked as truncated has no tokens")
+            self._refuse("empty", where, "a response that is marked as truncated has no tokens")
         return self._limited(ids, truncated, where)
 
     def _without_end(self, content: str) -> str:
@@ -344,7 +303,7 @@ class Encoder:
         close = "" if truncated else self._turn.close
         if not self.is_chat:
             return content
-        dialogue = self._render([*prompt.messages, {"role": "assistant", "content": content}], generation_prompt=False)
+        dialogue = render(self.tokenizer, [*prompt.messages, {"role": "assistant", "content": content}], generation_prompt=False)
         if dialogue.startswith(prompt.text) and dialogue.endswith(self._turn.tail):
             return dialogue[len(prompt.text) :].removesuffix(self._turn.tail) + close
         return content + close  # the template writes a past answer unlike one that is to be generated
@@ -378,7 +337,13 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------------- rows
 
-    def _drop(self, reason: str, where: str) -> None:
+    def _refuse(self, reason: str, where: str, message: str) -> NoReturn:
+        """What `data.on_bad_row` says of a row that cannot be encoded."""
+        if self.data.on_bad_row == "skip":
+            self._drop(reason, where)
+        raise InputError(f"{where}: {message}")
+
+    def _drop(self, reason: str, where: str) -> NoReturn:
         self.dropped[reason].append(where)
         raise Dropped(reason)
 
@@ -388,12 +353,6 @@ class Encoder:
                 f"{where}: {prompt} prompt and {response} response tokens exceed the model's context of {self.context_tokens}; "
                 "lower data.max_prompt_tokens or data.max_response_tokens"
             )
-
-
-def _any_of(tokens: list[str]) -> re.Pattern:
-    """A pattern of any of these texts, the longest first; of nothing if there are none."""
-    longest_first = sorted(set(tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _as_messages(content: Content) -> Messages:

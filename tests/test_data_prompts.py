@@ -1,0 +1,87 @@
+"""Prompt sets: layouts, distinct prompts, held-out prompts."""
+
+import json
+
+import pytest
+
+from dvpo_ray.config.schema import PreferenceData, PromptData
+from dvpo_ray.data.preferences import load_preferences
+from dvpo_ray.data.prompts import load_prompts, parse_prompt
+from dvpo_ray.errors import InputError
+
+USER = {"role": "user", "content": "What color is the sky?"}
+BLUE = {"role": "assistant", "content": "It is blue."}
+GREEN = {"role": "assistant", "content": "It is green."}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"prompt": "The sky is"}, "The sky is"),
+        ({"prompt": [USER]}, [USER]),
+        ({"prompt": "The sky is", "completion": " blue."}, "The sky is"),
+        ({"messages": [USER, BLUE]}, [USER]),
+        ({"messages": [USER, BLUE, USER]}, [USER, BLUE, USER]),
+        ({"instruction": "Translate.", "input": "", "output": "x"}, "Translate."),
+        ({"instruction": "Translate.", "input": "Guten Tag", "output": "x"}, "Translate.\n\nGuten Tag"),
+        ({"instruction": "Sky?", "completions": [], "models": []}, "Sky?"),
+        ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "The sky is"),
+        ({"prompt": "sky?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, [USER]),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "The sky is"),
+    ],
+)
+def test_documented_layouts(columns, expected):
+    prompt = parse_prompt(columns, "f:1")
+    assert prompt.content == expected
+    assert prompt.where == "f:1"
+
+
+def test_text_of_a_dialogue_is_its_contents():
+    assert parse_prompt({"prompt": [USER, BLUE, USER]}, "").text == "What color is the sky?\nIt is blue.\nWhat color is the sky?"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"question": "hi"}, "no `prompt`; the row has question"),
+        ({"prompt": ""}, "`prompt` is empty text"),
+        ({"prompt": [USER, BLUE]}, "ends with an assistant message"),
+        ({"messages": [BLUE]}, "`messages` is an empty list"),
+        ({"messages": "hi"}, "`messages` must be a list of messages"),
+        ({"instruction": "a", "input": 3}, "`instruction` and `input` must be text"),
+    ],
+)
+def test_a_bad_row_names_itself(tmp_path, columns, message):
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "fine"}, columns])
+    with pytest.raises(InputError) as error:
+        load_prompts(PromptData(path=path), "error")
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert message in str(error.value)
+
+
+def test_a_repeated_prompt_is_taken_once(tmp_path):
+    rows = [{"prompt": f"Question {i % 30}?", "chosen": f"c{i}", "rejected": "r"} for i in range(90)]
+    sets = load_prompts(PromptData(path=write_jsonl(tmp_path / "pairs.jsonl", rows), limit=20), "error")
+    assert len(sets.train) == 20
+    texts = [prompt.text for prompt in sets.train + sets.heldout]
+    assert len(set(texts)) == len(texts)
+
+
+def test_prompts_and_preferences_hold_out_the_same_prompts(tmp_path):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"Question {i}?", "chosen": "c", "rejected": "r"} for i in range(300)])
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": [{"role": "user", "content": f"question {i}?"}]} for i in range(600)])
+    trained_on = {pair.key for pair in load_preferences(PreferenceData(path=pairs), "error").train}
+    evaluated_on = {prompt.key for prompt in load_prompts(PromptData(path=prompts), "error").heldout}
+    assert evaluated_on and not trained_on & evaluated_on
+
+
+def test_the_hh_pairs_serve_as_prompts(hh_pairs):
+    data = PromptData(path=str(hh_pairs / "helpful.train.jsonl"), heldout_path=str(hh_pairs / "helpful.dev.jsonl"))
+    sets = load_prompts(data, "error")
+    assert len(sets.train) > 1500 and len(sets.heldout) > 200
+    assert sets.warnings == []

@@ -1,0 +1,156 @@
+"""Reading rows: formats, labels, and the one line that names what is wrong."""
+
+import json
+
+import datasets
+import pytest
+
+from dvpo_ray.data import reading
+from dvpo_ray.data.reading import read_rows
+from dvpo_ray.errors import InputError
+
+ROWS = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def columns(path, split="train"):
+    return [row.columns for row in read_rows(str(path), split)]
+
+
+def labels(path, split="train"):
+    return [row.where for row in read_rows(str(path), split)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_jsonl_rows_are_labelled_by_line_and_blank_lines_count(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b\\u2028c"}')
+    assert [row.columns for row in read_rows(str(path), "train")] == [{"prompt": "a"}, {"prompt": "b\u2028c"}]
+    assert labels(path) == [f"{path}:1", f"{path}:3"]
+
+
+def test_json_list_is_labelled_by_row(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS))
+    assert columns(path) == ROWS
+    assert labels(path) == [f"{path}[0]", f"{path}[1]"]
+
+
+def test_parquet_file_folder_and_saved_dataset_give_the_same_rows(tmp_path):
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": dataset.select([0]), "test": dataset.select([1])}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "folder").mkdir()
+    write_jsonl(tmp_path / "folder" / "train.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "folder" / "test.jsonl", ROWS[1:])
+
+    assert columns(tmp_path / "rows.parquet") == ROWS
+    assert labels(tmp_path / "rows.parquet")[1] == f"{tmp_path / 'rows.parquet'}[1]"
+    assert columns(tmp_path / "saved") == ROWS
+    for folder in ("splits", "folder"):
+        assert columns(tmp_path / folder, "train") == ROWS[:1]
+        assert columns(tmp_path / folder, "test") == ROWS[1:]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15"),
+        (b'{"prompt": "a"', "not valid JSON"),
+        (b'["a"]', "must be a JSON object with named columns, got list"),
+    ],
+)
+def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, problem):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + line + b'\n{"prompt": "b"}\n')
+    rows = list(read_rows(str(path), "train"))
+    assert [row.problem is None for row in rows] == [True, False, True]
+    assert rows[1].where == f"{path}:2"
+    assert problem in rows[1].problem
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"a,b\n", "unknown format .csv; use .jsonl, .json, .parquet"),
+        (
+            "rows.json",
+            b'{"prompt": "a"}\n{"prompt": "b"}\n',
+            ".json:2: not valid JSON (Extra data at column 1); one object per line belongs in a .jsonl",
+        ),
+        ("rows.json", b'{"prompt": "a"}', "must be a JSON list of rows, got dict"),
+        ("rows.json", b'[{"prompt": "caf\xe9"}]', "not UTF-8 at byte 16"),
+        ("rows.parquet", b"no parquet at all", "could not be read (Parquet magic bytes not found"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        list(read_rows(str(path), "train"))
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "some/where/deep/pairs"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(reading, "_read_hub", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="no such file or folder"):
+        read_rows(str(tmp_path / name), "train")
+
+
+def test_a_folder_names_the_bad_line_inside_it_and_an_unknown_split(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.jsonl").write_bytes(b'{"prompt": "a"}\n{oops\n')
+    with pytest.raises(InputError, match=r"train\.jsonl:2: not valid JSON"):
+        read_rows(str(tmp_path / "broken"), "train")
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="no split 'dev'; it has train"):
+        read_rows(str(tmp_path / "saved"), "dev")
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"without \.jsonl, \.json or \.parquet files"):
+        read_rows(str(tmp_path / "empty"), "train")
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "hub"),
+    [
+        ("ultrafeedback", "train", ("openbmb/UltraFeedback", "train")),
+        ("ultrafeedback_binarized", "train", ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")),
+        ("ultrafeedback_binarized", "test", ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs")),
+        ("ultrafeedback_binarized", "test_prefs", ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs")),
+        ("someone/pairs", "validation", ("someone/pairs", "validation")),
+    ],
+)
+def test_hub_names_and_short_names_reach_the_hub(monkeypatch, path, split, hub):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert labels(path, split) == [f"{hub[0]}[0]", f"{hub[0]}[1]"]
+    assert asked == [hub]
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    def load_dataset(name, split):
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError) as error:
+        read_rows("someone/pairs", "train")
+    assert str(error.value) == ("someone/pairs: no such file or folder here, and the hub did not give it (Couldn't reach 'someone/pairs' on the Hub)")
