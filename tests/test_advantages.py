@@ -355,6 +355,13 @@ def test_masked_whiten_reads_only_the_mask():
     np.testing.assert_allclose(masked_whiten(values, np.array([True, False, True, True])), [-1, 0, 0, 1], atol=1e-8)
 
 
+def test_masked_whiten_gives_the_same_bits_in_every_order():
+    rng = np.random.default_rng(0)
+    values, order = rng.lognormal(sigma=4, size=1000), rng.permutation(1000)
+    everything = np.ones(1000, dtype=bool)
+    np.testing.assert_array_equal(masked_whiten(values[order], everything), masked_whiten(values, everything)[order])
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_masked_whiten_of_too_few_numbers_is_zero(count):
     assert masked_whiten(np.array([7.0, 8.0]), np.arange(2) < count).tolist() == [0.0, 0.0]
