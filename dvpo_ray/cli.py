@@ -12,6 +12,7 @@ from typing import NoReturn
 from dvpo_ray import __version__
 from dvpo_ray.commands import gvm, report, sft, train
 from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.monitoring.logs import quiet_libraries
 
 COMMANDS: dict[str, ModuleType] = {"sft": sft, "gvm": gvm, "train": train, "report": report}
 EXIT_BAD_INPUT = 2
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = parse_arguments(argv)
+        quiet_libraries()
         return args.run(args)
     except (InputError, ResourceError) as error:
         # Ray wraps an actor's error in one of the same class whose text is a traceback; the original is its `cause`.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -20,6 +21,7 @@ from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
 from dvpo_ray.errors import InputError
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer, torch_dtype
+from dvpo_ray.monitoring.console import RunConsole
 
 IGNORED_LABEL = -100
 """Label of tokens that are no part of the loss, as in torch's cross entropy."""
@@ -55,8 +57,10 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
     # Weights stay in float32 and `model.dtype` is the dtype of the computation: AdamW's small steps vanish in bfloat16 weights.
     model = load_policy(config.model.model_copy(update={"dtype": "float32"}))
     trainer = SFTTrainer(model=model, args=_arguments(config, out), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(out / "checkpoints") if resume and (out / "checkpoints").is_dir() else None)
-    _write_metrics(out / "metrics.jsonl", trainer.state.log_history)
+    trainer.remove_callback(PrinterCallback)
+    with RunConsole() as console:
+        trainer.add_callback(_Progress(console, out / "metrics.jsonl"))
+        trainer.train(resume_from_checkpoint=_last_checkpoint(out / "checkpoints") if resume else None)
     model.to(torch_dtype(config.model.dtype)).save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
     return out / "final"
@@ -159,6 +163,7 @@ def _arguments(config: Config, out: Path) -> SFTConfig:
         fp16=config.model.dtype == "float16",
         gradient_checkpointing=on_gpu,
         use_cpu=not on_gpu,
+        disable_tqdm=True,
         save_steps=config.checkpoint.every_steps,
         save_total_limit=config.checkpoint.keep,
         logging_steps=1,
@@ -167,7 +172,31 @@ def _arguments(config: Config, out: Path) -> SFTConfig:
     )
 
 
-def _write_metrics(path: Path, log_history: list[dict]) -> None:
-    steps = [entry for entry in log_history if "loss" in entry]
-    lines = [{"step": e["step"], "sft/loss": e["loss"], "sft/learning_rate": e["learning_rate"], "sft/grad_norm": e["grad_norm"]} for e in steps]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+def _last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(folder) if folder.is_dir() else None
+
+
+class _Progress(TrainerCallback):
+    """A progress bar, and metrics.jsonl with one object per optimizer step; a resumed run continues both."""
+
+    def __init__(self, console: RunConsole, metrics_file: Path) -> None:
+        self.console, self.metrics_file = console, metrics_file
+        self.open = ExitStack()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.stage = self.open.enter_context(self.console.stage("sft", state.max_steps, done=state.global_step, unit="steps"))
+        self.metrics_file.write_text("".join(map(_metrics_line, state.log_history)), encoding="utf-8")
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        entry = state.log_history[-1]
+        if "loss" in entry:
+            self.stage.advance(details=f"loss {entry['loss']:.3f}")
+            with open(self.metrics_file, "a", encoding="utf-8") as lines:
+                lines.write(_metrics_line(entry))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.open.close()
+
+
+def _metrics_line(entry: dict) -> str:
+    return json.dumps({"step": entry["step"], **{f"sft/{name}": entry[name] for name in ("loss", "learning_rate", "grad_norm")}}) + "\n"

@@ -113,6 +113,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_chat_model, tmp_path)
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-4", tmp_path / "stopped" / "checkpoints" / "checkpoint-4")
     resumed = train_sft(settings, tmp_path / "stopped", resume=True)
 
+    logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
+    assert logged[0] == logged[1]
     left, right = (load_policy(settings.model.model_copy(update={"path": str(folder)})) for folder in (whole, resumed))
     for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
         assert torch.equal(a, b), name
