@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.errors import InputError
+from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.model import first_line, head_parameters, load_token_classifier
 
@@ -57,7 +53,7 @@ class TrainingDataSpec(_Part):
     """The pairs the model learnt from."""
 
     path: str
-    fingerprint: str = Field(description="SHA-256 over token ids, row lengths and outcomes.")
+    fingerprint: str = Field(description="SHA-256 of what the pairs say, whatever their order.")
     pairs: int
     heldout_pairs: int
 
@@ -106,35 +102,11 @@ def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
     return folder
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder that takes the place of `folder` when the block ends well, and is removed when it does not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
-        yield draft
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(draft, folder)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if _disk_full(error):
-            raise ResourceError(f"{folder}: no space left on the disk; free some or choose another --out") from error
-        raise
-
-
-def _disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, SafetensorError) and "No space left" in str(error)
-
-
-def head_spec(state: dict[str, torch.Tensor], model: PreTrainedModel) -> HeadSpec:
-    """The head's entry of the manifest from the weights that will be saved."""
+def head_spec(model: PreTrainedModel) -> HeadSpec:
+    """The head's entry of the manifest."""
     name = _head_weight(model)
-    return HeadSpec(name=name, shape=list(state[name].shape), dtype=str(state[name].dtype).removeprefix("torch."))
+    weight = model.get_parameter(name)
+    return HeadSpec(name=name, shape=list(weight.shape), dtype=str(weight.dtype).removeprefix("torch."))
 
 
 def _head_weight(model: PreTrainedModel) -> str:

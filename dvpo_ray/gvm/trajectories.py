@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.data.encoding import EncodedPair
+from dvpo_ray.data.encoding import EncodedPair, trajectories
 from dvpo_ray.errors import InputError
 from dvpo_ray.models.forward import micro_batches
 
@@ -39,37 +38,25 @@ class Trajectories:
     @property
     def pair_states(self) -> np.ndarray:
         """Supervised states of each pair, int64 [P]."""
-        return (self.batch.response_lengths + 1).reshape(-1, 2).sum(axis=1)
+        return state_lengths(self.batch).reshape(-1, 2).sum(axis=1)
 
     def select(self, pairs: np.ndarray) -> Trajectories:
         """The given pairs, in the given order."""
         rows = (2 * np.asarray(pairs, dtype=np.int64)[:, None] + np.array([0, 1])).reshape(-1)
         return Trajectories(self.batch.select(rows), self.outcomes[rows])
 
-    def fingerprint(self) -> str:
-        """SHA-256 over tokens, row lengths and outcomes: the same for the same training data, however it was stored."""
-        digest = hashlib.sha256()
-        for array in (self.batch.tokens, self.batch.offsets, self.batch.prompt_lengths, self.outcomes):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
 
-
-def build_trajectories(pairs: Iterable[EncodedPair], outcome: Literal["binary", "score"], scale: float) -> Trajectories:
+def build_trajectories(pairs: Sequence[EncodedPair], outcome: Literal["binary", "score"], scale: float) -> Trajectories:
     """Lay encoded pairs out as trajectories.
 
     Args:
-        outcome: `binary` gives +1 to chosen and −1 to rejected responses, `score` the data's score of each times `scale`.
+        outcome: `binary` gives +1 to chosen and -1 to rejected responses, `score` the data's score of each times `scale`.
 
     Raises:
         InputError: a pair has no scores, but `score` was asked for.
     """
-    prompts, responses, truncated, outcomes = [], [], [], []
-    for pair in pairs:
-        prompts += [pair.prompt, pair.prompt]
-        responses += [pair.chosen, pair.rejected]
-        truncated += [pair.chosen_truncated, pair.rejected_truncated]
-        outcomes += _outcomes(pair, outcome, scale)
-    return Trajectories(RaggedBatch.from_rows(prompts, responses, truncated=truncated), np.array(outcomes, dtype=np.float32))
+    outcomes = [r for pair in pairs for r in _outcomes(pair, outcome, scale)]
+    return Trajectories(trajectories(pairs), np.array(outcomes, dtype=np.float32))
 
 
 def _outcomes(pair: EncodedPair, outcome: Literal["binary", "score"], scale: float) -> list[float]:
@@ -82,10 +69,15 @@ def _outcomes(pair: EncodedPair, outcome: Literal["binary", "score"], scale: flo
     return [scale * pair.chosen_score, scale * pair.rejected_score]
 
 
+def state_lengths(batch: RaggedBatch) -> np.ndarray:
+    """T + 1 of every row, int64 [R]."""
+    return batch.response_lengths + 1
+
+
 def state_index(batch: RaggedBatch) -> np.ndarray:
     """Positions of all T + 1 states of every row in the batch's flat arrays, int64 [S], row after row."""
     first = batch.offsets[:-1] + batch.prompt_lengths - 1
-    lengths = batch.response_lengths + 1
+    lengths = state_lengths(batch)
     return np.repeat(first - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 

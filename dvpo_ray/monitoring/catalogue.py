@@ -59,6 +59,7 @@ GROUPS = {
     "memory": "Host memory of the processes of a role.",
     "idle": "Waiting of a role.",
     "policy_version": "The weights in use.",
+    "gvm": "Training of the GVM (`dvpo gvm train`), on the minibatch of a step. Held-out figures are in evaluation/ and gvm.json.",
 }
 
 METRICS = (
@@ -314,6 +315,36 @@ METRICS = (
         "Stands still.",
         "The weight sync does not happen; see logs/.",
     ),
+    Metric(
+        "gvm/loss",
+        "",
+        "Value regression, with the Bradley-Terry term where it has a weight.",
+        "Does not fall within the first epoch.",
+        "Raise gvm.learning_rate.",
+    ),
+    Metric(
+        "gvm/regression_loss",
+        "squared outcome",
+        "Half the mean squared difference of value and target over all states. With outcomes of +1 and -1 it starts at 0.5 for monte_carlo.",
+        "Near 0 with td0 or td_lambda while accuracy stands at 0.5: the outcomes have not travelled to the early states.",
+        "Set gvm.objective=monte_carlo or raise gvm.td_lambda.",
+    ),
+    Metric(
+        "gvm/bradley_terry_loss",
+        "nats",
+        "Mean of -log sigmoid of the difference of the two responses' values; 0.693 where they are equal. Measured also at weight 0.",
+        "Far over 0.693: confident and wrong.",
+        "Lower gvm.learning_rate; fewer gvm.epochs.",
+    ),
+    Metric(
+        "gvm/accuracy",
+        "fraction",
+        "Share of the minibatch's pairs whose chosen response has the higher value, by gvm.bradley_terry_value (last or mean).",
+        "Near 1 while held-out accuracy is far lower: the pairs are learnt by heart.",
+        "Fewer gvm.epochs, more pairs.",
+    ),
+    Metric("gvm/grad_norm", "", "Global gradient norm before clipping.", "Jumps by an order of magnitude.", "Lower gvm.learning_rate."),
+    Metric("gvm/learning_rate", "", "Learning rate of the step.", "0 before the last step.", "Check gvm.schedule."),
 )
 
 

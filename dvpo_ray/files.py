@@ -1,0 +1,72 @@
+"""Files and folders that are whole or absent, and a full disk as one clear line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from safetensors import SafetensorError
+
+from dvpo_ray.errors import ResourceError
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft folder that takes the place of `folder` when the block ends well, and is removed when it does not.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    draft, old = folder.with_name(f".{folder.name}.draft"), folder.with_name(f".{folder.name}.old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with clear_when_full(folder):
+            draft.mkdir(parents=True)
+            yield draft
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(draft, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of `file` when the block ends well, and is removed when it does not.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    draft = file.with_name(f".{file.name}.draft")
+    try:
+        with clear_when_full(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("w", encoding="utf-8") as stream:
+                yield stream
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def clear_when_full(target: Path) -> Iterator[None]:
+    """Within this context a full disk raises a `ResourceError` that names the target."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _disk_is_full(error):
+            raise
+        raise ResourceError(f"{target}: no space left on the disk; free some, or write somewhere else") from error
+
+
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error)  # safetensors keeps the system's message only

@@ -1,0 +1,119 @@
+"""The preference pairs of a config, as trajectories for a value model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from dvpo_ray.config import Config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.preferences import PreferencePair, PreferenceSets, dataset_fingerprint, load_preferences
+from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec
+from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
+from dvpo_ray.gvm.trajectories import Trajectories, build_trajectories
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
+
+
+@dataclass(frozen=True)
+class GVMData:
+    """Training and held-out pairs as token ids, and what the manifest says of them.
+
+    Attributes:
+        train, heldout: the pairs.
+        tokenizer: of the policy and the GVM.
+        description: the manifest's entry.
+        notes: skipped, dropped and shortened rows, one line for each kind.
+    """
+
+    train: Trajectories
+    heldout: Trajectories
+    tokenizer: PreTrainedTokenizerBase
+    description: TrainingDataSpec
+    notes: list[str]
+
+
+def load_gvm_data(config: Config) -> GVMData:
+    """Read, check and encode the pairs to train on and to hold out.
+
+    Raises:
+        InputError: anything missing, unreadable or unfit, in one line.
+    """
+    tokenizer = _shared_tokenizer(config)
+    encoder = make_encoder(config, tokenizer)
+    sets = _load_pairs(config)
+    settings = config.gvm
+    train = _encode(encoder, sets.train, "training", settings.outcome, settings.outcome_scale)
+    heldout = _encode(encoder, sets.heldout, "held-out", settings.outcome, settings.outcome_scale)
+    description = TrainingDataSpec(
+        path=config.data.preferences.path, fingerprint=dataset_fingerprint(sets.train), pairs=train.num_pairs, heldout_pairs=heldout.num_pairs
+    )
+    return GVMData(train, heldout, tokenizer, description, [*sets.warnings, *sets.skipped, *_counts(encoder)])
+
+
+def load_heldout(config: Config, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> Trajectories:
+    """Read, check and encode the held-out pairs, with outcomes of the kind that a value model was trained on.
+
+    Raises:
+        InputError: anything missing, unreadable or unfit, in one line.
+    """
+    encoder = make_encoder(config, tokenizer)
+    return _encode(encoder, _load_pairs(config).heldout, "held-out", manifest.outcome.kind, manifest.outcome.scale)
+
+
+def manifest_entries(config: Config, data: GVMData) -> dict:
+    """The manifest's entries that config and data decide."""
+    settings = config.gvm
+    return {
+        "base_model": settings.init_from or config.model.path,
+        "tokenizer_sha256": tokenizer_hash(data.tokenizer),
+        "chat_template_sha256": chat_template_hash(data.tokenizer),
+        "chat_template": config.model.chat_template,
+        "objective": ObjectiveSpec(
+            name=settings.objective,
+            td_lambda=settings.td_lambda,
+            bradley_terry_weight=settings.bradley_terry_weight,
+            bradley_terry_value=settings.bradley_terry_value,
+        ),
+        "outcome": OutcomeSpec(kind=settings.outcome, scale=settings.outcome_scale),
+        "training_data": data.description,
+    }
+
+
+def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The encoder of the GVM's rows: the policy's tokenizer and template, the GVM's own context."""
+    path = config.gvm.init_from or config.model.path
+    return Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(path, config.model.trust_remote_code))
+
+
+def _shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer, after a check that `gvm.init_from` has the same."""
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    other = config.gvm.init_from
+    if other is not None and tokenizer_hash(load_tokenizer(other, config.model.trust_remote_code)) != tokenizer_hash(tokenizer):
+        raise InputError(f"gvm.init_from: {other} has another tokenizer than {config.model.path}; the GVM must share the policy's")
+    return tokenizer
+
+
+def _load_pairs(config: Config) -> PreferenceSets:
+    if config.data.preferences is None:
+        raise InputError("data.preferences.path is not set; give preference pairs")
+    return load_preferences(config.data.preferences, config.data.on_bad_row)
+
+
+def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outcome: str, scale: float) -> Trajectories:
+    encoded = [pair for pair in map(encoder.encode_pair, pairs) if pair is not None]
+    if not encoded:
+        dropped = ", ".join(f"{len(rows)} for {reason}" for reason, rows in encoder.dropped.items() if rows)
+        raise InputError(f"data.preferences: no {which} pair is left (dropped {dropped or 'none'}); raise data.max_prompt_tokens or give more pairs")
+    return build_trajectories(encoded, outcome, scale)
+
+
+def _counts(encoder: Encoder) -> Iterator[str]:
+    """One line for each reason that rows were dropped or shortened for."""
+    for verb, reasons in (("dropped", encoder.dropped), ("shortened", encoder.truncated)):
+        for reason, rows in reasons.items():
+            if rows:
+                yield f"{verb} {len(rows)} rows ({reason}), the first is {rows[0]}"

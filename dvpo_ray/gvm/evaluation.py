@@ -1,0 +1,88 @@
+"""`dvpo gvm eval`: a value model on held-out pairs, as evaluation.json and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from dvpo_ray.config import Config
+from dvpo_ray.files import whole_folder
+from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.gvm.dataset import load_heldout
+from dvpo_ray.gvm.plots import plot_accuracy_by_position, plot_calibration, plot_value_trajectories
+from dvpo_ray.gvm.trajectories import state_index
+from dvpo_ray.gvm.views import (
+    HeldoutValues,
+    accuracies,
+    binary_calibration,
+    length_matched,
+    regression_by_decile,
+    regression_metrics,
+    score_calibration,
+    wilson_interval,
+)
+from dvpo_ray.models.forward import batch_values
+from dvpo_ray.models.loading import default_device, load_tokenizer, torch_dtype
+
+
+def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
+    """Measure a value model on the config's held-out pairs, in this process.
+
+    Outcomes are of the kind the model was trained on, as its manifest says, whatever `gvm.outcome` is.
+
+    Args:
+        gvm_path: the artifact.
+        out: folder for evaluation.json and the plots.
+
+    Returns:
+        The content of evaluation.json; see `heldout_report`.
+
+    Raises:
+        InputError: as in `load_gvm` and `load_heldout`.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    model, manifest = load_gvm(
+        gvm_path, torch_dtype(config.model.dtype), config.model.attention, tokenizer, default_device(), config.model.trust_remote_code
+    )
+    heldout = load_heldout(config, manifest, tokenizer)
+    flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)
+    values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[state_index(heldout.batch)])])
+    report = heldout_report(values, manifest.outcome.kind)
+    write_evaluation(out, values, report)
+    return report
+
+
+def heldout_report(heldout: HeldoutValues, outcome: str) -> dict:
+    """Every view of METHOD's evaluation of a value model.
+
+    Args:
+        outcome: `binary` or `score`.
+
+    Returns:
+        `pairs` and `length_matched_pairs`: how many;
+        `heldout_accuracy`: share of pairs ranked right by view, see `accuracies`; `accuracy_ci95`: their 95 % intervals;
+        `regression`: over all states, and `by_position_decile`;
+        `calibration`: of all states, see `binary_calibration` and `score_calibration`.
+    """
+    right = accuracies(heldout)
+    outcomes = np.repeat(heldout.outcomes, heldout.lengths)
+    calibrate = binary_calibration if outcome == "binary" else score_calibration
+    return {
+        "pairs": heldout.num_pairs,
+        "length_matched_pairs": int(length_matched(heldout).sum()),
+        "heldout_accuracy": {name: float(pairs.mean()) for name, pairs in right.items()},
+        "accuracy_ci95": {name: list(wilson_interval(pairs)) for name, pairs in right.items()},
+        "regression": regression_metrics(heldout.values, outcomes) | {"by_position_decile": regression_by_decile(heldout)},
+        "calibration": calibrate(heldout.values, outcomes) | {"outcome": outcome},
+    }
+
+
+def write_evaluation(folder: Path, heldout: HeldoutValues, report: dict) -> None:
+    """Write evaluation.json and its plots as a whole folder, in place of an earlier one."""
+    with whole_folder(folder) as draft:
+        (draft / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        plot_accuracy_by_position(draft / "accuracy_by_position.png", report)
+        plot_calibration(draft / "calibration.png", report)
+        plot_value_trajectories(draft / "value_trajectories.png", heldout)

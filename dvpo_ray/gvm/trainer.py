@@ -1,0 +1,148 @@
+"""The actor that trains the Global Value Model: one data-parallel rank under DeepSpeed."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from dvpo_ray.actors.process import Actor
+from dvpo_ray.config.schema import Config
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, head_spec, save_gvm
+from dvpo_ray.gvm.model import new_value_model
+from dvpo_ray.gvm.targets import bradley_terry, last_values, mean_values, squared_error, value_targets
+from dvpo_ray.gvm.trajectories import Trajectories, plan_minibatch, state_index, state_lengths
+from dvpo_ray.models.deepspeed import build_engine, gather_parameters, init_process_group, optimizer_step
+from dvpo_ray.models.forward import token_values
+from dvpo_ray.models.loading import load_tokenizer, torch_dtype
+from dvpo_ray.models.trainable import apply_lora, full_weights
+
+_CHECKPOINT_TAG = "gvm"
+
+
+class GVMTrainer(Actor):
+    """One rank. All ranks hold all trajectories by reference, and derive from lengths alone who takes which."""
+
+    role = "gvm_trainer"
+
+    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+        super().__init__(index, run_folder)
+        self.config = config
+        self.settings = config.gvm
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and free port at which the ranks can meet; asked of rank 0."""
+        from ray._common.network_utils import find_free_port
+
+        return ray.util.get_node_ip_address(), find_free_port()
+
+    def connect(self, master_addr: str, master_port: int, train: Trajectories, total_steps: int) -> tuple[HeadSpec, int]:
+        """Join the other ranks and shard the model; a collective of all ranks.
+
+        Returns:
+            The head's entry of the manifest, and the number of decoder layers.
+        """
+        settings, model = self.settings, self.config.model
+        init_process_group(self.index, settings.num_actors, master_addr, master_port)
+        dtype = torch_dtype(model.dtype)
+        self.train = train
+        self.model = new_value_model(settings.init_from or model.path, settings.num_layers, dtype, model.attention, model.trust_remote_code)
+        facts = head_spec(self.model), self.model.config.get_text_config().num_hidden_layers
+        if settings.lora is not None:
+            # peft changes the trunk in place; the head outside it stays an ordinary trained layer.
+            apply_lora(self.model.base_model, settings.lora, task_type=None)
+        self.engine = build_engine(self.model, settings, settings.deepspeed, dtype, total_steps)
+        self.engine.train()
+        return facts
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def step(self, pairs: np.ndarray) -> dict[str, float]:
+        """One optimizer step on a minibatch of training pairs; a collective of all ranks.
+
+        Returns:
+            This rank's share of the minibatch's metrics: the shares of all ranks add up, but for `grad_norm` and
+            `learning_rate`, which are the same on all.
+        """
+        minibatch = self.train.select(pairs)
+        shares: list[dict[str, float]] = []
+        loss = partial(self._loss, minibatch, shares)
+        result = optimizer_step(self.engine, [partial(loss, micro) for micro in self._plan(minibatch)])
+        sums = {name: sum(share[name] for share in shares) for name in shares[0]}
+        return sums | {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+
+    def _plan(self, trajectories: Trajectories) -> list[np.ndarray]:
+        """This rank's micro-batches, as many as on every other rank."""
+        return plan_minibatch(trajectories.pair_tokens, self.settings.num_actors, self.settings.micro_batch_tokens)[self.index]
+
+    def _loss(self, minibatch: Trajectories, shares: list[dict[str, float]], pairs: np.ndarray) -> Tensor:
+        """A micro-batch's share of the minibatch's loss; an empty one runs the shortest pair for nothing, to stay in step."""
+        settings = self.settings
+        micro = minibatch.select(pairs if len(pairs) else [minibatch.pair_tokens.argmin()])
+        values, lengths = self._values(micro)
+        targets = value_targets(settings.objective, values, lengths, torch.from_numpy(micro.outcomes).to(values.device), settings.td_lambda)
+        response_value = last_values if settings.bradley_terry_value == "last" else mean_values
+        chosen, rejected = response_value(values, lengths).view(-1, 2).unbind(1)
+        regression = squared_error(values, targets) / minibatch.pair_states.sum()
+        contrast = bradley_terry(chosen, rejected) / minibatch.num_pairs
+        counts = float(len(pairs) > 0)
+        loss = counts * (regression + settings.bradley_terry_weight * contrast)
+        shares.append(
+            {
+                "loss": float(loss.detach()),
+                "regression_loss": counts * float(regression.detach()),
+                "bradley_terry_loss": counts * float(contrast.detach()),
+                "accuracy": counts * float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()) / minibatch.num_pairs,
+                "tokens": counts * micro.batch.num_tokens,
+            }
+        )
+        return loss
+
+    def _values(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
+        """Values of all states, flat [S], and the states of each row [R]."""
+        batch = trajectories.batch
+        values, _ = token_values(self.model, batch, np.arange(batch.num_rows), run=self.engine)
+        index = torch.from_numpy(state_index(batch)).to(values.device)
+        return values[index], torch.from_numpy(state_lengths(batch)).to(values.device)
+
+    # ---------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, trajectories: Trajectories) -> list[tuple[np.ndarray, np.ndarray]]:
+        """This rank's share of the values: indices of some pairs, and the values of all their states, flat; a collective."""
+        self.engine.eval()
+        parts = []
+        for pairs in self._plan(trajectories):
+            values, _ = self._values(trajectories.select(pairs if len(pairs) else [trajectories.pair_tokens.argmin()]))
+            if len(pairs):
+                parts.append((pairs, values.cpu().numpy()))
+        self.engine.train()
+        return parts
+
+    # ------------------------------------------------------------------------------------ checkpoints, artifact
+
+    def save_checkpoint(self, folder: str) -> None:
+        """Write the sharded model, optimizer and schedule; a collective of all ranks."""
+        self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self.settings.lora is not None)
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Continue from what `save_checkpoint` wrote; a collective of all ranks."""
+        loaded, _ = self.engine.load_checkpoint(folder, tag=_CHECKPOINT_TAG, load_module_strict=self.settings.lora is None)
+        if loaded is None:
+            raise ResourceError(f"{folder}: DeepSpeed found no checkpoint of this trainer")
+
+    def save_artifact(self, folder: str, manifest: GVMManifest) -> None:
+        """Write the artifact with LoRA merged; a collective of all ranks, written by rank 0."""
+        gather = gather_parameters if self.settings.deepspeed.zero_stage == 3 else None
+        state = {}
+        for name, tensor in full_weights(self.model, gather):
+            if self.index == 0:
+                state[name] = tensor.cpu().clone()
+        if self.index == 0:
+            tokenizer = load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
+            save_gvm(Path(folder), self.model, state, tokenizer, manifest)

@@ -1,0 +1,206 @@
+"""`dvpo gvm train`: preference pairs to a Global Value Model, on Ray and DeepSpeed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import remove_placement_group
+
+from dvpo_ray.actors.process import environment
+from dvpo_ray.config import Config, dump_config
+from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.advice import heldout_warning
+from dvpo_ray.gvm.artifact import GVMManifest
+from dvpo_ray.gvm.dataset import GVMData, load_gvm_data, manifest_entries
+from dvpo_ray.gvm.evaluation import heldout_report, write_evaluation
+from dvpo_ray.gvm.trainer import GVMTrainer
+from dvpo_ray.gvm.trajectories import minibatches
+from dvpo_ray.gvm.views import HeldoutValues
+from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.memory import PeakMemory
+from dvpo_ray.monitoring.metrics import MetricsLog
+from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.orchestration import checkpoints
+from dvpo_ray.orchestration.cluster import connect, get
+from dvpo_ray.orchestration.placement import plan_gvm_placement
+from dvpo_ray.orchestration.roles import reserve, spawn, wait_until_ready
+
+
+def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConsole | None = None) -> Path:
+    """Train a Global Value Model on the config's preference pairs.
+
+    Args:
+        out: run folder. The artifact goes to its `final/`, the held-out evaluation to `evaluation/`.
+        resume: continue the run in that folder from its last whole checkpoint.
+        console: of a larger run that this is a part of; otherwise the run opens its own.
+
+    Returns:
+        The artifact's folder.
+
+    Raises:
+        InputError, ResourceError: in one line; bad input is found before any actor starts.
+    """
+    out = out.resolve()
+    data = load_gvm_data(config)
+    checkpoint = checkpoints.last_whole(out) if resume else None
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    with nullcontext(console) if console is not None else RunConsole() as console:
+        return GVMRun(config, out, data, console).train(checkpoint)
+
+
+class GVMRun:
+    """One training run in its folder: steps, checkpoints, the held-out evaluation, the artifact and the summary."""
+
+    def __init__(self, config: Config, out: Path, data: GVMData, console: RunConsole) -> None:
+        self.config = config
+        self.out = out
+        self.data = data
+        self.console = console
+        self.memory = PeakMemory()
+        self.steps_per_epoch = -(-data.train.num_pairs // config.gvm.pairs_per_step)
+        self.total_steps = max(1, round(config.gvm.epochs * self.steps_per_epoch))
+        self.last_step = 0
+        self.accuracies: list[float] = []
+        self.summary: dict = {"name": config.name, "model": config.gvm.init_from or config.model.path, "seed": config.seed, "notes": data.notes}
+
+    def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
+        started, state = time.time(), "failed"
+        self.console.header("Global Value Model", self._facts())
+        for note in self.data.notes:
+            self.console.warn(note)
+        try:
+            with self.memory, connect(self.config.ray), self._trainers() as trainers:
+                artifact = self._run(trainers, checkpoint)
+            state = "finished"
+            return artifact
+        except KeyboardInterrupt:
+            state = "interrupted"
+            raise
+        finally:
+            measured = {"duration_seconds": round(time.time() - started, 1), "peak_memory_gib": round(self.memory.peak_gib, 3)}
+            write_summary(self.out, self.summary | {"state": state, "steps": self.last_step} | measured)
+
+    def _facts(self) -> dict[str, object]:
+        settings = self.config.gvm
+        pairs = f"{self.data.train.num_pairs} training, {self.data.heldout.num_pairs} held out"
+        return {"model": self.summary["model"], "objective": settings.objective, "pairs": pairs, "steps": self.total_steps, "run folder": self.out}
+
+    @contextmanager
+    def _trainers(self) -> Iterator[list[ActorHandle]]:
+        """All ranks of the trainer, ready, for the time of a `with` block."""
+        config, bundles = self.config, plan_gvm_placement(self.config)
+        group = reserve(bundles, config.ray)
+        trainers: list[ActorHandle] = []
+        try:
+            for bundle in bundles:
+                trainers.append(spawn(GVMTrainer, bundle, group, bundles, environment(config.gvm), config, bundle.index, str(self.out)))
+            pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds)
+            self.memory.add_pids(pids[GVMTrainer.role])
+            yield trainers
+        finally:
+            for trainer in trainers:
+                ray.kill(trainer)
+            remove_placement_group(group)
+
+    def _run(self, trainers: list[ActorHandle], checkpoint: tuple[Path, dict] | None) -> Path:
+        address = get(trainers[0].rendezvous.remote(), what="the meeting of the GVM trainers")
+        train = ray.put(self.data.train)
+        facts = get([trainer.connect.remote(*address, train, self.total_steps) for trainer in trainers], what="the start of the GVM trainers")
+        if checkpoint is not None:
+            self._restore(trainers, *checkpoint)
+        with MetricsLog(
+            self.out,
+            self.config.train.trackers,
+            resume_step=self.last_step if checkpoint is not None else None,
+            config=self.config.model_dump(mode="json"),
+        ) as log:
+            self._optimise(trainers, log)
+        report = self._evaluate(trainers)
+        return self._save(trainers, facts[0], report)
+
+    def _optimise(self, trainers: list[ActorHandle], log: MetricsLog) -> None:
+        with self.console.stage("GVM", total=self.total_steps, done=self.last_step, unit="steps") as stage:
+            while self.last_step < self.total_steps:
+                metrics = self._step(trainers, self.last_step)
+                self.last_step += 1
+                log.write(self.last_step, metrics)
+                self.accuracies.append(metrics["gvm/accuracy"])
+                if self.last_step % self.config.gvm.checkpoint_every_steps == 0:
+                    self._checkpoint(trainers)
+                stage.advance(
+                    1, f"loss {metrics['gvm/loss']:.3f} · accuracy {metrics['gvm/accuracy']:.2f} · {metrics['time/step_seconds']:.1f} s/step"
+                )
+
+    def _step(self, trainers: list[ActorHandle], step: int) -> dict[str, float]:
+        """One optimizer step (0-based) on all ranks, and its metrics."""
+        started = time.perf_counter()
+        epoch, index = divmod(step, self.steps_per_epoch)
+        pairs = minibatches(self.data.train.num_pairs, self.config.gvm.pairs_per_step, epoch, self.config.seed)[index]
+        shares = get([trainer.step.remote(pairs) for trainer in trainers], what=f"GVM step {step + 1}")
+        seconds = time.perf_counter() - started
+        total = {name: sum(share[name] for share in shares) for name in ("loss", "regression_loss", "bradley_terry_loss", "accuracy", "tokens")}
+        return {
+            "gvm/loss": total["loss"],
+            "gvm/regression_loss": total["regression_loss"],
+            "gvm/bradley_terry_loss": total["bradley_terry_loss"],
+            "gvm/accuracy": total["accuracy"],
+            "gvm/grad_norm": shares[0]["grad_norm"],
+            "gvm/learning_rate": shares[0]["learning_rate"],
+            "throughput/trained_tokens_per_second": total["tokens"] / seconds,
+            "time/step_seconds": seconds,
+        }
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _checkpoint(self, trainers: list[ActorHandle]) -> None:
+        draft = checkpoints.begin(self.out, self.last_step)
+        get([trainer.save_checkpoint.remote(str(draft / "trainer")) for trainer in trainers], what="saving a checkpoint")
+        checkpoints.commit(draft, {"step": self.last_step, "total_steps": self.total_steps}, self.config.checkpoint.keep)
+
+    def _restore(self, trainers: list[ActorHandle], folder: Path, state: dict) -> None:
+        if state["total_steps"] != self.total_steps:
+            raise InputError(
+                f"{folder}: the run had {state['total_steps']} steps, this config gives {self.total_steps}; "
+                "resume with the data, gvm.epochs and gvm.pairs_per_step that it started with"
+            )
+        get([trainer.load_checkpoint.remote(str(folder / "trainer")) for trainer in trainers], what="loading a checkpoint")
+        self.last_step = state["step"]
+        self.console.say(f"resumed after step {self.last_step}")
+
+    # ------------------------------------------------------------------------------------ evaluation and artifact
+
+    def _evaluate(self, trainers: list[ActorHandle]) -> dict:
+        """Held-out metrics of the trained model, written to the run folder; a warning where they are poor."""
+        heldout = ray.put(self.data.heldout)
+        parts = get([trainer.evaluate.remote(heldout) for trainer in trainers], what="the held-out evaluation")
+        values = HeldoutValues.from_parts(self.data.heldout, [part for worker in parts for part in worker])
+        report = heldout_report(values, self.config.gvm.outcome)
+        write_evaluation(self.out / "evaluation", values, report)
+        accuracy = report["heldout_accuracy"]
+        self.console.say(f"held-out accuracy: {accuracy['mean']:.3f} by mean value, {accuracy['last']:.3f} by last value, {values.num_pairs} pairs")
+        warning = heldout_warning(accuracy, float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0])), self.data.train.num_pairs)
+        if warning is not None:
+            self.console.warn(warning)
+            self.summary["warnings"] = [warning]
+        return report
+
+    def _save(self, trainers: list[ActorHandle], facts: tuple, report: dict) -> Path:
+        head, num_layers = facts
+        manifest = GVMManifest(
+            **manifest_entries(self.config, self.data),
+            head=head,
+            num_layers=num_layers,
+            heldout_accuracy=report["heldout_accuracy"],
+            heldout_regression={name: report["regression"][name] for name in ("mse", "explained_variance")},
+        )
+        final = self.out / "final"
+        get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what="saving the GVM")
+        self.summary["gvm"] = {"path": str(final), "heldout_accuracy": manifest.heldout_accuracy}
+        return final
