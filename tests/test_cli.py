@@ -1,0 +1,264 @@
+"""The `dvpo` command: exit statuses, one-line errors, `--dry-run`, run folders, and what each command calls."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dvpo_ray import cli
+from dvpo_ray.config import load_config
+from dvpo_ray.errors import InputError, ResourceError
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
+GVM_COMMANDS = ("train", "eval", "score")
+ALL_COMMANDS = [[name] for name in cli.COMMANDS if name != "gvm"] + [["gvm", name] for name in GVM_COMMANDS]
+STARTERS = [["train"], ["gvm", "train"], ["sft"]]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    """Default run folders are relative to the working directory; libraries stay as the other tests have them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Puts a recording function in the place of a module that does a command's work."""
+
+    def backend(module: str, function: str, result=None) -> list:
+        calls = []
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return result
+
+        fake = ModuleType(module)
+        setattr(fake, function, record)
+        monkeypatch.setitem(sys.modules, module, fake)
+        return calls
+
+    return backend
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The one line on stderr of a command that ends with status 2 and prints nothing else."""
+    assert cli.main([str(word) for word in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("dvpo: ") and err.count("\n") == 1
+    return err.removeprefix("dvpo: ").rstrip("\n")
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS, ids=" ".join)
+def test_help_ends_with_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0
+    help_text = capsys.readouterr().out
+    marker, example = help_text.rstrip().splitlines()[-2:]
+    assert marker == "example:"
+    words = shlex.split(example)
+    assert words[: len(command) + 1] == ["dvpo", *command]
+    cli.parse_arguments(words[1:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([], "the following arguments are required: COMMAND; see `dvpo --help`"),
+        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: CONFIG; see `dvpo train --help`"),
+        (["gvm"], "the following arguments are required: COMMAND; see `dvpo gvm --help`"),
+        (["train", "x.yaml", "--dryrun"], "unknown argument --dryrun; see `dvpo train --help`"),
+        (["train", "x.yaml", "--seed=4"], "unknown argument --seed=4; overrides are written without dashes, key=value; see `dvpo train --help`"),
+        (["report", "runs/a", "seed=4"], "unknown argument seed=4; see `dvpo report --help`"),
+        (["train", "x.yaml"], "x.yaml: no such file"),
+        (
+            ["train", LOCAL_CPU, "policy.learning_rat=1"],
+            "override policy.learning_rat=1: unknown key policy.learning_rat; did you mean policy.learning_rate?",
+        ),
+        (
+            ["train", LOCAL_CPU, "batch.prompts_per_step=7"],
+            "batch.prompts_per_step 7 x batch.samples_per_prompt 1 = 7 samples can't be shared evenly",
+        ),
+        (["train", LOCAL_CPU], f"{LOCAL_CPU}: gvm.path is not set; train a value model with `dvpo gvm train` and give its folder"),
+        (["gvm", "eval", LOCAL_CPU], f"{LOCAL_CPU}: which value model? give --gvm DIR or set gvm.path"),
+        (["sft", LOCAL_CPU], f"{LOCAL_CPU}: data.sft is not set; give the instruction-answer rows to train on"),
+        (["report", "runs/none"], "runs/none: no such run folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(argv, line, capsys):
+    assert refusal(capsys, *argv).startswith(line)
+
+
+@pytest.mark.parametrize(("command", "section"), [(["train"], "data.prompts"), (["gvm", "train"], "data.preferences")])
+def test_data_that_a_command_needs(command, section, capsys):
+    assert f"{section}.path is not set" in refusal(capsys, *command, LOCAL_CPU, f"{section}=null", "gvm.path=g")
+
+
+def test_overrides_may_stand_anywhere_after_the_config():
+    args = cli.parse_arguments(["train", "x.yaml", "seed=1", "--dry-run", "seed=2", "--out", "there", "seed=3"])
+    assert args.overrides == ["seed=1", "seed=2", "seed=3"]
+    assert args.dry_run and args.out == Path("there")
+
+
+# ------------------------------------------------------------------------------------------------ exit statuses
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes `dvpo report .` raise an error."""
+
+    def failing(error: BaseException) -> list[str]:
+        def run(args):
+            raise error
+
+        monkeypatch.setattr(cli.COMMANDS["report"], "run", run)
+        return ["report", "."]
+
+    return failing
+
+
+def test_missing_resources_are_status_2(failing, capsys):
+    assert refusal(capsys, *failing(ResourceError("no GPU here;\n  use local-cpu.yaml"))) == "no GPU here; use local-cpu.yaml"
+
+
+def test_error_of_an_actor_is_shown_without_its_traceback(failing, capsys):
+    class WrappedByRay(InputError):
+        cause = InputError("pairs.jsonl:3: no `rejected`")
+
+    assert refusal(capsys, *failing(WrappedByRay("Traceback\n many lines"))) == "pairs.jsonl:3: no `rejected`"
+
+
+def test_full_disk_is_status_2(failing, capsys):
+    error = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+    assert refusal(capsys, *failing(error)) == "runs/a/metrics.jsonl: no space left on the disk; free some, then continue with --resume"
+
+
+def test_interrupt_is_status_130(failing, capsys):
+    assert cli.main(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "dvpo: interrupted\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), PermissionError(errno.EACCES, "denied")])
+def test_defects_keep_their_traceback(failing, error):
+    with pytest.raises(type(error)):
+        cli.main(failing(error))
+
+
+# ------------------------------------------------------------------------------------------------------ dry run
+
+
+@pytest.mark.parametrize("command", STARTERS, ids=" ".join)
+def test_dry_run_prints_a_config_and_starts_nothing(command, capsys, tmp_path):
+    assert cli.main([*command, LOCAL_CPU, "--dry-run", "seed=11", "--out", "run"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "resolved.yaml").write_text(printed, encoding="utf-8")
+    assert load_config(tmp_path / "resolved.yaml") == load_config(LOCAL_CPU, ["seed=11"])
+    assert "# batch arithmetic\n" in printed and "# placement\n" in printed
+    assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
+
+
+def test_dry_run_of_train_shows_arithmetic_placement_and_what_is_missing(capsys):
+    config = str(ROOT / "cluster_configs" / "single-node-8gpu.yaml")
+    assert cli.main(["train", config, "--dry-run", "batch.prompts_per_step=64", "scorer.micro_batch_tokens=100"]) == 0
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert "# samples per step 64 = prompts_per_step 64 x samples_per_prompt 1" in lines
+    assert "# optimizer steps 4 per step = update_epochs 4 x minibatches_per_epoch 1; 5000 in 1250 steps" in lines
+    assert "# rollout 3 x (4 CPUs, 1 GPUs)" in lines
+    assert "# total 32 CPUs, 8 GPUs" in lines
+    assert "# note: gvm.path is not set; train a value model with `dvpo gvm train` and give its folder" in lines
+    assert any(line.startswith("# note: scorer.micro_batch_tokens 100 is below") for line in lines)
+
+
+def test_dry_run_loads_neither_torch_nor_ray():
+    calls = "; ".join(f"main({[*command, LOCAL_CPU, '--dry-run']!r})" for command in STARTERS)
+    code = f"import sys; from dvpo_ray.cli import main; {calls}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1].split()
+    assert not {"torch", "ray", "transformers", "vllm", "deepspeed", "datasets"} & set(loaded)
+
+
+# ---------------------------------------------------------------------------------------------------- run folder
+
+
+def test_default_run_folders_are_named_and_dated(backend):
+    calls = backend("dvpo_ray.orchestration.run", "train", Path("x"))
+    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "name=mine"]) == 0
+    (config,), _ = calls[0]
+    assert re.fullmatch(r"runs/mine-\d{8}-\d{6}", config.out)
+
+
+def test_out_option_precedes_out_of_the_config(backend):
+    calls = backend("dvpo_ray.orchestration.run", "train", Path("x"))
+    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "out=a"]) == 0
+    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "out=a", "--out", "b"]) == 0
+    assert [args[0].out for args, _ in calls] == ["a", "b"]
+
+
+@pytest.mark.parametrize("command", STARTERS, ids=" ".join)
+def test_a_folder_with_files_is_kept(command, backend, capsys, tmp_path):
+    settings = ["gvm.path=g", "data.sft=s.jsonl"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    line = refusal(capsys, *command, LOCAL_CPU, *settings, "--out", "run")
+    assert line == "run: already there and not empty; give another --out, or --resume to continue the run in it"
+    assert refusal(capsys, *command, LOCAL_CPU, *settings, "--out", "gone", "--resume") == "gone: no run folder to resume"
+    assert refusal(capsys, *command, LOCAL_CPU, *settings, "--resume") == "--resume needs the run folder to continue: --out DIR"
+
+
+# ----------------------------------------------------------------------------------------------- what is called
+
+
+def test_train_calls_the_run(backend, capsys, tmp_path):
+    calls = backend("dvpo_ray.orchestration.run", "train", Path("done"))
+    (tmp_path / "run").mkdir()
+    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "run", "--resume"]) == 0
+    ((config,), options) = calls[0]
+    assert (config.out, config.gvm.path, options) == ("run", "g", {"resume": True})
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_gvm_train_calls_the_training(backend):
+    calls = backend("dvpo_ray.gvm.training", "train_gvm", Path("done"))
+    assert cli.main(["gvm", "train", LOCAL_CPU, "--out", "run"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), Path("run"), False), {})
+
+
+def test_gvm_eval_calls_the_evaluation_and_prints_json(backend, capsys):
+    calls = backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", {"accuracy": {"last": 0.75}})
+    assert cli.main(["gvm", "eval", LOCAL_CPU, "--gvm", "g"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), Path("g"), Path("g/evaluation")), {})
+    assert capsys.readouterr().out == '{\n  "accuracy": {\n    "last": 0.75\n  }\n}\n'
+
+
+def test_gvm_score_calls_the_scoring(backend, capsys):
+    calls = backend("dvpo_ray.gvm.scoring", "score_file", 12)
+    assert cli.main(["gvm", "score", LOCAL_CPU, "gvm.path=g", "--input", "in.jsonl", "--output", "out.jsonl"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("g"), Path("in.jsonl"), Path("out.jsonl")), {})
+    assert capsys.readouterr().out == "out.jsonl: 12 rows\n"
+
+
+def test_sft_calls_the_training(backend):
+    calls = backend("dvpo_ray.sft", "train_sft", Path("done"))
+    assert cli.main(["sft", LOCAL_CPU, "data.sft=s.jsonl", "--out", "run"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["data.sft=s.jsonl"]), Path("run"), False), {})
+
+
+def test_report_calls_the_report(backend, capsys, tmp_path):
+    calls = backend("dvpo_ray.monitoring.report", "write_report", Path("run/report.html"))
+    (tmp_path / "run").mkdir()
+    assert cli.main(["report", "run"]) == 0
+    assert calls[0] == ((Path("run"),), {})
+    assert capsys.readouterr().out == "run/report.html\n"
