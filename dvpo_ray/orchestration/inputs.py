@@ -59,7 +59,7 @@ def load_inputs(config: Config) -> Inputs:
         heldout=_sample(heldout, config.evaluation.prompts, config.seed),
         stop_token_ids=frozenset(encoder.stop_token_ids),
         manifest=manifest,
-        notes=[*sets.skipped, *(str(row) for row in encoder.dropped)],
+        notes=[*sets.skipped, *(f"{row}: dropped, {reason}" for reason, rows in encoder.dropped.items() for row in rows)],
     )
 
 

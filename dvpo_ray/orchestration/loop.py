@@ -70,7 +70,9 @@ class Loop:
     def evaluate(self, step: int) -> dict[str, float]:
         """Sample one response to each held-out prompt and judge it; the sampling seed is the same at every step."""
         chunks = self._rollout(self.heldout, step=0, values=False)
-        return get(self.roles.builder.evaluate.remote(step, chunks), what="evaluation")
+        result = get(self.roles.builder.evaluate.remote(step, chunks), what="evaluation")
+        self._role_statistics()  # what was spent here is no part of the next step
+        return result
 
     # ------------------------------------------------------------------------------------------------ the stages
 
@@ -146,12 +148,15 @@ class Loop:
             "throughput/generated_tokens_per_second": generated / seconds["generate"],
             "throughput/trained_tokens_per_second": trained / seconds["update"],
         }
-        for role, handles in self.roles.by_role().items():
-            stats = get([handle.stats.remote() for handle in handles], what=f"statistics of {role}")
+        for role, stats in self._role_statistics().items():
             metrics[f"memory/{role}_gib"] = max(s["memory_gib"] for s in stats)
             busy = sum(s["busy_seconds"] for s in stats) / len(stats)
             metrics[f"idle/{role}_fraction"] = min(1.0, max(0.0, 1.0 - busy / seconds["step"]))
         return metrics
+
+    def _role_statistics(self) -> dict[str, list[dict[str, float]]]:
+        pending = {role: [handle.stats.remote() for handle in handles] for role, handles in self.roles.by_role().items()}
+        return {role: get(refs, what=f"statistics of {role}") for role, refs in pending.items()}
 
 
 def _wait(refs) -> None:

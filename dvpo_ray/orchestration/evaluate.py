@@ -1,0 +1,112 @@
+"""`dvpo eval`: gold scores of a checkpoint's responses to the held-out prompts, sampled by the rollout engines alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import ray
+from ray.actor import ActorHandle
+
+from dvpo_ray.actors.process import environment
+from dvpo_ray.actors.rollout_engine import RolloutEngine
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.schema import Config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.prompts import Prompt, load_prompts
+from dvpo_ray.errors import InputError
+from dvpo_ray.evaluation.intervals import mean_ci
+from dvpo_ray.evaluation.judges import make_judge
+from dvpo_ray.files import whole_file
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.orchestration.cluster import connect
+from dvpo_ray.orchestration.placement import plan_placement
+from dvpo_ray.orchestration.roles import reserve, spawn, wait_until_ready
+from dvpo_ray.orchestration.schedule import sampling_seed
+
+
+def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
+    """Sample one response of a policy to each held-out prompt and judge it.
+
+    Args:
+        config: `data.prompts`, `evaluation`, `rollout` and `ray` are used; `model.path` only for its other settings.
+        policy: checkpoint folder or hub name.
+        out: folder that gets `evaluation.jsonl` with one row per prompt, and the engines' logs.
+
+    Returns:
+        `policy`, `judge`, `prompts` (their number), `gold.mean`, `gold.ci95`, `response_length.mean` in tokens and
+        `response_length.truncated_fraction`.
+
+    Raises:
+        InputError: no judge, no prompts or no such checkpoint.
+        ResourceError: the cluster has no room for the engines, or the disk is full.
+    """
+    judge = make_judge(config.evaluation.judge)
+    if judge is None:
+        raise InputError("evaluation.judge is none; set evaluation.judge=vader")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
+    tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
+    encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
+    prompts, prompt_ids = _heldout_prompts(config, encoder)
+    out.mkdir(parents=True, exist_ok=True)
+    batch = _sample(config, prompt_ids, frozenset(encoder.stop_token_ids), out.resolve())
+    responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
+    gold = judge.score([prompt.text for prompt in prompts], responses)
+    _write_rows(out / "evaluation.jsonl", prompts, responses, gold.tolist(), batch)
+    mean, low, high = mean_ci(gold)
+    return {
+        "policy": policy,
+        "judge": judge.name,
+        "prompts": len(prompts),
+        "gold": {"mean": mean, "ci95": [low, high]},
+        "response_length": {"mean": float(batch.response_lengths.mean()), "truncated_fraction": float(batch.truncated.mean())},
+    }
+
+
+def _heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], list[list[int]]]:
+    """The held-out prompts that the settings keep, at most `evaluation.prompts` of them, and their token ids."""
+    heldout = load_prompts(config.data.prompts, config.data.on_bad_row).heldout
+    kept = [(prompt, ids) for prompt in heldout if (ids := encoder.encode_prompt(prompt)) is not None]
+    if not kept:
+        raise InputError(f"{config.data.prompts.path}: no held-out prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
+    if len(kept) > config.evaluation.prompts:
+        kept = random.Random(config.seed).sample(kept, config.evaluation.prompts)
+    prompts, prompt_ids = zip(*kept, strict=True)
+    return list(prompts), list(prompt_ids)
+
+
+def _sample(config: Config, prompt_ids: list[list[int]], stop_token_ids: frozenset[int], out: Path) -> RaggedBatch:
+    """One response to each prompt, in the order of the prompts."""
+    bundles = [bundle for bundle in plan_placement(config) if bundle.role == RolloutEngine.role]
+    rollout = config.rollout
+    env = environment(rollout, rollout.backend, rollout.kv_cache_gib)
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    with connect(config.ray):
+        group = reserve(bundles, config.ray)
+        engines = [
+            spawn(RolloutEngine, bundle, group, bundles, env, config, bundle.index, str(out), stop_token_ids, "object_store", longest)
+            for bundle in bundles
+        ]
+        try:
+            wait_until_ready({RolloutEngine.role: engines}, rollout.start_timeout_seconds)
+            return _generate(engines, prompt_ids, config.seed)
+        finally:
+            for engine in engines:
+                ray.kill(engine)
+            ray.util.remove_placement_group(group)
+
+
+def _generate(engines: list[ActorHandle], prompt_ids: list[list[int]], seed: int) -> RaggedBatch:
+    streams = []
+    for index, engine in enumerate(engines):
+        rows = range(index, len(prompt_ids), len(engines))
+        streams.append(engine.generate.remote([prompt_ids[row] for row in rows], list(rows), sampling_seed(seed, 0, index)))
+    return RaggedBatch.concatenate([ray.get(chunk) for stream in streams for chunk in stream]).sorted_by_row_id()
+
+
+def _write_rows(path: Path, prompts: list[Prompt], responses: list[str], gold: list[float], batch: RaggedBatch) -> None:
+    with whole_file(path) as lines:
+        for prompt, response, score, truncated in zip(prompts, responses, gold, batch.truncated.tolist(), strict=True):
+            row = {"prompt": prompt.content, "response": response, "gold": round(score, 6), "truncated": truncated}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
