@@ -173,9 +173,9 @@ class Encoder:
         return encoded.ids, answer_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens, exactly as it continues the prompt."""
+        """Text of a response, exactly as it continues the prompt, without special tokens and what the template puts around it."""
         text = self._text([token for token in ids if token not in self.stop_token_ids])
-        return text.removeprefix(self._turn.lead)
+        return text.removeprefix(self._turn.lead).removesuffix(self._turn.close)
 
     # -------------------------------------------------------------------------------------------------- tokenizer
 

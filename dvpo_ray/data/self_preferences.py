@@ -1,0 +1,185 @@
+"""Preference pairs of a model's own making: it answers prompts, a gold judge scores the answers.
+
+    python -m dvpo_ray.data.self_preferences CONFIG [KEY=VALUE ...] --out FOLDER [--samples 8] [--pairs 2]
+
+samples responses with the engine of `rollout` to the prompts of `data.prompts`, scores them with `evaluation.judge`, and
+writes `preferences.train.jsonl` and `preferences.heldout.jsonl`, which `data.preferences` reads. A Global Value Model
+trained on such pairs knows the texts that the policy writes, and needs no other data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dvpo_ray.config import Config, load_config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.prompts import Prompt, load_prompts
+from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.evaluation.judges import Judge, make_judge
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of the model.
+
+    Attributes:
+        text: the response; encoded after its prompt it gives the sampled token ids again.
+        truncated: the length limit ended it.
+        score: by the gold judge.
+    """
+
+    text: str
+    truncated: bool
+    score: float
+
+
+def pair_up(samples: Sequence[Sample], pairs: int, min_score_gap: float) -> list[tuple[Sample, Sample]]:
+    """Pair the best sample with the worst, the second best with the second worst, and so on.
+
+    Args:
+        samples: responses to one prompt.
+        pairs: at most so many pairs; no sample is in two of them.
+        min_score_gap: pairs whose scores are closer than this, or equal, are left out.
+
+    Returns:
+        (chosen, rejected) pairs.
+    """
+    ranked = sorted(samples, key=lambda sample: sample.score, reverse=True)
+    opposite = list(zip(ranked, reversed(ranked), strict=True))[: min(pairs, len(ranked) // 2)]
+    return [(best, worst) for best, worst in opposite if best.score > worst.score and best.score - worst.score >= min_score_gap]
+
+
+def pair_row(prompt: Prompt, chosen: Sample, rejected: Sample) -> dict:
+    """A pair as a row of a preference file; responses to messages are messages."""
+
+    def content(text: str) -> str | list[dict[str, str]]:
+        return text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
+
+    return {
+        "prompt": prompt.content,
+        "chosen": content(chosen.text),
+        "rejected": content(rejected.text),
+        "chosen_score": round(chosen.score, 4),
+        "rejected_score": round(rejected.score, 4),
+        "chosen_truncated": chosen.truncated,
+        "rejected_truncated": rejected.truncated,
+    }
+
+
+class Sampler:
+    """The model of a config, answering prompts and judged.
+
+    Attributes:
+        inexact: samples left out because their text does not give their token ids again (such as half a character).
+    """
+
+    def __init__(self, config: Config, judge: Judge) -> None:
+        from dvpo_ray.actors.rollout_backend import make_backend
+
+        model = config.model
+        # A text that encodes to more tokens than were sampled is left out like every other inexact one.
+        data = config.data.model_copy(update={"long_response": "drop"})
+        tokenizer = load_tokenizer(model.path, model.trust_remote_code)
+        context = context_tokens(model.path, model.trust_remote_code)
+        self.encoder = Encoder(tokenizer, data, model.chat_template, context)
+        self.judge = judge
+        self.inexact = 0
+        longest = data.max_prompt_tokens + config.rollout.max_response_tokens
+        self._backend = make_backend(config, frozenset(self.encoder.stop_token_ids), "object_store", longest)
+
+    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[tuple[Prompt, list[Sample]]]:
+        """Sample and judge `samples` responses to each prompt; a prompt that the settings drop is left out."""
+        encoded = [(prompt, ids) for prompt in prompts if (ids := self.encoder.encode_prompt(prompt)) is not None]
+        requests = [ids for _, ids in encoded for _ in range(samples)]
+        exact: list[list[tuple[str, bool]]] = [[] for _ in encoded]
+        for response in self._backend.generate(requests, seed):
+            row = response.index // samples
+            text = self.encoder.decode(response.token_ids)
+            if self._is_exact(encoded[row][0], text, response.token_ids, response.truncated):
+                exact[row].append((text, response.truncated))
+            else:
+                self.inexact += 1
+        return [(prompt, self._judged(prompt, texts)) for (prompt, _), texts in zip(encoded, exact, strict=True)]
+
+    def _is_exact(self, prompt: Prompt, text: str, token_ids: list[int], truncated: bool) -> bool:
+        if not text.strip():
+            return False
+        answer = self.encoder.encode_answer(prompt.content, text, prompt.where, truncated)
+        return answer is not None and answer[1] == token_ids
+
+    def _judged(self, prompt: Prompt, texts: list[tuple[str, bool]]) -> list[Sample]:
+        texts = sorted(texts)  # engines finish in any order; the file does not depend on it
+        scores = self.judge.score([prompt.text] * len(texts), [text for text, _ in texts]) if texts else np.zeros(0)
+        return [Sample(text, truncated, float(score)) for (text, truncated), score in zip(texts, scores, strict=True)]
+
+
+def preference_rows(judged: Sequence[tuple[Prompt, list[Sample]]], pairs: int, min_score_gap: float) -> Iterator[dict]:
+    """Rows of a preference file, prompt by prompt."""
+    for prompt, samples in judged:
+        for chosen, rejected in pair_up(samples, pairs, min_score_gap):
+            yield pair_row(prompt, chosen, rejected)
+
+
+def write_self_preferences(config: Config, folder: Path, samples: int, pairs: int, min_score_gap: float) -> None:
+    """Sample, judge and write `preferences.train.jsonl` and `preferences.heldout.jsonl` into a folder.
+
+    Raises:
+        InputError: the config names no prompts or no judge, or the prompts are bad.
+    """
+    if config.data.prompts is None:
+        raise InputError("data.prompts.path is not set; give the prompts to answer")
+    judge = make_judge(config.evaluation.judge)
+    if judge is None:
+        raise InputError("evaluation.judge is none; name a judge that scores the samples, such as vader")
+    sets = load_prompts(config.data.prompts, config.data.on_bad_row)
+    sampler = Sampler(config, judge)
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (split, prompts) in enumerate((("train", sets.train), ("heldout", sets.heldout)), start=config.seed):
+        judged = sampler.sample(prompts, samples, seed)
+        rows = list(preference_rows(judged, pairs, min_score_gap))
+        path = folder / f"preferences.{split}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        scores = [sample.score for _, answered in judged for sample in answered]
+        mean = f"mean gold {np.mean(scores):.3f}" if scores else "no sample was usable"
+        print(f"{path}: {len(rows)} pairs of {len(prompts)} prompts; {len(scores)} samples, {mean}")
+    print(f"{sampler.inexact} samples left out: their text does not give their tokens again")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dvpo_ray.data.self_preferences", description="Make preference pairs of a model's own samples.")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file with the model, data.prompts, rollout and evaluation.judge")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings that replace those of the file")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the two files")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each prompt (default 8)")
+    parser.add_argument("--pairs", type=int, default=2, help="pairs of each prompt at most (default 2)")
+    parser.add_argument("--min-score-gap", type=float, default=0.05, help="leave out pairs whose scores are closer (default 0.05)")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        _set_environment(config)
+        write_self_preferences(config, args.out, args.samples, args.pairs, args.min_score_gap)
+    except (InputError, ResourceError) as error:
+        print(f"self_preferences: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _set_environment(config: Config) -> None:
+    """The environment of a rollout engine, in this process: set before the engine's library is imported."""
+    from dvpo_ray.actors.process import environment
+
+    for name, value in environment(config.rollout, config.rollout.backend, config.rollout.kv_cache_gib).items():
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
