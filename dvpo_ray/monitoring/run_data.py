@@ -1,0 +1,151 @@
+"""A run folder as the report sees it: whatever is there, whole or not, and a note on everything that is not usable."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dvpo_ray.errors import InputError
+from dvpo_ray.monitoring.run_files import check_step, read_json_lines
+
+
+@dataclass
+class RunData:
+    """The files of a run folder.
+
+    Attributes:
+        folder: the run folder.
+        summary: summary.json, {} when there is none.
+        metrics: rows of metrics.jsonl in the order of their steps.
+        evaluations: rows of evaluation/step_*.jsonl by step.
+        rollouts: rows of the last rollouts/step_*.jsonl that holds any.
+        rollout_step: its step.
+        config: text of config.yaml, "" when there is none.
+        notes: one line for every file or line that could not be used.
+    """
+
+    folder: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    rollout_step: int | None = None
+    config: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The run's name; that of its folder when the summary has none."""
+        return str(self.summary.get("name") or self.folder.resolve().name)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have metrics."""
+        return [row["step"] for row in self.metrics]
+
+    def column(self, name: str) -> list[float | None]:
+        """One metric over the steps; None where a step has no number for it."""
+        return [_number(row.get(name)) for row in self.metrics]
+
+    def names(self) -> list[str]:
+        """Metrics with at least one number, in the order they first appear."""
+        seen: dict[str, None] = {}
+        for row in self.metrics:
+            seen.update((name, None) for name, value in row.items() if name not in ("step", "time") and _number(value) is not None)
+        return list(seen)
+
+    def summary_number(self, key: str) -> float | None:
+        """A number of the summary by its dotted key; None when it is not there."""
+        value: Any = self.summary
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return _number(value)
+
+
+def load_run(folder: str | Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        InputError: the folder is not there, or nothing in it is of a run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    run = RunData(folder)
+    run.summary = _read_summary(run)
+    run.metrics = sorted(_read_rows(run, folder / "metrics.jsonl", check_step), key=lambda row: row["step"])
+    for step, path in _step_files(folder / "evaluation"):
+        if rows := _read_rows(run, path, _check_evaluation):
+            run.evaluations[step] = rows
+    for step, path in reversed(_step_files(folder / "rollouts")):
+        if rows := _read_rows(run, path, _check_rollout):
+            run.rollouts, run.rollout_step = rows, step
+            break
+    if (folder / "config.yaml").is_file():
+        run.config = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    if not (run.summary or run.metrics or run.evaluations or run.rollouts or run.config or run.notes):
+        raise InputError(f"{folder}: not a run folder; it has no summary.json, metrics.jsonl, evaluation/ or rollouts/")
+    return run
+
+
+def _number(value: Any) -> float | None:
+    """The value if it is a finite number, else None."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def _read_summary(run: RunData) -> dict[str, Any]:
+    path = run.folder / "summary.json"
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_bytes())
+    except ValueError as error:
+        run.notes.append(f"{path}: not valid JSON ({error}); the summary is left out")
+        return {}
+    if not isinstance(summary, dict):
+        run.notes.append(f"{path}: expected a JSON object, found {type(summary).__name__}; the summary is left out")
+        return {}
+    return summary
+
+
+def _read_rows(run: RunData, path: Path, check: Callable[[dict], str | None]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows, bad = read_json_lines(path, check)
+    run.notes += [f"{line}; the line is left out" for line in bad]
+    return rows
+
+
+def _step_files(folder: Path) -> list[tuple[int, Path]]:
+    """The step_*.jsonl files of a folder with their steps, ascending."""
+    found = [(re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in folder.glob("step_*.jsonl")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _check_evaluation(row: dict) -> str | None:
+    for key in ("prompt", "response"):
+        if not isinstance(row.get(key), (str, list)):
+            return f"`{key}` is missing or not a text"
+    for key in ("gold", "kl"):
+        if row.get(key) is not None and _number(row[key]) is None:
+            return f"`{key}` is not a number"
+    return None
+
+
+def _check_rollout(row: dict) -> str | None:
+    problem = _check_evaluation(row)
+    if problem:
+        return problem
+    tokens = row.get("tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+        return "`tokens` is missing or not a list of texts"
+    for key, length in (("values", len(tokens) + 1), ("advantages", len(tokens)), ("log_probs", len(tokens)), ("reference_log_probs", len(tokens))):
+        numbers = row.get(key)
+        if not isinstance(numbers, list) or len(numbers) != length or any(_number(n) is None for n in numbers):
+            return f"`{key}` is not a list of {length} numbers for {len(tokens)} tokens"
+    return None
