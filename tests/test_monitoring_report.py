@@ -151,9 +151,12 @@ def test_the_summary_box_has_the_main_numbers(run):
         assert expected in text, expected
 
 
-@pytest.mark.parametrize("title", HEADLINES)
-def test_every_curve_is_drawn(run, title):
-    assert re.search(rf"<h3>{title}(<span class=\"soft\">.*?</span>)?</h3>.*?</div><div class=\"legend\">.*?</div><svg", page(run)), title
+def test_every_curve_is_drawn(run):
+    drawn = re.findall(
+        r"<h3>([^<]*)(?:<span class=\"soft\">[^<]*</span>)?</h3>(?:<span class=\"now\">[^<]*</span>)?</div>(?:<div class=\"legend\">.*?</div>)?<svg",
+        page(run),
+    )
+    assert set(HEADLINES) <= set(drawn)
 
 
 def test_a_loss_is_called_a_loss(run):
