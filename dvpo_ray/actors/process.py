@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import ray
 
 from dvpo_ray.config.schema import RoleConfig
+from dvpo_ray.monitoring.logs import redirect_process_output
 
 
 def environment(role: RoleConfig, backend: str | None = None, kv_cache_gib: float | None = None) -> dict[str, str]:
@@ -35,17 +36,6 @@ def environment(role: RoleConfig, backend: str | None = None, kv_cache_gib: floa
         if kv_cache_gib is not None:
             variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
     return variables
-
-
-def log_to(path: Path) -> None:
-    """Send this process's standard output and error to a file, so that the driver's console stays readable."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
 
 
 class BusyClock:
@@ -80,14 +70,14 @@ class Actor:
     def __init__(self, index: int, run_folder: str) -> None:
         self.index = index
         self.clock = BusyClock()
-        log_to(Path(run_folder) / "logs" / f"{self.role}-{index}.log")
+        redirect_process_output(Path(run_folder) / "logs" / f"{self.role}-{index}.log")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.index})"
 
-    def ready(self) -> int:
-        """The process id, once the constructor is through."""
-        return os.getpid()
+    def ready(self) -> tuple[str, int]:
+        """Ray's id of this node and the process id, once the constructor is through."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def stats(self) -> dict[str, float]:
         """Busy seconds since the last call, and peak memory in GiB (of the GPU where there is one, else resident)."""

@@ -1,4 +1,7 @@
-"""DeepSpeed behind three functions: join the group, build an engine, take one optimizer step over many micro-batches."""
+"""DeepSpeed behind three functions: join the group, build an engine, take one optimizer step over many micro-batches.
+
+DeepSpeed is imported where it is used: that takes seconds, and the driver only needs the names of this module.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,22 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 def init_process_group(rank: int, world_size: int, master_addr: str, master_port: int) -> None:
     """Join the workers of a role: NCCL where this process has a GPU, gloo otherwise."""
+    import deepspeed
+
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ["LOCAL_RANK"] = "0"  # Ray shows each actor its own GPU only, so it is always the first
     deepspeed.init_distributed(
@@ -67,12 +75,14 @@ def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfi
 
 def build_engine(
     model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype, total_steps: int
-) -> deepspeed.DeepSpeedEngine:
+) -> DeepSpeedEngine:
     """Wrap a model in a DeepSpeed engine with AdamW over its trainable parameters.
 
     Args:
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
     """
+    import deepspeed
+
     if deepspeed_config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -100,7 +110,7 @@ class StepResult:
     learning_rate: float
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
+def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
     """Accumulate the gradients of several micro-batches and take one optimizer step.
 
     Args:
@@ -121,4 +131,6 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, losses: Sequence[Callable[
 
 def gather_parameters(parameters: list[nn.Parameter]):
     """Context in which ZeRO-3 parameters are whole on every rank; nothing happens to ordinary ones."""
+    import deepspeed
+
     return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=None)

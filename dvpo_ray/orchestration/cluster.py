@@ -31,17 +31,26 @@ def connect(config: RayConfig) -> Iterator[None]:
         except ConnectionError as error:
             raise ResourceError(f"no Ray cluster answers at {address}; start one with `ray start --head`, or unset ray.address") from error
     else:
+        _start_local(config, quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(config: RayConfig, options: dict) -> None:
+    try:
         ray.init(
             num_cpus=config.num_cpus,
             num_gpus=config.num_gpus,
             object_store_memory=int(config.object_store_gib * 2**30) if config.object_store_gib else None,
             include_dashboard=config.dashboard,
-            **quiet,
+            **options,
         )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    except Exception as error:  # Ray raises a bare Exception when its node takes longer than the 30 seconds it allows
+        if "timed out during startup" not in str(error):
+            raise
+        raise ResourceError("Ray did not start within the 30 seconds it gives itself; the machine is overloaded, try again") from error
 
 
 def get(refs, *, what: str, timeout_seconds: float | None = None):

@@ -25,13 +25,14 @@ from dvpo_ray.orchestration.weight_sync import choose_transport
 
 @dataclass(frozen=True)
 class Roles:
-    """Handles of the actors of a run, by role."""
+    """Handles of the actors of a run, by role, and the process ids of those on the driver's node."""
 
     engines: list[ActorHandle]
     scorers: list[ActorHandle]
     references: list[ActorHandle]
     learners: list[ActorHandle]
     builder: ActorHandle
+    local_pids: list[int]
 
     def by_role(self) -> dict[str, list[ActorHandle]]:
         """The same handles under the names that metrics and logs use."""
@@ -65,27 +66,18 @@ def start_roles(config: Config, run_folder: str, stop_token_ids: frozenset[int],
         return actors[cls.role]
 
     try:
-        rollout = config.rollout
-        roles = Roles(
-            engines=start(
-                RolloutEngine,
-                rollout,
-                stop_token_ids,
-                transport,
-                max_sequence_tokens,
-                backend=rollout.backend,
-                kv_cache_gib=rollout.kv_cache_gib,
-            ),
-            scorers=start(ValueScorer, config.scorer),
-            references=start(ReferenceModel, config.reference),
-            learners=start(PolicyLearner, config.policy),
-            builder=start(ExperienceBuilder, None)[0],
-        )
-        wait_until_ready(actors, rollout.start_timeout_seconds)
-        address = get(roles.learners[0].rendezvous.remote(), what="learner rendezvous")
-        joined = [learner.connect.remote(*address, roles.engines, transport) for learner in roles.learners]
-        get(joined, what="the learner's start", timeout_seconds=rollout.start_timeout_seconds)
-        yield roles
+        rollout, patience = config.rollout, config.rollout.start_timeout_seconds
+        engine_env = {"backend": rollout.backend, "kv_cache_gib": rollout.kv_cache_gib}
+        engines = start(RolloutEngine, rollout, stop_token_ids, transport, max_sequence_tokens, **engine_env)
+        scorers = start(ValueScorer, config.scorer)
+        references = start(ReferenceModel, config.reference)
+        learners = start(PolicyLearner, config.policy)
+        (builder,) = start(ExperienceBuilder, None)
+        pids = wait_until_ready(actors, patience)
+        address = get(learners[0].rendezvous.remote(), what="learner rendezvous")
+        joined = [learner.connect.remote(*address, engines, transport) for learner in learners]
+        get(joined, what="the learner's start", timeout_seconds=patience)
+        yield Roles(engines, scorers, references, learners, builder, [pid for role in pids.values() for pid in role])
     finally:
         for handle in [handle for handles in actors.values() for handle in handles]:
             ray.kill(handle)
@@ -135,6 +127,8 @@ def spawn(cls: type[Actor], bundle: Bundle, group: PlacementGroup, bundles: list
 
 
 def wait_until_ready(actors: dict[str, list[ActorHandle]], timeout_seconds: float) -> dict[str, list[int]]:
-    """Wait for the constructors of all actors and return their process ids by role."""
+    """Wait for the constructors of all actors and return, by role, the process ids of those on this node."""
     pending = {role: [handle.ready.remote() for handle in handles] for role, handles in actors.items()}
-    return {role: get(refs, what=f"the start of {role}", timeout_seconds=timeout_seconds) for role, refs in pending.items()}
+    here = ray.get_runtime_context().get_node_id()
+    found = {role: get(refs, what=f"the start of {role}", timeout_seconds=timeout_seconds) for role, refs in pending.items()}
+    return {role: [pid for node, pid in places if node == here] for role, places in found.items()}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from dvpo_ray.config import Config, dump_config
 from dvpo_ray.evaluation.gain import gold_gain
+from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
+from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.summary import write_summary
 from dvpo_ray.orchestration import checkpoints
 from dvpo_ray.orchestration.cluster import connect, get
@@ -19,11 +23,12 @@ from dvpo_ray.orchestration.loop import Loop
 from dvpo_ray.orchestration.roles import Roles, start_roles
 
 
-def train(config: Config, resume: bool = False) -> Path:
+def train(config: Config, resume: bool = False, console: RunConsole | None = None) -> Path:
     """Optimise the policy of a config in `config.out` and return that folder.
 
     Args:
         resume: continue the run in that folder from its last whole checkpoint.
+        console: of a larger run that this is a part of; otherwise the run opens its own.
 
     Raises:
         InputError, ResourceError: in one line; bad input is found before any actor starts.
@@ -33,13 +38,15 @@ def train(config: Config, resume: bool = False) -> Path:
     checkpoint = checkpoints.last_whole(run_folder) if resume else None
     run_folder.mkdir(parents=True, exist_ok=True)
     (run_folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    return Run(config, run_folder, inputs).train(checkpoint)
+    with nullcontext(console) if console is not None else RunConsole() as console:
+        return Run(config, run_folder, inputs, console).train(checkpoint)
 
 
 class Run:
     """One run in its folder: steps, evaluations, checkpoints, the final model and the summary."""
 
-    def __init__(self, config: Config, run_folder: Path, inputs: Inputs) -> None:
+    def __init__(self, config: Config, run_folder: Path, inputs: Inputs, console: RunConsole) -> None:
+        self.console = console
         self.config = config
         self.run_folder = run_folder
         self.inputs = inputs
@@ -49,19 +56,43 @@ class Run:
         self.last_step = 0
 
     def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
-        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
+        """Run from a checkpoint, or from the start, to the end; the summary and the report are written however it ends."""
+        self.console.header("DVPO", self._facts())
+        for note in self.inputs.notes:
+            self.console.warn(note)
         state = "failed"
         try:
-            with connect(self.config.ray), self.memory:
-                with start_roles(self.config, str(self.run_folder), self.inputs.stop_token_ids, longest) as roles:
-                    self._optimise(roles, checkpoint)
+            with connect(self.config.ray), self.memory, self._roles() as roles:
+                self._optimise(roles, checkpoint)
             state = "finished"
         except KeyboardInterrupt:
             state = "interrupted"
             raise
         finally:
             self._summarise(state)
+            write_report(self.run_folder)
         return self.run_folder
+
+    def _facts(self) -> dict[str, object]:
+        config, batch = self.config, self.config.batch
+        accuracy = ", ".join(f"{view} {value:.3f}" for view, value in self.inputs.manifest.heldout_accuracy.items() if view in ("mean", "last"))
+        return {
+            "model": config.model.path,
+            "value model": f"{config.gvm.path} (held-out accuracy {accuracy or 'unknown'})",
+            "prompts": f"{len(self.inputs.prompts)} training, {len(self.inputs.heldout)} held out",
+            "batch": f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples, {config.train.steps} steps",
+            "advantage": f"{config.advantage.mode}, KL in {config.kl.placement} x {config.kl.coefficient:g}",
+            "run folder": self.run_folder,
+        }
+
+    @contextmanager
+    def _roles(self) -> Iterator[Roles]:
+        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
+        with ExitStack() as stack:
+            with self.console.stage("start of the actors"):
+                roles = stack.enter_context(start_roles(self.config, str(self.run_folder), self.inputs.stop_token_ids, longest))
+                self.memory.add_pids(roles.local_pids)
+            yield roles
 
     def _optimise(self, roles: Roles, checkpoint: tuple[Path, dict] | None) -> None:
         loop = Loop(self.config, roles, self.inputs.prompts, self.inputs.heldout)
@@ -71,15 +102,19 @@ class Run:
         else:
             self._evaluate(loop, 0)
         settings = self.config.model_dump(mode="json")
-        with MetricsLog(self.run_folder, self.config.train.trackers, resume_step=first - 1 if checkpoint else None, config=settings) as log:
+        with (
+            MetricsLog(self.run_folder, self.config.train.trackers, resume_step=first - 1 if checkpoint else None, config=settings) as log,
+            self.console.stage("policy optimisation", total=self.config.train.steps, done=first - 1, unit="steps") as progress,
+        ):
             for step in range(first, self.config.train.steps + 1):
                 metrics = loop.step(step)
                 log.write(step, metrics)
+                progress.step(step, metrics)
                 self.last_step = step
-                if self._is_due(step, self.config.checkpoint.every_steps):
-                    self._save(loop, roles, step)
                 if self._is_due(step, self.config.evaluation.every_steps):
                     self._evaluate(loop, step)
+                if self._is_due(step, self.config.checkpoint.every_steps):
+                    self._save(loop, roles, step)
         if self.config.train.steps not in self.evaluations:
             self._evaluate(loop, self.config.train.steps)
         self._save_final(roles)
@@ -88,8 +123,12 @@ class Run:
         return every > 0 and step % every == 0
 
     def _evaluate(self, loop: Loop, step: int) -> None:
-        if self.inputs.heldout:
-            self.evaluations[step] = loop.evaluate(step)
+        if not self.inputs.heldout:
+            return
+        with self.console.stage(f"evaluation at step {step}", total=len(self.inputs.heldout), unit="held-out prompts") as progress:
+            result = self.evaluations[step] = loop.evaluate(step)
+            shown = " · ".join(f"{name} {value:.3f}" for name, value in result.items())
+            progress.advance(len(self.inputs.heldout), shown)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 

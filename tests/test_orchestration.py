@@ -1,0 +1,103 @@
+"""Prompt order, checkpoints and statistics: the parts of a run that need no actor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.errors import InputError
+from dvpo_ray.orchestration import checkpoints
+from dvpo_ray.orchestration.schedule import prompt_indices, sampling_seed
+from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 5))
+def test_every_pass_takes_every_prompt_once(num_prompts, per_step, seed):
+    steps = -(-3 * num_prompts // per_step)
+    taken = [i for step in range(1, steps + 1) for i in prompt_indices(num_prompts, per_step, step, seed)]
+    for epoch in range(3):
+        assert sorted(taken[epoch * num_prompts : (epoch + 1) * num_prompts]) == list(range(num_prompts))
+
+
+def test_prompt_order_depends_on_seed_and_pass():
+    first, second = prompt_indices(50, 50, 1, seed=0), prompt_indices(50, 50, 2, seed=0)
+    assert first != second and first != prompt_indices(50, 50, 1, seed=1)
+    assert first == prompt_indices(50, 50, 1, seed=0)
+
+
+def test_sampling_seeds_differ_by_step_and_engine():
+    assert len({sampling_seed(0, step, engine) for step in range(20) for engine in range(4)}) == 80
+
+
+def write_checkpoint(run, step, keep=5):
+    draft = checkpoints.begin(run, step)
+    (draft / "learner").mkdir()
+    (draft / "learner" / "model.pt").write_bytes(b"x" * 100)
+    return checkpoints.commit(draft, {"step": step}, keep)
+
+
+def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path):
+    for step in (5, 10, 15):
+        write_checkpoint(tmp_path, step, keep=2)
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["step_000010", "step_000015"]
+    folder, state = checkpoints.last_whole(tmp_path)
+    assert folder.name == "step_000015" and state == {"step": 15}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "draft"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
+    write_checkpoint(tmp_path, 5)
+    if damage == "draft":  # killed while writing
+        (checkpoints.begin(tmp_path, 10) / "half.pt").write_bytes(b"x")
+    else:
+        newest = write_checkpoint(tmp_path, 10)
+        file = newest / "learner" / "model.pt"
+        if damage == "truncated":
+            file.write_bytes(b"x" * 60)
+        elif damage == "missing":
+            file.unlink()
+        else:
+            (newest / "manifest.json").unlink()
+    folder, state = checkpoints.last_whole(tmp_path)
+    assert state == {"step": 5}
+    if damage == "truncated":
+        assert "step_000010 is not whole (learner/model.pt has 60 of 100 bytes); falling back" in caplog.text
+
+
+def test_no_whole_checkpoint_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="no whole checkpoint to resume from"):
+        checkpoints.last_whole(tmp_path)
+
+
+def test_sequence_kl_sums_a_row_alone():
+    batch = RaggedBatch.from_rows(
+        [[1], [1, 2]], [[3, 4], [5]], response_fields={"log_probs": [[-1.0, -2.0], [-3.0]], "reference_log_probs": [[-1.5, -2.0], [-2.0]]}
+    )
+    np.testing.assert_allclose(sequence_kl(batch), [0.5, -1.0])
+
+
+def test_explained_variance_of_perfect_and_constant_values():
+    assert explained_variance([np.full(3, 1.0), np.full(4, -1.0)]) == 1.0
+    assert explained_variance([np.array([0.0, 0.0, 1.0]), np.array([0.0, 0.0, -1.0])]) == 0.0
+    assert np.isnan(explained_variance([np.array([0.0, 1.0]), np.array([0.5, 1.0])]))
+
+
+def test_batch_statistics_by_hand():
+    fields = {
+        "log_probs": [[-1.0, -1.0], [-2.0]],
+        "reference_log_probs": [[-2.0, -1.0], [-2.0]],
+        "values": [[0.5, 1.0], [-1.0]],
+        "advantages": [[1.0, -1.0], [3.0]],
+        "loss_mask": [[1.0, 1.0], [0.0]],
+    }
+    batch = RaggedBatch.from_rows([[1], [1]], [[3, 4], [5]], truncated=[False, True], response_fields=fields)
+    metrics = batch_statistics(batch, np.array([0.0, 1.0]))
+    assert metrics["value/terminal_mean"] == 0.0
+    assert metrics["value/mean"] == pytest.approx((0 + 0.5 + 1 + 0 - 1) / 5)
+    assert metrics["kl/reference_mean"] == 0.5 and metrics["kl/reference_max"] == 1.0
+    assert metrics["advantage/max"] == 1.0 and metrics["advantage/mean"] == 0.0  # the masked row counts for nothing
+    assert metrics["response_length/mean"] == 1.5 and metrics["response_length/truncated_fraction"] == 0.5
+    assert metrics["reward/gold_mean"] == 0.5
