@@ -10,11 +10,12 @@ from types import ModuleType
 from typing import NoReturn
 
 from dvpo_ray import __version__
+from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.commands import gvm, report, sft, train
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
 
-COMMANDS: dict[str, ModuleType] = {"sft": sft, "gvm": gvm, "train": train, "report": report}
+COMMANDS: dict[str, ModuleType] = {"sft": sft, "gvm": gvm, "train": train, "eval": evaluate, "report": report}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dvpo: {_one_line(getattr(error, 'cause', None) or error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"dvpo: {error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume", file=sys.stderr)
         return EXIT_BAD_INPUT

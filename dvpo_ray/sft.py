@@ -20,6 +20,7 @@ from dvpo_ray.data.prompts import parse_prompt
 from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
 from dvpo_ray.errors import InputError
+from dvpo_ray.files import whole_folder
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer, torch_dtype
 from dvpo_ray.monitoring.console import RunConsole
 
@@ -49,6 +50,7 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
 
     Raises:
         InputError: rows or checkpoint are missing or wrong.
+        ResourceError: the disk is full.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows = encode_answers(load_answers(config.data.sft, config.data.on_bad_row), tokenizer, config)
@@ -61,8 +63,9 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
     with RunConsole() as console:
         trainer.add_callback(_Progress(console, out / "metrics.jsonl"))
         trainer.train(resume_from_checkpoint=_last_checkpoint(out / "checkpoints") if resume else None)
-    model.to(torch_dtype(config.model.dtype)).save_pretrained(out / "final")
-    tokenizer.save_pretrained(out / "final")
+    with whole_folder(out / "final") as folder:
+        model.to(torch_dtype(config.model.dtype)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return out / "final"
 
 

@@ -262,3 +262,13 @@ def test_report_calls_the_report(backend, capsys, tmp_path):
     assert cli.main(["report", "run"]) == 0
     assert calls[0] == ((Path("run"),), {})
     assert capsys.readouterr().out == "run/report.html\n"
+
+
+def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
+    calls = backend("dvpo_ray.orchestration.evaluate", "evaluate_policy", {"prompts": 3})
+    assert cli.main(["eval", LOCAL_CPU, "--policy", "runs/a/final", "--out", "there"]) == 0
+    assert cli.main(["eval", LOCAL_CPU, "model.path=m"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), "runs/a/final", Path("there")), {})
+    (_, policy, out), _ = calls[1]
+    assert policy == "m" and re.fullmatch(r"runs/local-cpu-eval-\d{8}-\d{6}", str(out))
+    assert capsys.readouterr().out == '{\n  "prompts": 3\n}\n' * 2

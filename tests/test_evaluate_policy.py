@@ -1,0 +1,59 @@
+"""`dvpo eval`: what it samples, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dvpo_ray.config import Config
+from dvpo_ray.errors import InputError
+
+
+def config(prompt_file, **evaluation) -> Config:
+    return Config(
+        model={"path": "overridden/by-policy", "dtype": "float32"},
+        data={"prompts": {"path": str(prompt_file), "heldout_fraction": 0.5}, "max_prompt_tokens": 24},
+        rollout={"backend": "transformers", "num_actors": 2, "max_response_tokens": 8, "cpus_per_actor": 0.5},
+        evaluation={"judge": "vader", **evaluation},
+        ray={"num_cpus": 2, "object_store_gib": 0.1},
+    )
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"story {n}"}) + "\n" for n in range(30)), encoding="utf-8")
+    return path
+
+
+def test_it_needs_a_judge(tiny_chat_model, prompts, tmp_path):
+    from dvpo_ray.orchestration.evaluate import evaluate_policy
+
+    with pytest.raises(InputError, match="evaluation.judge is none; set evaluation.judge=vader"):
+        evaluate_policy(config(prompts, judge="none"), str(tiny_chat_model), tmp_path / "out")
+
+
+def test_prompts_that_are_all_too_long(tiny_chat_model, prompts, tmp_path):
+    from dvpo_ray.orchestration.evaluate import evaluate_policy
+
+    settings = config(prompts)
+    settings.data.max_prompt_tokens, settings.data.long_prompt = 2, "drop"
+    with pytest.raises(InputError, match="no held-out prompt is left after data.max_prompt_tokens 2"):
+        evaluate_policy(settings, str(tiny_chat_model), tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_every_heldout_prompt_is_judged_once(tiny_chat_model, prompts, tmp_path):
+    from dvpo_ray.data.prompts import load_prompts
+    from dvpo_ray.orchestration.evaluate import evaluate_policy
+
+    settings = config(prompts, prompts=9)
+    summary = evaluate_policy(settings, str(tiny_chat_model), tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    heldout = {prompt.content for prompt in load_prompts(settings.data.prompts, "error").heldout}
+    assert len({row["prompt"] for row in rows}) == len(rows) == summary["prompts"] == 9
+    assert {row["prompt"] for row in rows} <= heldout
+    assert summary["gold"]["mean"] == pytest.approx(sum(row["gold"] for row in rows) / 9, abs=1e-6)
+    assert summary["gold"]["ci95"][0] <= summary["gold"]["mean"] <= summary["gold"]["ci95"][1]
+    assert summary["response_length"]["truncated_fraction"] == sum(row["truncated"] for row in rows) / 9
