@@ -11,11 +11,18 @@ from typing import NoReturn
 
 from dvpo_ray import __version__
 from dvpo_ray.commands import eval as evaluate
-from dvpo_ray.commands import gvm, report, sft, train
+from dvpo_ray.commands import gvm, quickstart, report, sft, train
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
 
-COMMANDS: dict[str, ModuleType] = {"sft": sft, "gvm": gvm, "train": train, "eval": evaluate, "report": report}
+COMMANDS: dict[str, ModuleType] = {
+    "quickstart": quickstart,
+    "sft": sft,
+    "gvm": gvm,
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

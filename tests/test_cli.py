@@ -230,6 +230,19 @@ def test_train_calls_the_run(backend, capsys, tmp_path):
     assert capsys.readouterr().out == "done\n"
 
 
+def test_quickstart_calls_the_quickstart(backend, capsys):
+    calls = backend("dvpo_ray.quickstart.run", "quickstart", Path("run/report.html"))
+    assert cli.main(["quickstart", "train.steps=3", "--out", "run"]) == 0
+    assert calls[0] == ((Path("run"), ["train.steps=3"]), {})
+    assert "train.stepps=3: unknown key" in refusal(capsys, "quickstart", "train.stepps=3")
+
+
+def test_quickstart_dry_run(capsys):
+    assert cli.main(["quickstart", "--dry-run", "seed=4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("name: quickstart\nseed: 4\n") and "# batch arithmetic\n" in printed
+
+
 def test_gvm_train_calls_the_training(backend):
     calls = backend("dvpo_ray.gvm.training", "train_gvm", Path("done"))
     assert cli.main(["gvm", "train", LOCAL_CPU, "--out", "run"]) == 0
@@ -239,7 +252,9 @@ def test_gvm_train_calls_the_training(backend):
 def test_gvm_eval_calls_the_evaluation_and_prints_json(backend, capsys):
     calls = backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", {"accuracy": {"last": 0.75}})
     assert cli.main(["gvm", "eval", LOCAL_CPU, "--gvm", "g"]) == 0
-    assert calls[0] == ((load_config(LOCAL_CPU), Path("g"), Path("g/evaluation")), {})
+    (config, gvm, out), _ = calls[0]
+    assert (config, gvm) == (load_config(LOCAL_CPU), Path("g"))
+    assert re.fullmatch(r"runs/local-cpu-gvm-eval-\d{8}-\d{6}", str(out))
     assert capsys.readouterr().out == '{\n  "accuracy": {\n    "last": 0.75\n  }\n}\n'
 
 

@@ -44,10 +44,15 @@ def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = ""
         if not named.is_dir():
             raise InputError(f"{named}: no run folder to resume")
         return named
-    folder = named or Path("runs") / f"{config.name}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = named or dated_folder(config, suffix)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: already there and not empty; give another --out, or --resume to continue the run in it")
     return folder
+
+
+def dated_folder(config: Config, suffix: str = "") -> Path:
+    """`runs/<name><suffix>-<time>`, the folder of what has no other."""
+    return Path("runs") / f"{config.name}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def print_plan(config: Config, arithmetic: Iterable[str], bundles: Iterable[Bundle], notes: Iterable[str]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import datetime
 from pathlib import Path
 
-from dvpo_ray.commands.common import add_config_arguments, load
+from dvpo_ray.commands.common import add_config_arguments, dated_folder, load
 from dvpo_ray.errors import InputError
 
 HELP = "judge a policy's responses to the held-out prompts"
@@ -24,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args)
     if config.data.prompts is None:
         raise InputError(f"{args.config}: data.prompts.path is not set; give the prompts to evaluate on")
-    out = args.out or Path("runs") / f"{config.name}-eval-{datetime.now():%Y%m%d-%H%M%S}"
+    out = args.out or dated_folder(config, "-eval")
 
     from dvpo_ray.orchestration.evaluate import evaluate_policy
 

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from dvpo_ray.commands.common import add_config_arguments, add_run_arguments, choose_run_folder, load, print_plan
+from dvpo_ray.commands.common import add_config_arguments, add_run_arguments, choose_run_folder, dated_folder, load, print_plan
 from dvpo_ray.config import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import plan_gvm_placement
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("eval", help=EVAL_HELP, description=EVAL_HELP, epilog=EVAL_EXAMPLE)
     add_config_arguments(evaluate)
     _add_gvm_argument(evaluate)
-    evaluate.add_argument("--out", metavar="DIR", type=Path, help="folder of the JSON and the plots (default: evaluation/ in the GVM folder)")
+    evaluate.add_argument("--out", metavar="DIR", type=Path, help="folder of the JSON and the plots (default: runs/<name>-gvm-eval-<time>)")
     evaluate.set_defaults(gvm_command=_evaluate)
 
     score = commands.add_parser("score", help=SCORE_HELP, description=SCORE_HELP, epilog=SCORE_EXAMPLE)
@@ -69,7 +69,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from dvpo_ray.gvm.evaluation import evaluate_gvm
 
-    print(json.dumps(evaluate_gvm(config, gvm, args.out or gvm / "evaluation"), indent=2))
+    print(json.dumps(evaluate_gvm(config, gvm, args.out or dated_folder(config, "-gvm-eval")), indent=2))
     return 0
 
 

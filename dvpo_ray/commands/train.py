@@ -20,10 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load(args)
-    arithmetic, bundles = _arithmetic(config), plan_placement(config)
     if args.dry_run:
-        print_plan(config, arithmetic, bundles, [*_missing(config), *batch_notes(config)])
+        print_train_plan(config, _missing(config))
         return 0
+    # Impossible arithmetic and placement are refused before anything is loaded.
+    derive_batch(config)
+    plan_placement(config)
     for problem in _missing(config):
         raise InputError(f"{args.config}: {problem}")
     config = config.model_copy(update={"out": str(choose_run_folder(args, config))})
@@ -32,6 +34,11 @@ def run(args: argparse.Namespace) -> int:
 
     print(train(config, resume=args.resume))
     return 0
+
+
+def print_train_plan(config: Config, notes: list[str]) -> None:
+    """Print what a run of policy optimisation with this config would be."""
+    print_plan(config, _arithmetic(config), plan_placement(config), [*notes, *batch_notes(config)])
 
 
 def _missing(config: Config) -> list[str]:
