@@ -18,7 +18,7 @@ from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring import catalogue
 from dvpo_ray.monitoring.catalogue import GROUPS, METRICS, find_metric
 from dvpo_ray.monitoring.metrics import MetricsLog
-from dvpo_ray.monitoring.run_files import finite, read_json_lines, write_atomically
+from dvpo_ray.monitoring.run_files import finite, read_json_lines
 from dvpo_ray.monitoring.summary import write_summary
 
 
@@ -61,6 +61,13 @@ def test_values_that_are_not_finite_become_null_with_a_warning(tmp_path, caplog)
         "step 3: policy/grad_norm is inf, written as null",
         "step 3: policy/loss is nan, written as null",
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=r"metrics\.jsonl: no space left on the disk"), MetricsLog(tmp_path) as log:
+        log.write(1, {"policy/loss": 0.5})
 
 
 def test_resume_drops_the_steps_after_the_checkpoint(tmp_path):
@@ -289,12 +296,6 @@ def test_a_failed_write_leaves_the_old_summary(tmp_path):
         write_summary(tmp_path, {"state": object()})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"state": "running"}
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_a_replaced_file_leaves_no_temporary(tmp_path):
-    write_atomically(tmp_path / "a.json", "old")
-    write_atomically(tmp_path / "a.json", "new")
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_finite_keeps_what_is_not_a_number():

@@ -179,6 +179,12 @@ def test_samples_run_from_the_largest_gain_to_the_largest_loss(run):
     assert "A day. 29" in text and "A wonderful day. 29" in text and "gold 0.47 (+0.47)" in text and "gold −0.50 (−0.50)" in text
 
 
+def test_a_gain_that_rounds_to_nothing_is_neither_good_nor_bad(run):
+    write_rows(run / "evaluation" / "step_000003.jsonl", evaluation([score - 0.001 for score in BEFORE]))
+    text = page(run)
+    assert "(±0)" in text and not re.search(r'chip (good|bad)">gold', text)
+
+
 def test_the_response_whose_value_moves_most_is_coloured_twice(run):
     text = page(run)
     tokens = re.findall(r'<span class="tok (\w+)" style="--a:([\d.]+)" data-token="(\d)" title="([^"]*)">([^<]*)</span>', text)
@@ -286,6 +292,20 @@ def test_metrics_of_another_version_are_shown_too(run):
     write_rows(run / "metrics.jsonl", [{"step": 1, "time": 1.0, "policy/novelty": 2.5, "note": "text"}])
     text = page(run)
     assert "<code>policy/novelty</code>" in text and "<code>note</code>" not in text
+
+
+def test_a_run_that_trains_a_value_model(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"gvm/loss": 0.5 / step, "gvm/accuracy": 0.6, "gvm/grad_norm": 1.0, "time/step_seconds": 2.0})
+    accuracy = {"mean": 0.674, "last": 0.708, "longer_wins": 0.511, **{f"position_{p}": 0.6 for p in (25, 50, 75, 100)}}
+    write_summary(tmp_path, {"state": "finished", "gvm": {"heldout_accuracy": accuracy}, "warnings": ["few pairs"]})
+    text = visible(page(tmp_path))
+    assert "Held-out pairs ordered correctly 70.8% by the last value 67.4% by the mean value; 51.1% by length alone" in text
+    for title in ("Held-out accuracy by position", "GVM loss", "Training pairs ordered correctly", "Time of a step"):
+        assert title in text
+    assert "Worth a look few pairs" in text
+    assert "gold" not in text and "KL" not in text
 
 
 # ------------------------------------------------------------------------------------------------- damaged runs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo_ray.errors import InputError
+from dvpo_ray.files import clear_when_full
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.run_files import check_step, read_json_lines, write_json_lines
 from dvpo_ray.monitoring.trackers import make_tracker
@@ -46,13 +47,15 @@ class MetricsLog:
         else:
             _drop_after(path, resume_step)
         self._trackers = [make_tracker(name, folder, config or {}, resume_step) for name in trackers]
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append the metrics of a step. A value that is not finite becomes null, with a warning.
 
         Raises:
             ValueError: a metric is not in the catalogue.
+            ResourceError: the disk is full.
         """
         for name in metrics:
             find_metric(name)
@@ -61,10 +64,14 @@ class MetricsLog:
         for name in values.keys() - finite_values.keys():
             logger.warning("step %d: %s is %s, written as null", step, name, values[name])
         row = {"step": int(step), "time": round(time.time(), 3), **{name: finite_values.get(name) for name in values}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with clear_when_full(self._path):
+            self._append(json.dumps(row).encode() + b"\n")
         for tracker in self._trackers:
             tracker.log(int(step), finite_values)
+
+    def _append(self, line: bytes) -> None:
+        while line:
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Close the file and every tracker."""

@@ -53,6 +53,24 @@ class Curves:
             "Value", "value", "What the frozen GVM says of the rollouts. It should rise with the gold score, not instead of it.", terminal=True
         )
 
+    def value_model(self) -> Iterator[str]:
+        """How good is the Global Value Model?"""
+        yield from self._accuracy_by_position()
+        yield from self._lines(
+            "GVM loss",
+            "",
+            {"gvm/loss": "loss", "gvm/regression_loss": "value regression", "gvm/bradley_terry_loss": "Bradley-Terry"},
+            "On the training pairs. The Bradley-Terry loss is measured whether it has a weight or not.",
+            from_zero=True,
+        )
+        yield from self._lines(
+            "Training pairs ordered correctly",
+            "fraction",
+            {"gvm/accuracy": "accuracy"},
+            "In each minibatch. Far above the held-out accuracy, the pairs are learnt by heart.",
+        )
+        yield from self._lines("GVM gradient norm", "", {"gvm/grad_norm": "before clipping"}, "Global norm over all parameters.", from_zero=True)
+
     def update(self) -> Iterator[str]:
         """Is the update sound?"""
         yield from self._advantage()
@@ -101,7 +119,7 @@ class Curves:
             "Throughput",
             "tokens/s",
             {"throughput/generated_tokens_per_second": "generated", "throughput/trained_tokens_per_second": "trained"},
-            "Response tokens over the time of their stage.",
+            "Tokens over the time of their stage.",
             from_zero=True,
         )
         yield from self._lines(
@@ -137,6 +155,18 @@ class Curves:
             if gold:
                 points.append((float(step), *mean_ci(gold, resamples=2000)))
         return points
+
+    def _accuracy_by_position(self) -> Iterator[str]:
+        known = [(percent, self.run.summary_number(f"gvm.heldout_accuracy.position_{percent}")) for percent in (25, 50, 75, 100)]
+        if any(accuracy is None for _, accuracy in known):
+            return
+        series = [Series("by the value there", [accuracy for _, accuracy in known])]
+        longer = self.run.summary_number("gvm.heldout_accuracy.longer_wins")
+        if longer is not None:
+            series.append(Series("the longer response wins", [longer] * len(known), "c8", dashed=True))
+        chart = line_chart([percent for percent, _ in known], series, name="Held-out accuracy", x_label="% of the response read")
+        caption = "Share of held-out pairs whose better response has the higher value after so much of it. 0.5 is chance."
+        yield self._figure("Held-out accuracy by position", "", chart, caption, _keys(series), series[0].ys)
 
     def _gold_against_kl(self) -> str:
         kl, gold = self.column("kl/reference_mean"), self.column("reward/gold_mean")
@@ -183,18 +213,17 @@ class Curves:
             for i, stage in enumerate(_STAGES)
             if f"time/{stage}_seconds" in self.names
         ]
-        if not layers:
-            return
         if "time/step_seconds" in self.names:
             whole = self.column("time/step_seconds")
             rest = [max(0.0, (w or 0.0) - sum(layer.ys[i] or 0.0 for layer in layers)) for i, w in enumerate(whole)]
-            layers.append(Series("rest", rest, "c8"))
+            layers.append(Series("rest" if layers else "step", rest, "c8"))
+        if not layers:
+            return
         chart = stacked_chart(self.steps, layers, name="Time of a step")
         totals = [sum(layer.ys[i] or 0.0 for layer in layers) for i in range(len(self.steps))]
         keys = "".join(_key(layer.label, layer.color, "box") for layer in layers)
-        yield self._figure(
-            "Time of a step", "s", chart, "By stage. What the frozen models do while others generate costs no time here.", keys, totals
-        )
+        caption = "What the frozen models do while others generate costs no time here." if len(layers) > 1 else ""
+        yield self._figure("Time of a step", "s", chart, caption, keys, totals)
 
     def _roles(self, prefix: str, suffix: str) -> dict[str, str]:
         names = [name for name in self.run.names() if name.startswith(prefix) and name.endswith(suffix)]

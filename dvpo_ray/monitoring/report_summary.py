@@ -58,6 +58,8 @@ def summary(run: RunData) -> str:
 
 
 def _headline(run: RunData) -> str:
+    if run.is_value_model:
+        return _accuracy_headline(run)
     gain = gold_gain(run)
     if gain is None:
         return tag("div", tag("h3", "Gold score of held-out prompts"), _why_no_gain(run), class_="card headline")
@@ -73,6 +75,17 @@ def _headline(run: RunData) -> str:
         _range_plot(gain),
         class_="card headline",
     )
+
+
+def _accuracy_headline(run: RunData) -> str:
+    views = {"last": "by the last value", "mean": "by the mean value", "longer_wins": "by length alone: the longer wins"}
+    known = [(words, value) for view, words in views.items() if (value := run.summary_number(f"gvm.heldout_accuracy.{view}")) is not None]
+    if not known:
+        return tag("div", tag("h3", "Held-out pairs ordered correctly"), tag("p", "Not evaluated.", class_="soft"), class_="card headline")
+    (words, value), *others = known
+    rest = tag("p", escape("; ".join(f"{other:.1%} {text}" for text, other in others)), class_="soft")
+    big = tag("div", f"{value:.1%}", class_="big") + tag("p", words)
+    return tag("div", tag("h3", "Held-out pairs ordered correctly"), big, rest, class_="card headline")
 
 
 def _why_no_gain(run: RunData) -> str:
@@ -114,13 +127,16 @@ def _signed(value: float) -> str:
 def _tiles(run: RunData) -> list[str]:
     kl = run.summary_number("kl.after_mean")
     seconds, memory = run.summary_number("duration_seconds"), run.summary_number("peak_memory_gib")
-    return [
+    policy = [
         _tile("KL from the reference", "–" if kl is None else f"{number(kl)} nats", "mean per held-out response, after training"),
         _accuracy_tile(run),
+        _responses_tile(run),
+    ]
+    return [
+        *([] if run.is_value_model else policy),
         _tile("Steps", number(run.summary_number("steps") or (run.steps[-1] if run.steps else 0)), _pace(run)),
         _tile("Duration", "–" if seconds is None else duration(seconds), "start to end, evaluations included"),
         _tile("Peak memory", "–" if memory is None else f"{number(memory)} GiB", "all processes of the run on this node"),
-        _responses_tile(run),
     ]
 
 
@@ -157,17 +173,21 @@ def attention(run: RunData) -> str:
     boxes = []
     if error := run.summary.get("error"):
         boxes.append(tag("div", tag("b", "The run failed. "), escape(error), class_="notice bad"))
-    found = findings(run)
-    if found:
-        items = [tag("li", escape(finding.text), " ", tag("span", escape(finding.advice), class_="soft")) for finding in found]
+    items = [tag("li", escape(warning)) for warning in _texts(run, "warnings")]
+    items += [tag("li", escape(finding.text), " ", tag("span", escape(finding.advice), class_="soft")) for finding in findings(run)]
+    if items:
         boxes.append(tag("div", tag("b", "Worth a look"), tag("ul", *items), class_="notice"))
     elif run.metrics:
         boxes.append(tag("div", "No metric lies beyond its bounds.", class_="notice good"))
-    notes = run.summary.get("notes")
-    rows = [str(note) for note in notes if note] if isinstance(notes, list) else []
-    if rows:
+    if rows := _texts(run, "notes"):
         items = tag("ul", *(tag("li", escape(row)) for row in rows))
         boxes.append(tag("details", tag("summary", f"Data rows skipped or dropped: {len(rows)}"), items))
     if run.notes:
         boxes.append(tag("div", tag("b", "Not readable"), tag("ul", *(tag("li", escape(note)) for note in run.notes)), class_="notice"))
     return tag("section", *boxes, aria_label="Findings") if boxes else ""
+
+
+def _texts(run: RunData, key: str) -> list[str]:
+    """The lines of a list in the summary."""
+    lines = run.summary.get(key)
+    return [str(line) for line in lines if line] if isinstance(lines, list) else []

@@ -60,9 +60,9 @@ def _sample(before: dict, after: dict | None, steps: list[int]) -> str:
 def _side(label: str, row: dict, before: dict | None) -> str:
     chips = []
     if row.get("gold") is not None:
-        gain = row["gold"] - before["gold"] if before and before.get("gold") is not None else None
+        gain = round(row["gold"] - before["gold"], 2) + 0.0 if before and before.get("gold") is not None else None
         kind = "good" if (gain or 0) > 0 else "bad" if (gain or 0) < 0 else ""
-        text = f"gold {row['gold']:.2f}" + ("" if gain is None else f" ({gain:+.2f})")
+        text = f"gold {row['gold']:.2f}" + ("" if gain is None else f" ({gain:+.2f})" if gain else " (±0)")
         chips.append(tag("span", text.replace("-", "−"), class_=f"chip {kind}".strip()))
     if before is not None and row.get("kl") is not None:
         chips.append(tag("span", f"KL {number(row['kl'])} nats", class_="chip"))

@@ -44,6 +44,11 @@ class RunData:
         return str(self.summary.get("name") or self.folder.resolve().name)
 
     @property
+    def is_value_model(self) -> bool:
+        """Whether this is a run of `dvpo gvm train`, which has no policy, no rollouts and no gold scores."""
+        return any(name.startswith("gvm/") for name in self.names())
+
+    @property
     def steps(self) -> list[int]:
         """Steps that have metrics."""
         return [row["step"] for row in self.metrics]

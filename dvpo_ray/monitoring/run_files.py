@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dvpo_ray.files import whole_file
 
 
 def finite(value: Any) -> Any:
@@ -25,19 +26,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, meets the old text or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -87,5 +75,6 @@ def check_step(row: dict) -> str | None:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Write a JSON Lines file atomically."""
-    write_atomically(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+    """Write a JSON Lines file as a whole, replacing an older one."""
+    with whole_file(path) as file:
+        file.writelines(json.dumps(finite(row)) + "\n" for row in rows)

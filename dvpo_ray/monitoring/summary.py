@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dvpo_ray.monitoring.run_files import finite, write_atomically
+from dvpo_ray.files import whole_file
+from dvpo_ray.monitoring.run_files import finite
 
 
 def write_summary(run_folder: str | Path, summary: dict[str, Any]) -> Path:
@@ -19,5 +20,7 @@ def write_summary(run_folder: str | Path, summary: dict[str, Any]) -> Path:
         The path of the file.
     """
     path = Path(run_folder) / "summary.json"
-    write_atomically(path, json.dumps(finite(summary), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(finite(summary), indent=2)
+    with whole_file(path) as file:
+        file.write(text + "\n")
     return path

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from dvpo_ray.errors import InputError, ResourceError
-from dvpo_ray.monitoring.run_files import write_atomically
+from dvpo_ray.files import whole_file
 
 
 class Tracker(Protocol):
@@ -112,4 +112,5 @@ def _recall_run(run_folder: Path, tracker: str) -> str | None:
 def _remember_run(run_folder: Path, tracker: str, run_id: str) -> None:
     path = run_folder / "trackers.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_atomically(path, json.dumps({**known, tracker: run_id}, indent=2) + "\n")
+    with whole_file(path) as file:
+        json.dump({**known, tracker: run_id}, file, indent=2)
