@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from dvpo_ray import __version__
 from dvpo_ray.commands import eval as evaluate
-from dvpo_ray.commands import gvm, quickstart, report, sft, train
+from dvpo_ray.commands import bench, gvm, quickstart, report, sft, train
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, ModuleType] = {
     "gvm": gvm,
     "train": train,
     "eval": evaluate,
+    "bench": bench,
     "report": report,
 }
 EXIT_BAD_INPUT = 2

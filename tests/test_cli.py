@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shlex
 import subprocess
@@ -19,7 +20,8 @@ from dvpo_ray.errors import InputError, ResourceError
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
 GVM_COMMANDS = ("train", "eval", "score")
-ALL_COMMANDS = [[name] for name in cli.COMMANDS if name != "gvm"] + [["gvm", name] for name in GVM_COMMANDS]
+NESTED = [*(["gvm", name] for name in GVM_COMMANDS), ["bench", "step"]]
+ALL_COMMANDS = [[name] for name in cli.COMMANDS if name not in ("gvm", "bench")] + NESTED
 STARTERS = [["train"], ["gvm", "train"], ["sft"]]
 
 
@@ -287,3 +289,13 @@ def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
     (_, policy, out), _ = calls[1]
     assert policy == "m" and re.fullmatch(r"runs/local-cpu-eval-\d{8}-\d{6}", str(out))
     assert capsys.readouterr().out == '{\n  "prompts": 3\n}\n' * 2
+
+
+def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, tmp_path):
+    calls = backend("dvpo_ray.bench.step", "bench_step", {"benchmark": "step"})
+    assert cli.main(["bench", "step", LOCAL_CPU, "gvm.path=g", "--out", "b", "--repeats", "2"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("b"), 2), {})
+    assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "step"}
+    assert capsys.readouterr().out == "b/bench.json\n"
+    assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == "--repeats is 0; expected a whole number of at least 1"
+    assert "gvm.path is not set" in refusal(capsys, "bench", "step", LOCAL_CPU)

@@ -23,17 +23,25 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_train_plan(config, _missing(config))
         return 0
-    # Impossible arithmetic and placement are refused before anything is loaded.
-    derive_batch(config)
-    plan_placement(config)
-    for problem in _missing(config):
-        raise InputError(f"{args.config}: {problem}")
+    check_train_config(args.config, config)
     config = config.model_copy(update={"out": str(choose_run_folder(args, config))})
 
     from dvpo_ray.orchestration.run import train
 
     print(train(config, resume=args.resume))
     return 0
+
+
+def check_train_config(path: str, config: Config) -> None:
+    """Refuse, before anything is loaded, a config that can't be trained with.
+
+    Raises:
+        InputError: impossible arithmetic or placement, no GVM, no prompts.
+    """
+    derive_batch(config)
+    plan_placement(config)
+    for problem in _missing(config):
+        raise InputError(f"{path}: {problem}")
 
 
 def print_train_plan(config: Config, notes: list[str]) -> None:
