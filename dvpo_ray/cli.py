@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from dvpo_ray import __version__
-from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.commands import bench, gvm, quickstart, report, sft, train
+from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
 
