@@ -288,8 +288,6 @@ METRICS = (
         "More than a few percent of the step.",
         "Use weight_sync.transport nccl or ipc; raise weight_sync.bucket_mib.",
     ),
-    Metric("time/evaluate_seconds", "s", "Evaluation on held-out prompts, at the steps that have one.", "", "Raise evaluation.every_steps."),
-    Metric("time/checkpoint_seconds", "s", "Writing a checkpoint, at the steps that have one.", "", "Raise checkpoint.every_steps."),
     Metric("time/step_seconds", "s", "The whole step.", "Grows from step to step.", "Look at response_length/mean and memory/."),
     Metric("throughput/samples_per_second", "rollouts/s", "Rollouts of the step over its time.", "", ""),
     Metric("throughput/generated_tokens_per_second", "tokens/s", "Response tokens over the time of generation.", "", "As for time/generate_seconds."),
@@ -311,7 +309,7 @@ METRICS = (
     Metric(
         "policy_version",
         "",
-        "Version of the policy's weights that sampled the step's rollouts; one more with every weight sync.",
+        "Version of the policy's weights that the step ends with, in the learner and in every rollout engine; one more with every weight sync.",
         "Stands still.",
         "The weight sync does not happen; see logs/.",
     ),

@@ -64,8 +64,9 @@ class Loop:
             check_mismatch(update_metrics, self.config.mismatch.max_token_mult_error)
             with self._timed("sync"):
                 self.sync(step)
+        in_force = {"policy_version": step, "kl/coefficient": self.kl.coefficient}
         self.kl.update(batch_metrics["kl/reference_mean"], self._samples)
-        return batch_metrics | update_metrics | self._work_metrics(batch_metrics) | {"policy_version": step}
+        return batch_metrics | update_metrics | self._work_metrics(batch_metrics) | in_force
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Sample one response to each held-out prompt and judge it; the sampling seed is the same at every step."""
