@@ -60,7 +60,7 @@ def clear_when_full(target: Path) -> Iterator[None]:
     """Within this context a full disk raises a `ResourceError` that names the target."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         if not _disk_is_full(error):
             raise
         raise ResourceError(f"{target}: no space left on the disk; free some, or write somewhere else") from error
@@ -69,4 +69,7 @@ def clear_when_full(target: Path) -> Iterator[None]:
 def _disk_is_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "No space left" in str(error)  # safetensors keeps the system's message only
+    if isinstance(error, SafetensorError):
+        return "No space left" in str(error)  # safetensors keeps the system's message only
+    # torch.save says where its writer stood, not why it could not go on; nothing but a full disk stops it there.
+    return "inline_container" in str(error) or "PytorchStreamWriter failed writing" in str(error)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gvm_artifacts import make_gvm
 
 from dvpo_ray.config.schema import Config
-from tests.gvm_artifacts import make_gvm
 
 pytestmark = pytest.mark.slow
 

@@ -42,7 +42,7 @@ class ExperienceBuilder(Actor):
         self.config = config
         self.run_folder = Path(run_folder)
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        self.judge = make_judge(config.evaluation.judge) if config.evaluation.judge != "none" else None
+        self.judge = make_judge(config.evaluation.judge)
         self.batch: RaggedBatch | None = None
         self.gold: np.ndarray | None = None
 

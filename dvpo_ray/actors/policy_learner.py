@@ -18,6 +18,7 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
+from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.deepspeed import build_engine, gather_parameters, init_process_group, optimizer_step
 from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
 from dvpo_ray.models.loading import default_device, load_policy, load_tokenizer, torch_dtype
@@ -159,7 +160,8 @@ class PolicyLearner(Actor):
 
     def save_checkpoint(self, folder: str) -> None:
         """Write the sharded model, optimizer and schedule; a collective of all ranks."""
-        self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self._has_frozen_parameters)
+        with clear_when_full(Path(folder)):
+            self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self._has_frozen_parameters)
 
     def load_checkpoint(self, folder: str) -> None:
         """Continue from what `save_checkpoint` wrote; a collective of all ranks."""
@@ -179,8 +181,9 @@ class PolicyLearner(Actor):
                 weights[name] = tensor.cpu().clone()
         if self.index == 0:
             base = self.model.get_base_model() if self.config.policy.lora is not None else self.model
-            base.save_pretrained(folder, state_dict=weights)
-            load_tokenizer(self.config.model.path, self.config.model.trust_remote_code).save_pretrained(Path(folder))
+            with clear_when_full(Path(folder)):
+                base.save_pretrained(folder, state_dict=weights)
+                load_tokenizer(self.config.model.path, self.config.model.trust_remote_code).save_pretrained(folder)
 
 
 _CHECKPOINT_TAG = "learner"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,6 +9,7 @@ from pathlib import Path
 
 from dvpo_ray.config import Config, dump_config
 from dvpo_ray.evaluation.gain import gold_gain
+from dvpo_ray.files import whole_folder
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
@@ -148,11 +147,8 @@ class Run:
         return state["step"]
 
     def _save_final(self, roles: Roles) -> None:
-        draft = self.run_folder / ".final.draft"
-        shutil.rmtree(draft, ignore_errors=True)
-        get([learner.save_pretrained.remote(str(draft)) for learner in roles.learners], what="saving the final model")
-        shutil.rmtree(self.run_folder / "final", ignore_errors=True)
-        os.rename(draft, self.run_folder / "final")
+        with whole_folder(self.run_folder / "final") as draft:
+            get([learner.save_pretrained.remote(str(draft)) for learner in roles.learners], what="saving the final model")
 
     # ---------------------------------------------------------------------------------------------------- summary
 
@@ -171,6 +167,7 @@ class Run:
             "peak_memory_gib": round(self.memory.peak_gib, 3),
             "notes": self.inputs.notes,
         }
+        summary["evaluations"] = {str(step): result for step, result in sorted(self.evaluations.items())}
         if last > 0:
             summary["kl"] = {"after_mean": self.evaluations[last]["kl"]}
             if "gold" in self.evaluations[last]:
