@@ -187,7 +187,9 @@ def save_over(folder: Path, tiny_model: Path) -> None:
     save_gvm(folder, model, model.state_dict(), tokenizer, manifest_for(model, tokenizer))
 
 
-@pytest.mark.parametrize("full", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "full", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")]
+)
 def test_a_full_disk_leaves_the_old_artifact_and_nothing_else(copy, tiny_model, monkeypatch, full):
     before = (copy / "gvm.json").read_text()
 
