@@ -265,15 +265,16 @@ def test_a_long_dialogue_loses_its_oldest_turns_first():
     assert tokenizer.decode(shortened) == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nc c c<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.mark.parametrize("limit", [24, 40, 60])
-def test_a_long_last_turn_loses_the_start_of_its_text_and_keeps_the_template(limit):
+@pytest.mark.parametrize("text", ["the big sad dog " * 20, "🌍é" * 40], ids=["words", "emoji"])
+@pytest.mark.parametrize("limit", [24, 25, 26, 27, 60])
+def test_a_long_last_turn_loses_the_start_of_its_text_and_keeps_the_template(text, limit):
     tokenizer, _, _ = ZOO["chatml"]
-    text = "é🌍 the sad dog " * 30
     ids = encoder(data=limits(max_prompt_tokens=limit)).encode_prompt(Prompt([message("user", text)]))
-    assert limit - 6 <= len(ids) <= limit
+    before, after = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     decoded = tokenizer.decode(ids)
-    assert decoded.startswith("<|im_start|>user\n") and decoded.endswith("dog <|im_end|>\n<|im_start|>assistant\n")
-    assert text.endswith(decoded.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n"))
+    assert limit - 6 <= len(ids) <= limit
+    assert decoded.startswith(before) and decoded.endswith(after)
+    assert text.endswith(decoded.removeprefix(before).removesuffix(after))  # whole characters of the end
 
 
 def test_a_limit_below_the_template_is_refused():
