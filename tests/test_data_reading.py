@@ -130,6 +130,7 @@ def test_a_folder_names_the_bad_line_inside_it_and_an_unknown_split(tmp_path):
         ("ultrafeedback", "train", ("openbmb/UltraFeedback", "train")),
         ("ultrafeedback_binarized", "train", ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")),
         ("ultrafeedback_binarized", "test", ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs")),
+        ("ultrafeedback_binarized", "train[:-10]", ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs[:-10]")),
         ("ultrafeedback_binarized", "test_prefs", ("HuggingFaceH4/ultrafeedback_binarized", "test_prefs")),
         ("someone/pairs", "validation", ("someone/pairs", "validation")),
     ],

@@ -36,6 +36,11 @@ class NamedDataset:
     hub_name: str
     splits: dict[str, str]
 
+    def own_split(self, split: str) -> str:
+        """The set's own name of a split, a slice (`train[:1000]`) kept."""
+        name, bracket, rows = split.partition("[")
+        return self.splits.get(name, name) + bracket + rows
+
 
 NAMED_DATASETS = {
     "ultrafeedback": NamedDataset("openbmb/UltraFeedback", {}),
@@ -64,8 +69,7 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
     """
     source = Path(path)
     if path in NAMED_DATASETS:
-        named = NAMED_DATASETS[path]
-        return _read_hub(named.hub_name, named.splits.get(split, split))
+        return _read_hub(NAMED_DATASETS[path].hub_name, NAMED_DATASETS[path].own_split(split))
     if source.is_dir():
         return _read_folder(source, split)
     if source.is_file():
