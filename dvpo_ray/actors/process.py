@@ -33,6 +33,9 @@ def environment(role: RoleConfig, backend: str | None = None, kv_cache_gib: floa
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
         }
+        if role.gpus_per_actor == 0:
+            # Else vLLM compiles a count over the logits for every new batch shape: half a minute, and it needs a C++ compiler.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
         if kv_cache_gib is not None:
             variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
     return variables

@@ -25,6 +25,8 @@ def init_process_group(rank: int, world_size: int, master_addr: str, master_port
     """Join the workers of a role: NCCL where this process has a GPU, gloo otherwise."""
     import deepspeed
 
+    # Else DeepSpeed compiles an all-reduce for CPU inference here, which training never calls: minutes, and it needs a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ["LOCAL_RANK"] = "0"  # Ray shows each actor its own GPU only, so it is always the first
     deepspeed.init_distributed(
