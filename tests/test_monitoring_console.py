@@ -176,28 +176,3 @@ def test_quiet_libraries_leaves_the_users_choice(monkeypatch):
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
     assert os.environ["TQDM_DISABLE"] == "1"
     assert not logging.getLogger("ray").isEnabledFor(logging.INFO)
-
-
-@pytest.mark.slow
-def test_output_of_a_ray_actor_goes_to_its_file(tmp_path):
-    import ray
-
-    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
-    try:
-
-        @ray.remote(num_cpus=1)
-        class Talker:
-            def __init__(self, path):
-                from dvpo_ray.monitoring.logs import redirect_process_output
-
-                redirect_process_output(path)
-
-            def talk(self):
-                print("from print")
-                os.system("echo from a child")
-                return True
-
-        assert ray.get(Talker.remote(str(tmp_path / "talker.log")).talk.remote())
-        assert (tmp_path / "talker.log").read_text().splitlines() == ["from print", "from a child"]
-    finally:
-        ray.shutdown()

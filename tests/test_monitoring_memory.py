@@ -158,28 +158,3 @@ def test_without_pss_the_resident_size_is_taken(start, monkeypatch):
     process = start(HOLD.format(mib=64))
     monkeypatch.setattr(memory, "open", lambda *_: (_ for _ in ()).throw(PermissionError()), raising=False)
     assert process_tree_gib([process.pid]) == pytest.approx(psutil.Process(process.pid).memory_info().rss / GIB, abs=2 * MIB)
-
-
-@pytest.mark.slow
-def test_workers_of_a_ray_cluster_started_here_count():
-    import ray
-
-    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    try:
-
-        @ray.remote(num_cpus=1)
-        class Holder:
-            def hold(self) -> int:
-                self.block = bytearray(256 << 20)
-                return os.getpid()
-
-        holder = Holder.remote()
-        pid = ray.get(holder.hold.remote())
-        alone = process_tree_gib([pid])
-        assert alone > 256 * MIB
-        assert pid in {child.pid for child in psutil.Process().children(recursive=True)}
-        with PeakMemory() as peak:
-            peak.add_pids([pid])
-        assert peak.peak_gib > alone
-    finally:
-        ray.shutdown()
