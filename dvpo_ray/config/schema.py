@@ -217,7 +217,7 @@ class PolicyConfig(RoleConfig, OptimizerConfig):
 
 
 class AdvantageConfig(Section):
-    """How the frozen GVM's values become token advantages; see docs/training.md."""
+    """How the frozen GVM's values become token advantages; see docs/method.md."""
 
     mode: Literal["static_q", "td", "gae", "release"] = Field(
         "gae",
