@@ -64,10 +64,12 @@ class PolicyLearner(Actor):
             self.model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps
         )
         self.engine.train()
-        self.sender = make_sender(transport, config, engines, self._weights, self.index)
+        # The engines loaded the same checkpoint, so what is not trained never has to travel.
+        self.sender = make_sender(transport, config, engines, partial(self._weights, changing_only=True), self.index)
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return full_weights(self.model, gather_parameters if self.config.policy.deepspeed.zero_stage == 3 else None)
+    def _weights(self, changing_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        gather = gather_parameters if self.config.policy.deepspeed.zero_stage == 3 else None
+        return full_weights(self.model, gather, changing_only=changing_only)
 
     # ------------------------------------------------------------------------------------------------- update
 

@@ -71,21 +71,35 @@ def _merged(module: LoraLayer, adapter: str = "default") -> tuple[Callable[[], t
     return lambda: parameters[0] + module.get_delta_weight(adapter).to(parameters[0].dtype), parameters
 
 
-def full_weights(model: nn.Module, gather=None) -> Iterator[tuple[str, torch.Tensor]]:
+def _changing(base: PreTrainedModel) -> set[str]:
+    """Names of the parameters that training changes, with all others of their decoder layer.
+
+    A layer goes whole or not at all: inference engines fuse its projections, and half a fused weight can't be loaded.
+    """
+    trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    layers = decoder_layers(base)
+    blocks = tuple(f"{name}." for name, module in base.named_modules() if any(module is layer for layer in layers))
+    moving = tuple(block for block in blocks if any(name.startswith(block) for name in trained))
+    return trained | {name for name, _ in base.named_parameters() if name.startswith(moving)}
+
+
+def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight of a model, whole and under its checkpoint name; LoRA is merged on the way.
 
     Args:
         model: a transformers model, or a peft LoRA model around one.
         gather: context manager factory that makes the given parameters whole (ZeRO-3); entered for one weight at a time
             and never nested.
+        changing_only: leave out decoder layers, embeddings and norms in which nothing is trained.
 
     Yields:
         (name, tensor), detached. Tied weights appear once, under their first name.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     lora_layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    chosen = _changing(base) if changing_only else None
     for name, parameter in base.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or (chosen is not None and name not in chosen):
             continue
         compute, parts, clean = (lambda p=parameter: p), [parameter], name.replace(".base_layer.", ".")
         owner = name.removesuffix(".base_layer.weight")
