@@ -156,7 +156,8 @@ def test_every_way_to_train_reaches_the_engines(settings, tmp_path, name, change
 
 @needs_vllm
 def test_vllm_samples_from_the_learners_weights_at_every_version_and_value_rises(settings, tmp_path):
-    metrics = run(settings, tmp_path / "vllm", rollout={"backend": "vllm"}, train={"steps": 10}, batch={"prompts_per_step": 32})
+    fast = {"learning_rate": 1e-2, "schedule": "constant"}
+    metrics = run(settings, tmp_path / "vllm", rollout={"backend": "vllm"}, train={"steps": 15}, policy=fast, batch={"prompts_per_step": 32})
     assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
     spread = metrics[0]["value/std"]
     assert metrics[-1]["value/terminal_mean"] > metrics[0]["value/terminal_mean"] + spread
