@@ -22,7 +22,7 @@ from typing import Literal
 
 Status = Literal["ok", "warn", "fail"]
 
-IMPORT_TIMEOUT_SECONDS = 300.0
+IMPORT_TIMEOUT_SECONDS = 600.0
 GIB = 2**30
 SHARED_MEMORY_GIB = 2.0
 DISK_GIB, LEAST_DISK_GIB = 10.0, 1.0
