@@ -17,12 +17,14 @@ CONFIG = Path(__file__).resolve().parents[1] / "quickstart" / "config.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings that replace those of the quickstart")
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/quickstart-<time>)")
+    parser.add_argument("--steps", metavar="N", type=int, help="steps of policy optimisation; the same as train.steps=N")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
     parser.set_defaults(resume=False)
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(CONFIG, args.overrides)
+    overrides = [*args.overrides, *([f"train.steps={args.steps}"] if args.steps is not None else [])]
+    config = load_config(CONFIG, overrides)
     if args.dry_run:
         print_train_plan(config, ["the paths of model, data and value model are filled in when it runs"])
         return 0
@@ -30,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
 
     from dvpo_ray.quickstart.run import quickstart
 
-    quickstart(out, args.overrides)
+    quickstart(out, overrides)
     return 0

@@ -16,15 +16,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dvpo_ray.config import Config, load_config
-from dvpo_ray.data.encoding import Encoder
-from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.evaluation.judges import Judge, make_judge
-from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.monitoring.console import RunConsole, Stage
+
+if TYPE_CHECKING:  # torch comes with these, and reads its environment when it is imported; see `main`
+    from dvpo_ray.data.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Sampler:
 
     def __init__(self, config: Config, judge: Judge) -> None:
         from dvpo_ray.actors.rollout_backend import make_backend
+        from dvpo_ray.data.encoding import Encoder
+        from dvpo_ray.models.loading import context_tokens, load_tokenizer
 
         model = config.model
         # A text that encodes to more tokens than were sampled is left out like every other inexact one.
@@ -96,12 +100,17 @@ class Sampler:
         longest = data.max_prompt_tokens + config.rollout.max_response_tokens
         self._backend = make_backend(config, frozenset(self.encoder.stop_token_ids), "object_store", longest)
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int) -> list[tuple[Prompt, list[Sample]]]:
-        """Sample and judge `samples` responses to each prompt; a prompt that the settings drop is left out."""
+    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int, progress: Stage) -> list[tuple[Prompt, list[Sample]]]:
+        """Sample and judge `samples` responses to each prompt; a prompt that the settings drop is left out.
+
+        Args:
+            progress: advanced with every response.
+        """
         encoded = [(prompt, ids) for prompt in prompts if (ids := self.encoder.encode_prompt(prompt)) is not None]
         requests = [ids for _, ids in encoded for _ in range(samples)]
         exact: list[list[tuple[str, bool]]] = [[] for _ in encoded]
         for response in self._backend.generate(requests, seed):
+            progress.advance()
             row = response.index // samples
             text = self.encoder.decode(response.token_ids)
             if self._is_exact(encoded[row][0], text, response.token_ids, response.truncated):
@@ -129,7 +138,7 @@ def preference_rows(judged: Sequence[tuple[Prompt, list[Sample]]], pairs: int, m
             yield pair_row(prompt, chosen, rejected)
 
 
-def write_self_preferences(config: Config, folder: Path, samples: int, pairs: int, min_score_gap: float) -> None:
+def write_self_preferences(config: Config, folder: Path, samples: int, pairs: int, min_score_gap: float, console: RunConsole) -> None:
     """Sample, judge and write `preferences.train.jsonl` and `preferences.heldout.jsonl` into a folder.
 
     Raises:
@@ -140,18 +149,21 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
     judge = make_judge(config.evaluation.judge)
     if judge is None:
         raise InputError("evaluation.judge is none; name a judge that scores the samples, such as vader")
+    from dvpo_ray.data.prompts import load_prompts
+
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     sampler = Sampler(config, judge)
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, prompts) in enumerate((("train", sets.train), ("heldout", sets.heldout)), start=config.seed):
-        judged = sampler.sample(prompts, samples, seed)
+        with console.stage(f"{split} samples", total=len(prompts) * samples) as progress:
+            judged = sampler.sample(prompts, samples, seed, progress)
         rows = list(preference_rows(judged, pairs, min_score_gap))
         path = folder / f"preferences.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         scores = [sample.score for _, answered in judged for sample in answered]
         mean = f"mean gold {np.mean(scores):.3f}" if scores else "no sample was usable"
-        print(f"{path}: {len(rows)} pairs of {len(prompts)} prompts; {len(scores)} samples, {mean}")
-    print(f"{sampler.inexact} samples left out: their text does not give their tokens again")
+        console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts; {len(scores)} samples, {mean}")
+    console.say(f"{sampler.inexact} samples left out: their text does not give their tokens again")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         _set_environment(config)
-        write_self_preferences(config, args.out, args.samples, args.pairs, args.min_score_gap)
+        with RunConsole() as console:
+            write_self_preferences(config, args.out, args.samples, args.pairs, args.min_score_gap, console)
     except (InputError, ResourceError) as error:
         print(f"self_preferences: {error}", file=sys.stderr)
         return 2
@@ -174,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_environment(config: Config) -> None:
-    """The environment of a rollout engine, in this process: set before the engine's library is imported."""
+    """The environment of a rollout engine, in this process: libraries read it when they are first imported."""
     from dvpo_ray.actors.process import environment
 
     for name, value in environment(config.rollout, config.rollout.backend, config.rollout.kv_cache_gib).items():

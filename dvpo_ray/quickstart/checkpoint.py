@@ -154,3 +154,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     model.generation_config = source.generation_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=config.max_position_embeddings).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    print(smollm2_checkpoint(say=lambda line: print(line, file=sys.stderr)))
