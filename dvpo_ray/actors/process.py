@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import ray
 
-from dvpo_ray.config.schema import RoleConfig
+from dvpo_ray.config.schema import RoleConfig, RolloutConfig
 from dvpo_ray.monitoring.logs import redirect_process_output
 
 
-def environment(role: RoleConfig, backend: str | None = None, kv_cache_gib: float | None = None) -> dict[str, str]:
+def environment(role: RoleConfig) -> dict[str, str]:
     """Environment variables of an actor's process, to be set before it starts.
 
     Threads wait passively: OpenMP threads that spin while another process computes slow both by more than ten times.
@@ -27,17 +27,16 @@ def environment(role: RoleConfig, backend: str | None = None, kv_cache_gib: floa
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    if backend == "vllm":
+    if isinstance(role, RolloutConfig) and role.backend == "vllm":
         variables |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's own process, where weights arrive
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(role.kv_cache_gib),
         }
         if role.gpus_per_actor == 0:
             # Else vLLM compiles a count over the logits for every new batch shape: half a minute, and it needs a C++ compiler.
             variables["TORCHDYNAMO_DISABLE"] = "1"
-        if kv_cache_gib is not None:
-            variables["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(kv_cache_gib)))
     return variables
 
 

@@ -67,13 +67,12 @@ class Bench:
 def compare_rollout(bench: Bench) -> Comparison:
     """Generated tokens per second of the rollout engine's stream, as the driver sees it, against the library's own `generate`."""
     config, rollout = bench.config, bench.config.rollout
-    env = {"backend": rollout.backend, "kv_cache_gib": rollout.kv_cache_gib}
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     stop_token_ids = bench.inputs.stop_token_ids
     bare_class, bare_name = (BareVLLM, "vllm LLM.generate") if rollout.backend == "vllm" else (BareTransformers, "transformers generate")
     competitors = [
-        Competitor(RolloutEngine, rollout, (stop_token_ids, "object_store", longest), rollout.tensor_parallel_size, env),
-        Competitor(bare_class, rollout, (stop_token_ids, longest), rollout.tensor_parallel_size, env),
+        Competitor(RolloutEngine, rollout, (stop_token_ids, "object_store", longest), rollout.tensor_parallel_size),
+        Competitor(bare_class, rollout, (stop_token_ids, longest), rollout.tensor_parallel_size),
     ]
     with side_by_side(config, bench.run_folder, competitors) as (engine, bare):
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ray
 from ray.actor import ActorHandle
@@ -24,14 +24,12 @@ class Competitor:
         settings: the role that gives it CPUs, GPUs and threads.
         arguments: of the constructor, after config, index and run folder.
         shards: GPUs' multiple, for an engine that is sharded over several.
-        env: keyword arguments of `environment`.
     """
 
     cls: type[Actor]
     settings: RoleConfig
     arguments: tuple = ()
     shards: int = 1
-    env: dict = field(default_factory=dict)
 
 
 @contextmanager
@@ -50,7 +48,7 @@ def side_by_side(config: Config, run_folder: str, competitors: Sequence[Competit
     handles: dict[str, list[ActorHandle]] = {}
     try:
         for competitor, bundle in zip(competitors, bundles, strict=True):
-            env = environment(competitor.settings, **competitor.env)
+            env = environment(competitor.settings)
             handles[bundle.role] = [spawn(competitor.cls, bundle, group, bundles, env, config, 0, run_folder, *competitor.arguments)]
         wait_until_ready(handles, config.rollout.start_timeout_seconds)
         yield [handle for (handle,) in handles.values()]

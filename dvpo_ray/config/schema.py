@@ -183,7 +183,7 @@ class RolloutConfig(RoleConfig):
     )
     max_concurrent_sequences: Count = Field(256, description="Sequences that an engine decodes at the same time.")
     rollouts_per_chunk: Count = Field(16, description="Finished rollouts that leave an engine together to be scored.")
-    kv_cache_gib: Positive | None = Field(None, description="vLLM's KV cache on CPU.")
+    kv_cache_gib: Count = Field(1, description="vLLM's KV cache where it runs on CPU; on a GPU gpu_memory_utilization decides.")
     gpu_memory_utilization: Fraction = Field(0.85, description="Share of the GPU that vLLM may take.")
     enforce_eager: bool = Field(True, description="Run vLLM without CUDA graphs.")
     start_timeout_seconds: Positive = Field(900.0, description="How long an engine may take to start.")

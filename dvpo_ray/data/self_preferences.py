@@ -190,7 +190,7 @@ def _set_environment(config: Config) -> None:
     """The environment of a rollout engine, in this process: libraries read it when they are first imported."""
     from dvpo_ray.actors.process import environment
 
-    for name, value in environment(config.rollout, config.rollout.backend, config.rollout.kv_cache_gib).items():
+    for name, value in environment(config.rollout).items():
         os.environ.setdefault(name, value)
 
 

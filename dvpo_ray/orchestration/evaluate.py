@@ -80,7 +80,7 @@ def _sample(config: Config, prompt_ids: list[list[int]], stop_token_ids: frozens
     """One response to each prompt, in the order of the prompts."""
     bundles = [bundle for bundle in plan_placement(config) if bundle.role == RolloutEngine.role]
     rollout = config.rollout
-    env = environment(rollout, rollout.backend, rollout.kv_cache_gib)
+    env = environment(rollout)
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     with connect(config.ray):
         group = reserve(bundles, config.ray)

@@ -57,9 +57,9 @@ def start_roles(config: Config, run_folder: str, stop_token_ids: frozenset[int],
     group = reserve(bundles, config.ray)
     actors: dict[str, list[ActorHandle]] = {}
 
-    def start(cls: type[Actor], settings: RoleConfig | None, *args, **env) -> list[ActorHandle]:
+    def start(cls: type[Actor], settings: RoleConfig | None, *args) -> list[ActorHandle]:
         actors[cls.role] = [
-            spawn(cls, bundle, group, bundles, environment(settings or RoleConfig(), **env), config, bundle.index, run_folder, *args)
+            spawn(cls, bundle, group, bundles, environment(settings or RoleConfig()), config, bundle.index, run_folder, *args)
             for bundle in bundles
             if bundle.role == cls.role
         ]
@@ -67,8 +67,7 @@ def start_roles(config: Config, run_folder: str, stop_token_ids: frozenset[int],
 
     try:
         rollout, patience = config.rollout, config.rollout.start_timeout_seconds
-        engine_env = {"backend": rollout.backend, "kv_cache_gib": rollout.kv_cache_gib}
-        engines = start(RolloutEngine, rollout, stop_token_ids, transport, max_sequence_tokens, **engine_env)
+        engines = start(RolloutEngine, rollout, stop_token_ids, transport, max_sequence_tokens)
         scorers = start(ValueScorer, config.scorer)
         references = start(ReferenceModel, config.reference)
         learners = start(PolicyLearner, config.policy)
