@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Run `dvpo train CONFIG ...` as a job of a running Ray cluster, and follow its output.
+#
+#   launch/submit.sh CONFIG [KEY=VALUE ...] [--out DIR] [--resume]
+#
+# The cluster: the head of this machine, or the one at RAY_API_SERVER_ADDRESS (http://host:8265). The job runs in the folder
+# it is submitted from, so this folder and the run folder lie on a file system that the cluster's nodes share.
+# The token of a cluster that asks for one: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
+# Ctrl-C ends the following, not the job: `ray job stop ID` does that.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bin=${DVPO_VENV:-$root/.venv}/bin
+address=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
+[[ $address == *://* ]] || address=http://$address
+
+fail() {
+    printf 'submit.sh: %s\n' "$1" >&2
+    exit 2
+}
+
+# HTTP status of a request to the head that needs its token; 000 when nobody answers. Python's own client: curl may be absent.
+ask_head() {
+    "$bin/python" - "$address/api/jobs/" <<'PYTHON'
+import os, sys, urllib.error, urllib.request
+from pathlib import Path
+
+token = os.environ.get("RAY_AUTH_TOKEN")
+path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+if not token and path.is_file():
+    token = path.read_text().strip()
+request = urllib.request.Request(sys.argv[1], headers={"Authorization": f"Bearer {token}"} if token else {})
+try:
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        print(answer.status, "token" if token else "")
+except urllib.error.HTTPError as error:
+    print(error.code)
+except (OSError, ValueError):
+    print("000")
+PYTHON
+}
+
+(($#)) || fail "which config? usage: launch/submit.sh CONFIG [KEY=VALUE ...] [--out DIR] [--resume]"
+[[ $1 != -h && $1 != --help ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
+[[ -x $bin/dvpo && -x $bin/ray ]] || fail "$bin/dvpo is not there; run launch/install.sh first"
+"$bin/dvpo" train "$@" --dry-run >/dev/null # a wrong config or override ends here, with its one line and exit status 2
+
+read -r status has_token <<<"$(ask_head)"
+case $status in
+    200) ;;
+    000) fail "no Ray head answers at $address; start one (ray get-auth-token --generate; ray start --head) or set RAY_API_SERVER_ADDRESS" ;;
+    401) fail "the Ray head at $address wants a token; set RAY_AUTH_TOKEN, or copy the head's ~/.ray/auth_token to this machine" ;;
+    403) fail "the Ray head at $address refuses this token; RAY_AUTH_TOKEN or ~/.ray/auth_token must be the head's" ;;
+    *) fail "$address answers with HTTP status $status; RAY_API_SERVER_ADDRESS must be the address of Ray's dashboard" ;;
+esac
+# A head asks for the token by itself where it has one; its clients send it only in this mode.
+[[ -z $has_token ]] || export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+
+# shellcheck disable=SC2016 # expanded by the job's shell
+job='cd "$0" && PATH=$1:$PATH && exec dvpo train "${@:2}"'
+exec "$bin/ray" job submit --address "$address" -- bash -c "$job" "$PWD" "$bin" "$@"

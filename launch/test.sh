@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Install what is missing, then run all tests, fast ones first. Arguments go to pytest: launch/test.sh -m "not slow" -k batch
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${DVPO_VENV:-$root/.venv}
+
+"$root/launch/install.sh" dev
+cd "$root"
+export PATH=$venv/bin:$PATH
+exec python -m pytest "$@"
