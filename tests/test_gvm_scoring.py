@@ -70,6 +70,11 @@ def test_a_response_that_the_limits_drop_is_null(config, gvm, tmp_path):
     assert rows[0]["response"] is None and rows[1]["response"] is not None
 
 
+def test_only_dropped_responses(config, gvm, tmp_path):
+    [row] = score(config, gvm, tmp_path, {"prompt": "The", "response": " dog" * 50})
+    assert row["response"] is None
+
+
 def test_a_row_without_a_response_names_itself_and_leaves_no_output(config, gvm, tmp_path):
     with pytest.raises(InputError, match=r"in.jsonl:2: no `response`; the row has prompt"):
         score(config, gvm, tmp_path, {"prompt": "The", "response": " dog"}, {"prompt": "The"})

@@ -13,6 +13,7 @@ from torch import Tensor
 from dvpo_ray.actors.process import Actor
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
+from dvpo_ray.files import clear_when_full
 from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, head_spec, save_gvm
 from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.gvm.targets import bradley_terry, last_values, mean_values, squared_error, value_targets
@@ -128,7 +129,8 @@ class GVMTrainer(Actor):
 
     def save_checkpoint(self, folder: str) -> None:
         """Write the sharded model, optimizer and schedule; a collective of all ranks."""
-        self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self.settings.lora is not None)
+        with clear_when_full(Path(folder)):
+            self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self.settings.lora is not None)
 
     def load_checkpoint(self, folder: str) -> None:
         """Continue from what `save_checkpoint` wrote; a collective of all ranks."""
