@@ -134,9 +134,9 @@ def test_what_is_missing_is_named(tiny_model, tmp_path, capsys, setting, line):
 def test_bench_step_measures_every_part_and_writes_json(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, tiny_model)
-    assert cli.main(["bench", "step", str(config), "--repeats", "1", "--out", "results/step.json"]) == 0
+    assert cli.main(["bench", "step", str(config), "--repeats", "1", "--out", "results"]) == 0
     shown = capsys.readouterr().out
-    results = json.loads((tmp_path / "results" / "step.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "results" / "bench.json").read_text(encoding="utf-8"))
     comparisons = {entry["name"]: entry for entry in results["comparisons"]}
     assert list(comparisons) == ["rollout", "scorer", "reference", "learner", "learner, old log-probs recomputed"]
     for name, entry in comparisons.items():

@@ -127,7 +127,7 @@ def test_the_whole_quickstart_on_a_tiny_model(tiny_model, tmp_path, capsys):
         "gvm.num_layers=1",
         "policy.trainable_layers=1",
         "data.max_prompt_tokens=64",
-        "data.max_response_tokens=96",
+        "data.max_response_tokens=160",
         "data.preferences.limit=64",
         "batch.prompts_per_step=8",
         "evaluation.prompts=8",

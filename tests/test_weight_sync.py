@@ -104,8 +104,10 @@ def test_phases_reach_every_engine_in_order_and_a_hang_is_named(local_ray):
     # Each engine's tensor-parallel ranks come after those of the engine before it in the transfer group.
     assert seen == [[("init", {"rank_offset": 1}), *tail], [("init", {"rank_offset": 3}), *tail]]
 
-    stuck = EngineClient([engines[0], ray.remote(_Engine).remote("finish")], ranks_per_engine=1, timeout_seconds=2)
+    hangs = ray.remote(_Engine).remote("finish")
+    ray.get(hangs.seen.remote())  # it is up; what is late from now on hangs
+    stuck = EngineClient([engines[0], hangs], ranks_per_engine=1, timeout_seconds=5)
     stuck.begin()
     stuck.start_weight_update()
-    with pytest.raises(ResourceError, match=r"rollout engine 1 did not answer finish_weight_update within weight_sync.timeout_seconds=2"):
+    with pytest.raises(ResourceError, match=r"rollout engine 1 did not answer finish_weight_update within weight_sync.timeout_seconds=5"):
         stuck.finish_weight_update()
