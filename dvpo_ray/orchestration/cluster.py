@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,16 +27,23 @@ def connect(config: RayConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": "WARNING"}
     if address:
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise ResourceError(f"no Ray cluster answers at {address}; start one with `ray start --head`, or unset ray.address") from error
+        _join(address, quiet)
     else:
         _start_local(config, quiet)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str, options: dict) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself would try for minutes before it says that nobody is there
+            socket.create_connection((host, int(port)), timeout=20).close()
+        ray.init(address=address, **options)
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
+        raise ResourceError(f"no Ray cluster answers at {address}; start one with `ray start --head`, or unset ray.address") from error
 
 
 def _start_local(config: RayConfig, options: dict) -> None:

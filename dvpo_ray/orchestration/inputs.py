@@ -48,7 +48,7 @@ def load_inputs(config: Config) -> Inputs:
             f"{longest} tokens, but {config.model.path} has a context of {context}"
         )
     manifest = read_manifest(Path(config.gvm.path))
-    check_tokenizer(Path(config.gvm.path), manifest, tokenizer)
+    check_tokenizer(Path(config.gvm.path), manifest, tokenizer, config.model.chat_template)
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
     prompts, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
