@@ -40,6 +40,7 @@ def settings(tiny_model, tmp_path_factory, ray_session) -> dict:
         "gvm": {"path": str(make_gvm(folder / "gvm", tiny_model))},
         "rollout": {"backend": "transformers", "max_response_tokens": 12, "rollouts_per_chunk": 8, "kv_cache_gib": 1},
         "policy": {"learning_rate": 3e-3, "schedule": "linear"},
+        "advantage": {"mode": "gae"},
         "batch": {"prompts_per_step": 16, "minibatches_per_epoch": 2, "micro_batch_tokens": 128},
         "evaluation": {"judge": "vader", "prompts": 8},
         "checkpoint": {"every_steps": 2, "keep": 10},

@@ -220,7 +220,7 @@ class AdvantageConfig(Section):
     """How the frozen GVM's values become token advantages; see docs/method.md."""
 
     mode: Literal["static_q", "td", "gae", "release"] = Field(
-        "gae",
+        "release",
         description="With v[t] the value after t response tokens: `static_q` v[t]; `td` v[t] - v[t-1]; `gae` their discounted sum; "
         "`release` the published code's whitened variant.",
     )
