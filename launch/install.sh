@@ -122,6 +122,13 @@ check_disk() {
     ((free >= needed)) || fail "$(dirname "$venv") has $free GiB free; the installation for $mode needs $needed GiB"
 }
 
+# What vLLM for CPU takes from the system; without it, it fails only when a run starts.
+check_system() {
+    [[ $(uname -m) != x86_64 ]] || "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+        fail "vLLM needs the library libnuma.so.1; install it (Debian, Ubuntu: apt install libnuma1; Fedora: dnf install numactl-libs)"
+    command -v lscpu >/dev/null || fail "vLLM needs the command lscpu; install util-linux"
+}
+
 # ------------------------------------------------------------------------------------------------------------ steps
 
 make_venv() {
@@ -210,7 +217,14 @@ if [[ -e $venv ]] && venv_is_usable; then
 fi
 
 python=$(find_python)
-if [[ $mode == cpu ]]; then download="0.6 GB" && check_disk "$needed_gib_cpu"; else download="5 GB" && check_disk "$needed_gib_gpu"; fi
+if [[ $mode == cpu ]]; then
+    download="0.6 GB"
+    check_system
+    check_disk "$needed_gib_cpu"
+else
+    download="5 GB"
+    check_disk "$needed_gib_gpu"
+fi
 why=${requested_mode:+as asked}
 [[ -n $why ]] || { [[ $mode == gpu ]] && why="nvidia-smi lists a GPU" || why="no GPU found"; }
 if [[ -n $existing ]]; then

@@ -57,4 +57,5 @@ esac
 
 # shellcheck disable=SC2016 # expanded by the job's shell
 job='cd "$0" && PATH=$1:$PATH && exec dvpo train "${@:2}"'
-exec "$bin/ray" job submit --address "$address" -- bash -c "$job" "$PWD" "$bin" "$@"
+export RAY_API_SERVER_ADDRESS=$address # with its http://, or Ray takes it for the address of something else
+exec "$bin/ray" job submit -- bash -c "$job" "$PWD" "$bin" "$@"
