@@ -144,6 +144,13 @@ def test_the_chat_template_is_free_where_it_is_not_used(tiny_chat_model, tmp_pat
     load_gvm(folder, tokenizer=tokenizer)
 
 
+def test_the_same_template_applied_in_the_run_and_not_in_training(tiny_chat_model, tmp_path):
+    folder = make_gvm(tmp_path / "gvm", tiny_chat_model, chat_template="plain")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
+    load_gvm(folder, tokenizer=tokenizer, chat_template="plain")
+    refused(folder, "trained with model.chat_template plain, not auto", tokenizer=tokenizer, chat_template="auto")
+
+
 def test_head_missing_in_the_weights(copy):
     weights = load_file(copy / "model.safetensors")
     del weights["score.weight"]

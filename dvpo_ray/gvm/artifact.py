@@ -76,7 +76,7 @@ class GVMManifest(_Part):
     )
     training_data: TrainingDataSpec
     heldout_accuracy: dict[str, float] = Field(description="Pairwise accuracy on held-out prompts by view of the values.")
-    heldout_regression: dict[str, float] = Field(description="Mean squared error and explained variance on held-out prompts.")
+    heldout_regression: dict[str, float | None] = Field(description="Mean squared error and explained variance on held-out prompts.")
     weights_sha256: dict[str, str] = Field(default_factory=dict, description="Hash of each weight file; filled in when saved.")
 
 
@@ -128,6 +128,7 @@ def load_gvm(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    chat_template: Literal["auto", "plain"] | None = None,
 ) -> tuple[PreTrainedModel, GVMManifest]:
     """Load an artifact for scoring: in evaluation mode, no gradients, the head in float32.
 
@@ -135,6 +136,7 @@ def load_gvm(
         dtype: of the trunk. The head reads its states in float32 and returns float32, because rounding a value near 1 to
             bfloat16 would cost 0.004, more than most tokens change it.
         tokenizer: the tokenizer of the run; must be the one the GVM was trained with.
+        chat_template: `model.chat_template` of the run; must be that of the training.
 
     Raises:
         InputError: no artifact, an unknown format version, another tokenizer or chat template, damaged weights, or a head
@@ -143,7 +145,7 @@ def load_gvm(
     folder = Path(path).expanduser()
     manifest = read_manifest(folder)
     if tokenizer is not None:
-        check_tokenizer(folder, manifest, tokenizer)
+        check_tokenizer(folder, manifest, tokenizer, chat_template)
     check_weights(folder, manifest)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model, report = load_token_classifier(str(folder), config, dtype, attention, trust_remote_code)
@@ -181,20 +183,28 @@ def read_manifest(folder: Path) -> GVMManifest:
         raise InputError(f"{file}: {key}: {first['msg']}; train the GVM again") from error
 
 
-def check_tokenizer(folder: Path, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a GVM that was trained on other ids than the run's tokenizer makes.
+def check_tokenizer(
+    folder: Path, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase, chat_template: Literal["auto", "plain"] | None = None
+) -> None:
+    """Refuse a GVM that was trained on other ids than the run makes of the same text.
+
+    Args:
+        chat_template: `model.chat_template` of the run; not compared when None.
 
     Raises:
         InputError: the vocabulary, merges, special tokens or chat template differ.
     """
+    name = tokenizer.name_or_path
     if tokenizer_hash(tokenizer) != manifest.tokenizer_sha256:
         raise InputError(
-            f"{folder}: this GVM was trained with another tokenizer than {tokenizer.name_or_path} has; "
+            f"{folder}: this GVM was trained with another tokenizer than {name} has; "
             f"use a GVM and a policy with one tokenizer (this one started from {manifest.base_model})"
         )
+    if tokenizer.chat_template and chat_template not in (None, manifest.chat_template):
+        raise InputError(f"{folder}: this GVM was trained with model.chat_template {manifest.chat_template}, not {chat_template}; set it alike")
     if manifest.chat_template == "auto" and chat_template_hash(tokenizer) != manifest.chat_template_sha256:
         raise InputError(
-            f"{folder}: this GVM was trained with another chat template than {tokenizer.name_or_path} has; "
+            f"{folder}: this GVM was trained with another chat template than {name} has; "
             f"use the template of {manifest.base_model} or train the GVM again"
         )
 

@@ -44,7 +44,13 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model, manifest = load_gvm(
-        gvm_path, torch_dtype(config.model.dtype), config.model.attention, tokenizer, default_device(), config.model.trust_remote_code
+        gvm_path,
+        torch_dtype(config.model.dtype),
+        config.model.attention,
+        tokenizer,
+        default_device(),
+        config.model.trust_remote_code,
+        config.model.chat_template,
     )
     heldout = load_heldout(config, manifest, tokenizer)
     flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)

@@ -53,7 +53,13 @@ def score_file(config: Config, gvm_path: Path, input_path: Path, output_path: Pa
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model, _ = load_gvm(
-        gvm_path, torch_dtype(config.model.dtype), config.model.attention, tokenizer, default_device(), config.model.trust_remote_code
+        gvm_path,
+        torch_dtype(config.model.dtype),
+        config.model.attention,
+        tokenizer,
+        default_device(),
+        config.model.trust_remote_code,
+        config.model.chat_template,
     )
     encoder = make_encoder(config, tokenizer)
     items, _ = parse_rows(str(input_path), read_rows(str(input_path), "train"), _parse, config.data.on_bad_row)

@@ -23,6 +23,7 @@ from dvpo_ray.models.forward import token_values
 from dvpo_ray.models.loading import load_tokenizer, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, full_weights
 
+SHARES = ("loss", "regression_loss", "bradley_terry_loss", "accuracy", "tokens")
 _CHECKPOINT_TAG = "gvm"
 
 
@@ -71,17 +72,17 @@ class GVMTrainer(Actor):
             `learning_rate`, which are the same on all.
         """
         minibatch = self.train.select(pairs)
-        shares: list[dict[str, float]] = []
+        shares: list[Tensor] = []
         loss = partial(self._loss, minibatch, shares)
         result = optimizer_step(self.engine, [partial(loss, micro) for micro in self._plan(minibatch)])
-        sums = {name: sum(share[name] for share in shares) for name in shares[0]}
+        sums = dict(zip(SHARES, torch.stack(shares).sum(0).tolist(), strict=True))
         return sums | {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
 
     def _plan(self, trajectories: Trajectories) -> list[np.ndarray]:
         """This rank's micro-batches, as many as on every other rank."""
         return plan_minibatch(trajectories.pair_tokens, self.settings.num_actors, self.settings.micro_batch_tokens)[self.index]
 
-    def _loss(self, minibatch: Trajectories, shares: list[dict[str, float]], pairs: np.ndarray) -> Tensor:
+    def _loss(self, minibatch: Trajectories, shares: list[Tensor], pairs: np.ndarray) -> Tensor:
         """A micro-batch's share of the minibatch's loss; an empty one runs the shortest pair for nothing, to stay in step."""
         settings = self.settings
         micro = minibatch.select(pairs if len(pairs) else [minibatch.pair_tokens.argmin()])
@@ -91,18 +92,12 @@ class GVMTrainer(Actor):
         chosen, rejected = response_value(values, lengths).view(-1, 2).unbind(1)
         regression = squared_error(values, targets) / minibatch.pair_states.sum()
         contrast = bradley_terry(chosen, rejected) / minibatch.num_pairs
+        loss = regression + settings.bradley_terry_weight * contrast
+        right = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).sum() / minibatch.num_pairs
+        tokens = torch.tensor(float(micro.batch.num_tokens), device=loss.device)
         counts = float(len(pairs) > 0)
-        loss = counts * (regression + settings.bradley_terry_weight * contrast)
-        shares.append(
-            {
-                "loss": float(loss.detach()),
-                "regression_loss": counts * float(regression.detach()),
-                "bradley_terry_loss": counts * float(contrast.detach()),
-                "accuracy": counts * float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()) / minibatch.num_pairs,
-                "tokens": counts * micro.batch.num_tokens,
-            }
-        )
-        return loss
+        shares.append(counts * torch.stack([loss, regression, contrast, right, tokens]).detach())
+        return counts * loss
 
     def _values(self, trajectories: Trajectories) -> tuple[Tensor, Tensor]:
         """Values of all states, flat [S], and the states of each row [R]."""

@@ -19,7 +19,7 @@ from dvpo_ray.gvm.advice import heldout_warning
 from dvpo_ray.gvm.artifact import GVMManifest
 from dvpo_ray.gvm.dataset import GVMData, load_gvm_data, manifest_entries
 from dvpo_ray.gvm.evaluation import heldout_report, write_evaluation
-from dvpo_ray.gvm.trainer import GVMTrainer
+from dvpo_ray.gvm.trainer import SHARES, GVMTrainer
 from dvpo_ray.gvm.trajectories import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
 from dvpo_ray.monitoring.console import RunConsole
@@ -145,7 +145,7 @@ class GVMRun:
         pairs = minibatches(self.data.train.num_pairs, self.config.gvm.pairs_per_step, epoch, self.config.seed)[index]
         shares = get([trainer.step.remote(pairs) for trainer in trainers], what=f"GVM step {step + 1}")
         seconds = time.perf_counter() - started
-        total = {name: sum(share[name] for share in shares) for name in ("loss", "regression_loss", "bradley_terry_loss", "accuracy", "tokens")}
+        total = {name: sum(share[name] for share in shares) for name in SHARES}
         return {
             "gvm/loss": total["loss"],
             "gvm/regression_loss": total["regression_loss"],
