@@ -11,22 +11,20 @@ from dvpo_ray.monitoring.memory import PeakMemory, process_tree_gib
 pytestmark = pytest.mark.slow
 
 
-class Worker:
-    """An actor that holds memory and talks."""
-
-    def hold(self, mib: int) -> int:
-        self.block = bytearray(mib << 20)
-        return os.getpid()
-
-    def talk(self, log: str) -> None:
-        redirect_process_output(log)
-        print("from print")
-        os.system("echo from a child")
-
-
 @pytest.fixture(scope="module")
 def worker():
+    """An actor that holds memory and talks, on a cluster started here."""
     import ray
+
+    class Worker:
+        def hold(self, mib: int) -> int:
+            self.block = bytearray(mib << 20)
+            return os.getpid()
+
+        def talk(self, log: str) -> None:
+            redirect_process_output(log)
+            print("from print")
+            os.system("echo from a child")
 
     ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
     yield ray.remote(num_cpus=1)(Worker).remote()
