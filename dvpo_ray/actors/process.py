@@ -11,7 +11,12 @@ import psutil
 import ray
 
 from dvpo_ray.config.schema import RoleConfig, RolloutConfig
+from dvpo_ray.errors import ResourceError
 from dvpo_ray.monitoring.logs import redirect_process_output
+
+WORKING_FOLDER = "DVPO_WORKING_FOLDER"
+"""Environment variable with the driver's working folder. A process of a running cluster begins in the folder that the cluster
+was started from, where the relative paths of a config would mean something else."""
 
 
 def environment(role: RoleConfig) -> dict[str, str]:
@@ -38,6 +43,14 @@ def environment(role: RoleConfig) -> dict[str, str]:
             # Else vLLM compiles a count over the logits for every new batch shape: half a minute, and it needs a C++ compiler.
             variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables
+
+
+def _enter_working_folder() -> None:
+    folder = os.environ.get(WORKING_FOLDER, os.curdir)
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ResourceError(f"{folder}: {error.strerror} on this node; the folder of a run must be on a file system that all nodes share") from None
 
 
 class BusyClock:
@@ -72,6 +85,7 @@ class Actor:
     def __init__(self, index: int, run_folder: str) -> None:
         self.index = index
         self.clock = BusyClock()
+        _enter_working_folder()
         redirect_process_output(Path(run_folder) / "logs" / f"{self.role}-{index}.log")
 
     def __repr__(self) -> str:

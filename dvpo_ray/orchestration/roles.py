@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dvpo_ray.actors.experience_builder import ExperienceBuilder
 from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
 from dvpo_ray.actors.policy_learner import PolicyLearner
-from dvpo_ray.actors.process import Actor, environment
+from dvpo_ray.actors.process import WORKING_FOLDER, Actor, environment
 from dvpo_ray.actors.rollout_engine import RolloutEngine
 from dvpo_ray.config.schema import Config, RayConfig, RoleConfig
 from dvpo_ray.errors import ResourceError
@@ -117,7 +118,8 @@ def _resources(bundle: Bundle) -> dict[str, float]:
 
 
 def spawn(cls: type[Actor], bundle: Bundle, group: PlacementGroup, bundles: list[Bundle], env: dict[str, str], *args) -> ActorHandle:
-    """Create one named actor in its bundle."""
+    """Create one named actor in its bundle. It works in this process's folder, so that relative paths mean the same to both."""
+    env = env | {WORKING_FOLDER: os.getcwd()}
     options: dict = {"name": f"{bundle.role}-{bundle.index}", "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "runtime_env": {"env_vars": env}}
     if _resources(bundle):
         place = [b for b in bundles if _resources(b)].index(bundle)

@@ -1,0 +1,37 @@
+"""An actor works in the folder that the driver was started from, wherever its process began."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import os, sys
+from dvpo_ray.actors.process import Actor
+from dvpo_ray.errors import ResourceError
+try:
+    Actor(3, "run")
+    print(os.getcwd())
+except ResourceError as error:
+    sys.exit(str(error))
+"""
+
+
+def start_actor(began_in, working_folder) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "DVPO_WORKING_FOLDER": str(working_folder)}
+    return subprocess.run([sys.executable, "-c", SCRIPT], cwd=began_in, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_relative_paths_are_the_drivers(tmp_path):
+    began_in, working_folder = tmp_path / "cluster", tmp_path / "project"
+    began_in.mkdir()
+    working_folder.mkdir()
+    done = start_actor(began_in, working_folder)
+    assert done.returncode == 0, done.stderr
+    assert (working_folder / "run" / "logs" / "actor-3.log").read_text().splitlines() == [str(working_folder)]
+
+
+def test_a_folder_that_the_node_does_not_have_is_named(tmp_path):
+    done = start_actor(tmp_path, tmp_path / "absent")
+    assert done.returncode == 1 and str(tmp_path / "absent") in done.stderr and "all nodes share" in done.stderr
