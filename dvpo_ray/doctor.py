@@ -78,7 +78,12 @@ LIBRARIES = (
     Library(
         "vLLM",
         "import vllm\nfrom vllm import LLM\nfrom vllm.platforms import current_platform\n"
-        "facts['version'] = vllm.__version__\nfacts['device'] = current_platform.device_type",
+        "facts['version'] = vllm.__version__\nfacts['device'] = current_platform.device_type\n"
+        "if facts['device'] == 'cpu':\n"  # vLLM only warns when its kernels don't load, and fails when they are first used
+        "    import torch\n"
+        "    current_platform.import_kernels()\n"
+        "    kernels = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('_C::')]\n"
+        "    assert kernels, 'its compiled kernels do not load; is libnuma installed (Debian, Ubuntu: apt install libnuma1)?'",
         REPAIR + "; without vLLM, runs with rollout.backend=transformers work",
     ),
     Library("Ray", "import ray\nfacts['version'] = ray.__version__"),
