@@ -117,7 +117,7 @@ def gold_table(gold: dict):
     """Mean gold score before and after, and the gain, each with its 95 % interval."""
     from rich.table import Table
 
-    table = Table("", "gold score", "95 % interval", title=f"VADER sentiment of {gold['prompts']} held-out prompts' responses")
+    table = Table("", "gold score", "95 % interval", title=f"VADER, {gold['prompts']} held-out prompts")
     for name in ("before", "after"):
         table.add_row(name, f"{gold[name]['mean']:+.3f}", interval(gold[name]["ci95"]))
     table.add_row("gain", f"{gold['gain']:+.3f}", interval(gold["gain_ci95"]), style="bold")
