@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 
 import pytest
+import ray
 
 from dvpo_ray.config.schema import RayConfig
-from dvpo_ray.errors import ResourceError
-from dvpo_ray.orchestration.cluster import connect
+from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.orchestration.cluster import connect, get
 
 
 def free_port() -> int:
@@ -22,3 +23,24 @@ def test_nobody_at_the_address(scheme):
     address = f"{scheme}127.0.0.1:{free_port()}"
     with pytest.raises(ResourceError, match=f"no Ray cluster answers at {address}; start one"), connect(RayConfig(address=address)):
         pass
+
+
+class Refuses:
+    """An actor whose input is bad."""
+
+    def __init__(self, when: str) -> None:
+        if when == "constructor":
+            raise InputError("gvm.json: no such file")
+
+    def work(self) -> None:
+        raise InputError("row 3 is bad")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "line"), [("constructor", "gvm.json: no such file"), ("method", "row 3 is bad")])
+def test_bad_input_found_in_an_actor_is_its_one_line(when, line):
+    with connect(RayConfig(num_cpus=1)):
+        actor = ray.remote(Refuses).remote(when)
+        with pytest.raises(InputError) as raised:
+            get(actor.work.remote(), what="work")
+    assert str(raised.value) == line

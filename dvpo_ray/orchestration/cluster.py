@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,5 +81,9 @@ def get(refs, *, what: str, timeout_seconds: float | None = None):
     except GetTimeoutError:
         raise ResourceError(f"{what} did not finish within {timeout_seconds:g} seconds") from None
     except RayActorError as error:
+        # Of an error in a constructor Ray keeps the text alone.
+        raised = re.search(r"dvpo_ray\.errors\.(InputError|ResourceError): (.+)", str(error))
+        if raised is not None:
+            raise {"InputError": InputError, "ResourceError": ResourceError}[raised[1]](raised[2]) from None
         reason = " ".join(str(error).split())
         raise ResourceError(f"{what}: an actor died: {reason[:300]}; its log is in the run folder's logs/") from error
