@@ -89,12 +89,12 @@ class ResponseLogits:
 
     Attributes:
         log_probs: float32 [n], log-probability of each response token, differentiable.
-        entropy: float32 [n], entropy in nats of the distribution each token was drawn from; differentiable when asked for.
+        entropy: float32 [n], entropy in nats of the distribution each token was drawn from; None when not asked for.
         token_index: int64 [n], position of each response token in the batch's flat arrays.
     """
 
     log_probs: torch.Tensor
-    entropy: torch.Tensor
+    entropy: torch.Tensor | None
     token_index: torch.Tensor
 
 
@@ -104,6 +104,7 @@ def response_log_probs(
     rows: np.ndarray,
     *,
     temperature: float = 1.0,
+    entropy: bool = True,
     entropy_gradient: bool = False,
     run: torch.nn.Module | None = None,
 ) -> ResponseLogits:
@@ -113,6 +114,7 @@ def response_log_probs(
         model: a causal language model of transformers; names the output projection.
         rows: row indices, one micro-batch.
         temperature: logits are divided by it, as the rollout engine does before it samples.
+        entropy: compute it; it costs as much as the log-probs do.
         entropy_gradient: let gradients flow through the entropy.
         run: what to call instead of `model` (a DeepSpeed engine around it).
     """
@@ -128,9 +130,14 @@ def response_log_probs(
         logits = logits / temperature
     log_probs = -F.cross_entropy(logits, padded.input_ids[response], reduction="none")
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        all_log_probs = F.log_softmax(logits, dim=-1)
-        entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
-    return ResponseLogits(log_probs, entropy, padded.token_index[response])
+        entropies = _entropy(logits) if entropy else None
+    return ResponseLogits(log_probs, entropies, padded.token_index[response])
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of each row of logits."""
+    log_probs = F.log_softmax(logits, dim=-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 @torch.no_grad()
@@ -138,7 +145,7 @@ def batch_log_probs(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int,
     """Log-probability of every response token of a batch, float32 [N], 0 on prompts; no gradients."""
     flat = torch.zeros(batch.num_tokens)
     for rows in micro_batches(batch.lengths, max_tokens):
-        out = response_log_probs(model, batch, rows, temperature=temperature, run=run)
+        out = response_log_probs(model, batch, rows, temperature=temperature, entropy=False, run=run)
         flat[out.token_index.cpu()] = out.log_probs.cpu()
     return flat.numpy()
 
