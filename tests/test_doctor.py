@@ -20,10 +20,12 @@ SOUND_MODULES = {
         class cuda:
             device_count = staticmethod(lambda: 0)
             get_device_properties = None
+        class _C:
+            _dispatch_get_all_op_names = staticmethod(lambda: ["aten::add", "_C::rms_norm"])
     """,
     "transformers.py": "__version__ = '5.99'; AutoModelForCausalLM = None",
     "vllm/__init__.py": "__version__ = '0.99'; LLM = None",
-    "vllm/platforms.py": "class current_platform: device_type = 'cpu'",
+    "vllm/platforms.py": "class current_platform: device_type = 'cpu'; import_kernels = staticmethod(lambda: None)",
     "ray.py": "__version__ = '2.98'",
     "deepspeed/__init__.py": "__version__ = '0.98'",
     "deepspeed/accelerator.py": "class _A: _name = 'cpu'\nget_accelerator = _A",
@@ -184,3 +186,9 @@ def test_doctor_itself_needs_only_the_standard_library():
     source = Path(doctor.__file__).read_text()
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert imported <= set(sys.stdlib_module_names)
+
+
+def test_vllm_without_its_compiled_kernels_is_a_failure(fake_libraries):
+    fake_libraries("torch.py", SOUND_MODULES["torch.py"].replace('"_C::rms_norm"', '"aten::mul"'))
+    check = by_name(doctor.run_checks())["vLLM"]
+    assert check.status == "fail" and "its compiled kernels do not load" in check.found
