@@ -17,6 +17,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
 CORPUS = [
     "Once upon a time there was a little girl who was very happy and kind.",
     "The big dog was sad and bad, so he went home to cry in the rain.",
