@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -105,3 +106,36 @@ def hh_pairs() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no hh preference pairs at {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    """A local Ray with room for every role of a small run."""
+    import ray
+
+    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def loop_settings(tiny_model, tmp_path_factory, ray_session) -> dict:
+    """A config of the real loop on a tiny model, with a judge and checkpoints; every run takes seconds."""
+    from gvm_artifacts import make_gvm
+
+    folder = tmp_path_factory.mktemp("loop")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Tell me story {i}"}) + "\n" for i in range(40)))
+    return {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {"prompts": {"path": str(prompts), "heldout_fraction": 0.3}, "max_prompt_tokens": 24},
+        "gvm": {"path": str(make_gvm(folder / "gvm", tiny_model))},
+        "rollout": {"backend": "transformers", "max_response_tokens": 12, "rollouts_per_chunk": 8, "kv_cache_gib": 1},
+        "policy": {"learning_rate": 3e-3, "schedule": "linear"},
+        "advantage": {"mode": "gae"},
+        "batch": {"prompts_per_step": 16, "minibatches_per_epoch": 2, "micro_batch_tokens": 128},
+        "evaluation": {"judge": "vader", "prompts": 8},
+        "checkpoint": {"every_steps": 2, "keep": 10},
+        "train": {"steps": 4, "trackers": ["tensorboard"]},
+        "weight_sync": {"bucket_mib": 0.05, "checksum": True},  # several buckets even for a tiny model
+    }

@@ -30,11 +30,11 @@ def manifest_for(model, tokenizer, **changes) -> GVMManifest:
     return GVMManifest(**entries | changes)
 
 
-def make_gvm(folder: Path, base: Path, **changes) -> Path:
-    """An artifact on a base model, with a random head so that its values say something."""
+def make_gvm(folder: Path, base: Path, bias: float = 0.25, **changes) -> Path:
+    """An artifact on a base model, with a random head so that its values, around the bias, say something."""
     torch.manual_seed(1)
     model = new_value_model(str(base))
     torch.nn.init.normal_(model.score.weight, std=0.1)
-    torch.nn.init.constant_(model.score.bias, 0.25)
+    torch.nn.init.constant_(model.score.bias, bias)
     tokenizer = AutoTokenizer.from_pretrained(base)
     return save_gvm(folder, model, model.state_dict(), tokenizer, manifest_for(model, tokenizer, **changes))

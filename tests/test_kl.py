@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvpo_ray.policy.kl import ESTIMATORS, AdaptiveKLController, token_kl
+from dvpo_ray.policy.kl import ESTIMATORS, token_kl
+from dvpo_ray.policy.kl_controller import AdaptiveKLController
 
 logits_of = st.lists(st.floats(-4, 4), min_size=5, max_size=5).map(lambda v: torch.tensor(v, dtype=torch.float64))
 

@@ -9,77 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from gvm_artifacts import make_gvm
-
-from dvpo_ray.config.schema import Config
+from loop_runs import rollouts, run, values_by_hand, without_times
 
 pytestmark = pytest.mark.slow
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-MEASURES_TIME = ("time", "time/", "throughput/", "memory/", "idle/")
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model, tmp_path_factory, ray_session) -> dict:
-    folder = tmp_path_factory.mktemp("loop")
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Tell me story {i}"}) + "\n" for i in range(40)))
-    return {
-        "model": {"path": str(tiny_model), "dtype": "float32"},
-        "data": {"prompts": {"path": str(prompts), "heldout_fraction": 0.3}, "max_prompt_tokens": 24},
-        "gvm": {"path": str(make_gvm(folder / "gvm", tiny_model))},
-        "rollout": {"backend": "transformers", "max_response_tokens": 12, "rollouts_per_chunk": 8, "kv_cache_gib": 1},
-        "policy": {"learning_rate": 3e-3, "schedule": "linear"},
-        "advantage": {"mode": "gae"},
-        "batch": {"prompts_per_step": 16, "minibatches_per_epoch": 2, "micro_batch_tokens": 128},
-        "evaluation": {"judge": "vader", "prompts": 8},
-        "checkpoint": {"every_steps": 2, "keep": 10},
-        "train": {"steps": 4, "trackers": ["tensorboard"]},
-        "weight_sync": {"bucket_mib": 0.05, "checksum": True},  # several buckets even for a tiny model
-    }
-
-
-def run(settings: dict, out: Path, resume: bool = False, **sections) -> list[dict]:
-    """Train and return the metrics of all steps."""
-    from dvpo_ray.orchestration.run import train
-
-    merged = settings | {name: settings.get(name, {}) | changes for name, changes in sections.items()}
-    train(Config.model_validate(merged | {"out": str(out)}), resume)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(MEASURES_TIME)} for row in rows]
-
-
-def rollouts(folder: Path, step: int) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
-
-
-def values_by_hand(gvm: str, row: dict) -> np.ndarray:
-    """The T + 1 values of one rollout by a direct forward pass of that row alone."""
-    from dvpo_ray.gvm.artifact import load_gvm
-
-    model, _ = load_gvm(gvm)
-    with torch.no_grad():
-        logits = model(torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0, :, 0]
-    return logits[len(row["prompt_ids"]) - 1 :].numpy()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(settings, tmp_path_factory) -> tuple[Path, list[dict]]:
+def uninterrupted(loop_settings, tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return folder, run(settings, folder)
+    return folder, run(loop_settings, folder)
 
 
 def test_the_run_folder_is_complete(uninterrupted):
@@ -102,12 +42,12 @@ def test_the_run_folder_is_complete(uninterrupted):
     assert low <= summary["gold"]["after"]["mean"] - summary["gold"]["before"]["mean"] <= high
 
 
-def test_scores_in_the_rollouts_are_those_of_a_direct_forward(settings, uninterrupted):
+def test_scores_in_the_rollouts_are_those_of_a_direct_forward(loop_settings, uninterrupted):
     folder, _ = uninterrupted
     rows = rollouts(folder, 3)
     assert [row["row_id"] for row in rows] == list(range(16)) and {row["policy_version"] for row in rows} == {2}
     for row in rows[:4]:
-        np.testing.assert_allclose(row["values"], values_by_hand(settings["gvm"]["path"], row), atol=1e-5)
+        np.testing.assert_allclose(row["values"], values_by_hand(loop_settings["gvm"]["path"], row), atol=1e-5)
 
 
 def test_advantages_in_the_rollouts_are_those_of_the_formula(uninterrupted):
@@ -123,13 +63,13 @@ def test_advantages_in_the_rollouts_are_those_of_the_formula(uninterrupted):
     np.testing.assert_allclose(np.concatenate([row["advantages"] for row in rows]), expected, atol=1e-4)
 
 
-def test_resuming_repeats_the_remaining_steps_exactly(settings, uninterrupted, tmp_path):
+def test_resuming_repeats_the_remaining_steps_exactly(loop_settings, uninterrupted, tmp_path):
     folder, whole = uninterrupted
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
     for gone in ("checkpoints/step_000004", "final"):
         shutil.rmtree(stopped / gone)
-    resumed = run(settings, stopped, resume=True)
+    resumed = run(loop_settings, stopped, resume=True)
     assert without_times(resumed) == without_times(whole)
     assert (stopped / "final" / "model.safetensors").read_bytes() == (folder / "final" / "model.safetensors").read_bytes()
 
@@ -142,23 +82,23 @@ def test_resuming_repeats_the_remaining_steps_exactly(settings, uninterrupted, t
         ("last-layer-static-q", {"policy": {"trainable_layers": 1, "deepspeed": {"zero_stage": 1}}, "advantage": {"mode": "static_q"}}),
     ],
 )
-def test_every_way_to_train_reaches_the_engines(settings, tmp_path, name, changes):
+def test_every_way_to_train_reaches_the_engines(loop_settings, tmp_path, name, changes):
     """After each sync the engines sample from the learner's very weights, sharded, adapted or partly frozen as they may be."""
     small = {
-        "rollout": settings["rollout"] | changes.pop("rollout", {}),
+        "rollout": loop_settings["rollout"] | changes.pop("rollout", {}),
         "train": {"steps": 2},
         "policy": {"old_log_probs": "rollout"} | changes.pop("policy"),
     }
-    metrics = run(settings, tmp_path / name, **small, **changes)
+    metrics = run(loop_settings, tmp_path / name, **small, **changes)
     assert metrics[0]["kl/reference_mean"] == pytest.approx(0.0, abs=1e-3)
     assert metrics[1]["kl/reference_mean"] != pytest.approx(0.0, abs=1e-4)  # the engines did get new weights
     assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
 
 
 @needs_vllm
-def test_vllm_samples_from_the_learners_weights_at_every_version_and_value_rises(settings, tmp_path):
+def test_vllm_samples_from_the_learners_weights_at_every_version_and_value_rises(loop_settings, tmp_path):
     fast = {"learning_rate": 1e-2, "schedule": "constant"}
-    metrics = run(settings, tmp_path / "vllm", rollout={"backend": "vllm"}, train={"steps": 15}, policy=fast, batch={"prompts_per_step": 32})
+    metrics = run(loop_settings, tmp_path / "vllm", rollout={"backend": "vllm"}, train={"steps": 15}, policy=fast, batch={"prompts_per_step": 32})
     assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
     spread = metrics[0]["value/std"]
     assert metrics[-1]["value/terminal_mean"] > metrics[0]["value/terminal_mean"] + spread

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ import ray
 from ray import ObjectRef
 
 from dvpo_ray.actors.process import Actor
+from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.batch import RaggedBatch, balanced_shards
 from dvpo_ray.config.schema import Config
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.models.loading import load_tokenizer
-from dvpo_ray.policy.advantages import compute_advantages
+from dvpo_ray.policy.advantages import compute_advantages, row_rewards, value_targets
 from dvpo_ray.policy.statistics import batch_statistics, sequence_kl
 
 
@@ -40,6 +41,7 @@ class ExperienceBuilder(Actor):
     def __init__(self, config: Config, index: int, run_folder: str) -> None:
         super().__init__(index, run_folder)
         self.config = config
+        self.mode = config.advantage.mode if config.algorithm == "dvpo" else config.algorithm
         self.run_folder = Path(run_folder)
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.judge = make_judge(config.evaluation.judge)
@@ -48,18 +50,20 @@ class ExperienceBuilder(Actor):
 
     # ------------------------------------------------------------------------------------------------ experience
 
-    def build(self, chunks: list[ScoredChunk], policy_version: int, kl_reward_coefficient: float, num_shards: int) -> tuple:
+    def build(
+        self, chunks: list[ScoredChunk], policy_version: int, kl_reward_coefficient: float, greedy_chunks: list[ScoredChunk] | None = None
+    ) -> tuple:
         """Advantages of a step's rollouts.
 
         Args:
-            chunks: references to rollouts, values and reference log-probs, in any order.
+            chunks: references to rollouts and their scores, in any order.
             policy_version: version that every rollout must be of.
             kl_reward_coefficient: weight of the KL penalty inside the advantage; 0 when KL is in the loss or off.
-            num_shards: learner ranks.
+            greedy_chunks: references to the greedy response to each prompt and its reward, for the algorithm that has such a baseline.
 
         Returns:
-            Metrics, then one shard per rank with equal numbers of rows and like numbers of tokens. Call with
-            `num_returns=1 + num_shards`, so that a rank fetches its own part only.
+            Metrics, then one shard per learner rank with equal numbers of rows and like numbers of tokens, then one per critic rank
+            where there is a critic. Call with as many `num_returns`, so that a rank fetches its own part only.
         """
         with self.clock.busy():
             batch = _gather(chunks)
@@ -68,17 +72,27 @@ class ExperienceBuilder(Actor):
             settings = self.config.advantage
             result = compute_advantages(
                 batch,
-                mode=settings.mode,
+                mode=self.mode,
                 gae_lambda=settings.gae_lambda,
                 kl_coefficient=kl_reward_coefficient,
                 whiten=settings.whiten,
                 truncated=settings.truncated,
                 truncation_penalty=settings.truncation_penalty,
+                samples_per_prompt=self.config.batch.samples_per_prompt,
+                greedy_rewards=row_rewards(_gather(greedy_chunks)) if greedy_chunks else None,
             )
             self.batch = batch.with_fields(advantages=result.advantages, loss_mask=result.loss_mask.astype(np.float32))
             self.gold = self._judge(self.batch)
-            shards = [self.batch.select(rows) for rows in balanced_shards(batch.lengths, num_shards)]
+            shards = self._shards(self.config.policy.num_actors, ("advantages", "loss_mask", "log_probs", "reference_log_probs"))
+            if ALGORITHMS[self.config.algorithm].has_critic:
+                self.batch = self.batch.with_fields(returns=value_targets(batch, result.unwhitened))
+                shards += self._shards(self.config.critic.num_actors, ("values", "returns", "loss_mask"))
             return (batch_statistics(self.batch, self.gold), *shards)
+
+    def _shards(self, count: int, fields: tuple[str, ...]) -> list[RaggedBatch]:
+        """The batch in `count` parts that hold what their reader needs."""
+        lean = replace(self.batch, fields={name: self.batch.fields[name] for name in fields})
+        return [lean.select(rows) for rows in balanced_shards(lean.lengths, count)]
 
     def write_rollouts(self, step: int) -> None:
         """Write the batch built last to rollouts/step_*.jsonl, one row per rollout."""
@@ -97,7 +111,8 @@ class ExperienceBuilder(Actor):
             "prompt_ids": prompt_ids,
             "response_ids": response_ids,
             "tokens": [self.tokenizer.decode([token]) for token in response_ids],
-            "values": _rounded(batch.fields["values"][batch.states(r)]),
+            **({"values": _rounded(batch.fields["values"][batch.states(r)])} if "values" in batch.fields else {}),
+            **({"reward": round(float(row_rewards(batch)[r]), 6)} if "rewards" in batch.fields else {}),
             "advantages": _rounded(batch.fields["advantages"][response]),
             "log_probs": _rounded(batch.fields["log_probs"][response]),
             "reference_log_probs": _rounded(batch.fields["reference_log_probs"][response]),

@@ -1,8 +1,9 @@
-"""The two frozen models of DVPO: the Global Value Model and the reference policy."""
+"""The frozen models: the Global Value Model, a baseline's reward model, and the reference policy."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from dvpo_ray.actors.process import Actor
 from dvpo_ray.batch import RaggedBatch
@@ -20,13 +21,26 @@ class ValueScorer(Actor):
     def __init__(self, config: Config, index: int, run_folder: str) -> None:
         super().__init__(index, run_folder)
         self.max_tokens = config.scorer.micro_batch_tokens
-        model, self.manifest = load_gvm(config.gvm.path, torch_dtype(config.model.dtype), config.model.attention)
+        model, self.manifest = load_gvm(self._artifact(config), torch_dtype(config.model.dtype), config.model.attention)
         self.model = model.to(default_device())
 
+    def _artifact(self, config: Config) -> str:
+        return config.gvm.path
+
+    @torch.inference_mode()
     def score(self, batch: RaggedBatch) -> np.ndarray:
         """Value of the state after every token, prompt and response, float32 [N]."""
         with self.clock.busy():
             return batch_values(self.model, batch, self.max_tokens)
+
+
+class RewardScorer(ValueScorer):
+    """The frozen reward model of a baseline. Its value after the last token is the response's reward; no other number counts."""
+
+    role = "reward_model"
+
+    def _artifact(self, config: Config) -> str:
+        return config.reward_model.path
 
 
 class ReferenceModel(Actor):
@@ -40,7 +54,8 @@ class ReferenceModel(Actor):
         self.temperature = config.rollout.temperature
         self.model = load_policy(config.model, default_device())
 
-    def log_probs(self, batch: RaggedBatch) -> np.ndarray:
+    @torch.inference_mode()
+    def score(self, batch: RaggedBatch) -> np.ndarray:
         """Log-probability of every response token, float32 [N], 0 on prompts."""
         with self.clock.busy():
             return batch_log_probs(self.model, batch, self.max_tokens, self.temperature)

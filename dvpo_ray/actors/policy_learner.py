@@ -7,28 +7,27 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from dvpo_ray.actors.process import Actor
+from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank, most_on_any_rank, over_ranks
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
-from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import clear_when_full
-from dvpo_ray.models.deepspeed import build_engine, gather_parameters, init_process_group, optimizer_step
+from dvpo_ray.models.deepspeed import gather_parameters, optimizer_step
 from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
-from dvpo_ray.models.loading import default_device, load_policy, load_tokenizer, torch_dtype
+from dvpo_ray.models.loading import load_policy, load_tokenizer, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
+from dvpo_ray.orchestration.schedule import minibatch_rows
 from dvpo_ray.orchestration.weight_sync import make_sender
 from dvpo_ray.policy.losses import combine_metrics, policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import mismatch_metrics
 
 
-class PolicyLearner(Actor):
+class PolicyLearner(DeepSpeedRank):
     """One data-parallel rank of the policy under DeepSpeed.
 
     A shard has the per-token fields `advantages`, `loss_mask`, `log_probs` (the rollout engine's) and
@@ -45,25 +44,17 @@ class PolicyLearner(Actor):
 
     # ------------------------------------------------------------------------------------------------- set-up
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Address and free port at which the learner's ranks can meet; asked of rank 0."""
-        from ray._common.network_utils import find_free_port
-
-        return ray.util.get_node_ip_address(), find_free_port()
-
     def connect(self, master_addr: str, master_port: int, engines: list[ActorHandle], transport: str) -> None:
         """Join the other ranks, shard the model, and open the channel to the rollout engines."""
         config = self.config
-        init_process_group(self.index, config.policy.num_actors, master_addr, master_port)
+        self._join(config.policy.num_actors, master_addr, master_port)
         model = load_policy(config.model)
         disable_dropout(model)
         if config.policy.trainable_layers is not None:
             train_last_layers(model, config.policy.trainable_layers)
-        self.model = apply_lora(model, config.policy.lora) if config.policy.lora is not None else model
-        self.engine = build_engine(
-            self.model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps
-        )
-        self.engine.train()
+        if config.policy.lora is not None:
+            model = apply_lora(model, config.policy.lora)
+        self._shard(model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps)
         # The engines loaded the same checkpoint, so what is not trained never has to travel.
         self.sender = make_sender(transport, config, engines, partial(self._weights, changing_only=True), self.index)
 
@@ -91,27 +82,22 @@ class PolicyLearner(Actor):
             # Else the only optimizer step sees the ratio at 1, and its own forward pass serves as the old log-probs.
             tally = _Tally()
             for epoch in range(self.config.batch.update_epochs):
-                for rows in self._minibatch_rows(shard.num_rows, step, epoch):
+                for rows in minibatch_rows(self.config, shard.num_rows, step, epoch, self.index):
                     losses = self._micro_batch_losses(shard.select(rows), kl_loss_coefficient, tally)
                     result = optimizer_step(self.engine, losses)
                     tally.end_minibatch(result.grad_norm)
-            return tally.over_ranks() | {"policy/learning_rate": result.learning_rate}
+            return tally.of_all_ranks() | {"policy/learning_rate": result.learning_rate}
 
     def log_probs(self, batch: RaggedBatch) -> np.ndarray:
         """Log-probability of every response token under the current weights, float32 [N], 0 on prompts."""
         return batch_log_probs(self.model, batch, self.micro_batch_tokens, self.config.rollout.temperature, run=self.engine)
 
-    def _minibatch_rows(self, num_rows: int, step: int, epoch: int) -> list[np.ndarray]:
-        order = np.random.default_rng([self.config.seed, step, epoch, self.index]).permutation(num_rows)
-        return np.split(order, self.config.batch.minibatches_per_epoch)
-
     def _micro_batch_losses(self, minibatch: RaggedBatch, kl_coefficient: float, tally: _Tally) -> list[Callable[[], Tensor]]:
         """One loss function per micro-batch, as many on every rank."""
         groups = micro_batches(minibatch.lengths, self.micro_batch_tokens)
-        tokens = _reduce(float(minibatch.fields["loss_mask"].sum()), dist.ReduceOp.SUM)
-        most = int(_reduce(float(len(groups)), dist.ReduceOp.MAX))
+        tokens = over_ranks(float(minibatch.fields["loss_mask"].sum()), dist.ReduceOp.SUM)
         loss = partial(self._loss, minibatch, minibatch_tokens=max(1, round(tokens)), kl_coefficient=kl_coefficient, tally=tally)
-        idle = [partial(loss, groups[-1][-1:], counts=False)] * (most - len(groups))  # ranks run forward and backward together
+        idle = [partial(loss, groups[-1][-1:], counts=False)] * (most_on_any_rank(len(groups)) - len(groups))  # ranks run together
         return [partial(loss, rows) for rows in groups] + idle
 
     def _loss(
@@ -160,21 +146,6 @@ class PolicyLearner(Actor):
         with self.clock.busy():
             self.sender.send(version)
 
-    def save_checkpoint(self, folder: str) -> None:
-        """Write the sharded model, optimizer and schedule; a collective of all ranks."""
-        with clear_when_full(Path(folder)):
-            self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self._has_frozen_parameters)
-
-    def load_checkpoint(self, folder: str) -> None:
-        """Continue from what `save_checkpoint` wrote; a collective of all ranks."""
-        loaded, _ = self.engine.load_checkpoint(folder, tag=_CHECKPOINT_TAG, load_module_strict=not self._has_frozen_parameters)
-        if loaded is None:
-            raise ResourceError(f"{folder}: DeepSpeed found no checkpoint of this learner")
-
-    @property
-    def _has_frozen_parameters(self) -> bool:
-        return any(not p.requires_grad for p in self.model.parameters())
-
     def save_pretrained(self, folder: str) -> None:
         """Write a Hugging Face checkpoint with its tokenizer, LoRA merged; a collective of all ranks, written by rank 0."""
         weights = {}
@@ -186,9 +157,6 @@ class PolicyLearner(Actor):
             with clear_when_full(Path(folder)):
                 base.save_pretrained(folder, state_dict=weights)
                 load_tokenizer(self.config.model.path, self.config.model.trust_remote_code).save_pretrained(folder)
-
-
-_CHECKPOINT_TAG = "learner"
 
 
 class _Tally:
@@ -211,7 +179,7 @@ class _Tally:
         self._grad_norms.append(grad_norm)
         self._parts = []
 
-    def over_ranks(self) -> dict[str, float]:
+    def of_all_ranks(self) -> dict[str, float]:
         """Each minibatch summed over the ranks, then the mean (of `*_max` the maximum) over minibatches."""
         ranks: list = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (self._minibatches, self._unchanged))
@@ -219,10 +187,3 @@ class _Tally:
         metrics = {name: float((np.max if name.endswith("_max") else np.mean)([m[name] for m in whole])) for name in whole[0]}
         learner, engine = (np.concatenate(side) for side in zip(*(pair for _, pairs in ranks for pair in pairs), strict=True))
         return metrics | {"policy/grad_norm": float(np.mean(self._grad_norms))} | mismatch_metrics(learner, engine)
-
-
-def _reduce(value: float, op: dist.ReduceOp) -> float:
-    """A number summed, or its maximum, over all ranks."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=default_device())
-    dist.all_reduce(tensor, op)
-    return float(tensor)

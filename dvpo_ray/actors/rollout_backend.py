@@ -29,8 +29,8 @@ class Response:
 class RolloutBackend(Protocol):
     """A generation library that holds one copy of the policy."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], seed: int) -> Iterator[Response]:
-        """Sample one response to each prompt; yields them as they finish."""
+    def generate(self, prompts: Sequence[Sequence[int]], seed: int, greedy: bool = False) -> Iterator[Response]:
+        """Sample one response to each prompt, or take the likeliest token each time; yields them as they finish."""
 
     def init_weight_transfer(self, init_info: dict) -> None:
         """Open the channel that new weights arrive through; once."""

@@ -27,15 +27,15 @@ class RolloutEngine(Actor):
         self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens)
         self.policy_version = 0
 
-    def generate(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], seed: int) -> Iterator[RaggedBatch]:
-        """Sample one response to each prompt.
+    def generate(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], seed: int, greedy: bool = False) -> Iterator[RaggedBatch]:
+        """Sample one response to each prompt, or take the likeliest token each time.
 
         Yields:
             Finished rollouts with their `log_probs`, `rollout.rollouts_per_chunk` rows together, as they finish. Called
             through Ray this is a stream of object references: a chunk can be scored while the next is being sampled.
         """
         finished: list[Response] = []
-        responses = self.backend.generate(prompts, seed)
+        responses = self.backend.generate(prompts, seed, greedy)
         while True:
             with self.clock.busy():
                 response = next(responses, None)

@@ -24,32 +24,31 @@ class TransformersBackend:
         self.stop_token_ids = stop_token_ids
         self.max_new_tokens = config.rollout.max_response_tokens
         self.temperature = config.rollout.temperature
-        self.sampling = GenerationConfig(
-            do_sample=True,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=0,
-            max_new_tokens=self.max_new_tokens,
-            min_new_tokens=config.rollout.min_response_tokens or None,
-            eos_token_id=sorted(stop_token_ids),
-            pad_token_id=self.pad_token_id,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        ends = {
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": config.rollout.min_response_tokens or None,
+            "eos_token_id": sorted(stop_token_ids),
+            "pad_token_id": self.pad_token_id,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+        }
+        self.sampling = GenerationConfig(do_sample=True, temperature=config.rollout.temperature, top_p=config.rollout.top_p, top_k=0, **ends)
+        self.greedy = GenerationConfig(do_sample=False, **ends)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], seed: int) -> Iterator[Response]:
+    def generate(self, prompts: Sequence[Sequence[int]], seed: int, greedy: bool = False) -> Iterator[Response]:
         torch.manual_seed(seed)
+        settings = self.greedy if greedy else self.sampling
         for start in range(0, len(prompts), self.batch_size):
-            yield from self._generate_together(prompts[start : start + self.batch_size], start)
+            yield from self._generate_together(prompts[start : start + self.batch_size], start, settings)
 
-    def _generate_together(self, prompts: Sequence[Sequence[int]], first_index: int) -> Iterator[Response]:
+    def _generate_together(self, prompts: Sequence[Sequence[int]], first_index: int, settings: GenerationConfig) -> Iterator[Response]:
         width = max(len(prompt) for prompt in prompts)
         device = self.model.device
         padding = [width - len(prompt) for prompt in prompts]
         input_ids = torch.tensor([[self.pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device)
         attention_mask = torch.tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device)
-        output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=self.sampling)
+        output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=settings)
         sampled = output.sequences[:, width:]
         log_probs = torch.stack(
             [

@@ -46,12 +46,14 @@ class VLLMBackend:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+        self.greedy_params = self.params.clone()
+        self.greedy_params.temperature = 0.0
 
-    def generate(self, prompts: Sequence[Sequence[int]], seed: int) -> Iterator[Response]:
+    def generate(self, prompts: Sequence[Sequence[int]], seed: int, greedy: bool = False) -> Iterator[Response]:
         self.llm.collective_rpc(_seed_worker, args=(seed,))
-        engine = self.llm.llm_engine
+        engine, params = self.llm.llm_engine, self.greedy_params if greedy else self.params
         for index, prompt in enumerate(prompts):
-            engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, self.params)
+            engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:

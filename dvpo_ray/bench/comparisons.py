@@ -99,7 +99,7 @@ def compare_frozen(bench: Bench) -> list[Comparison]:
     references = [Competitor(ReferenceModel, config.reference), Competitor(BareReference, config.reference)]
     comparisons = []
     with side_by_side(config, bench.run_folder, scorers + references) as (scorer, bare_scorer, reference, bare_reference):
-        for name, method, bare in (("scorer", scorer.score, bare_scorer), ("reference", reference.log_probs, bare_reference)):
+        for name, method, bare in (("scorer", scorer.score, bare_scorer), ("reference", reference.score, bare_reference)):
             contestants = {"product": _scoring_of(bench, method, name), **_bare(bare.forward, bench.rollouts())}
             samples = take_turns(contestants, bench.repeats, bench.after_round)
             comparisons.append(compare(name, FROZEN_TARGET, samples.pop("product"), samples))
@@ -111,8 +111,11 @@ def _scoring_of(bench: Bench, method, name: str) -> Callable[[int], Sample]:
 
     def score(_round: int) -> Sample:
         started = time.perf_counter()
-        get([method.remote(chunk) for chunk in bench.chunks], what=name)
-        return Sample(tokens, time.perf_counter() - started)
+        scores = [method.remote(chunk) for chunk in bench.chunks]
+        ray.wait(scores, num_returns=len(scores), fetch_local=False)  # as the loop does: the driver never fetches them
+        seconds = time.perf_counter() - started
+        get(scores, what=name)  # raises what went wrong
+        return Sample(tokens, seconds)
 
     return score
 

@@ -47,11 +47,21 @@ def run(args: argparse.Namespace) -> int:
     return args.gvm_command(args)
 
 
+def missing_pairs(config: Config) -> list[str]:
+    """What the config lacks to train on preference pairs."""
+    return ["data.preferences.path is not set; give the preference pairs to train on"] if config.data.preferences is None else []
+
+
+def print_training_plan(config: Config, missing: list[str]) -> None:
+    """Print what training a value model with this config would be."""
+    print_plan(config, _arithmetic(config), plan_gvm_placement(config), missing)
+
+
 def _train(args: argparse.Namespace) -> int:
     config = load(args)
-    missing = ["data.preferences.path is not set; give the preference pairs to train on"] if config.data.preferences is None else []
+    missing = missing_pairs(config)
     if args.dry_run:
-        print_plan(config, _arithmetic(config), plan_gvm_placement(config), missing)
+        print_training_plan(config, missing)
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan
 from dvpo_ray.config import Config
 from dvpo_ray.config.arithmetic import batch_notes, derive_batch
 from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import plan_placement
 
-HELP = "optimise the policy with a frozen Global Value Model"
+HELP = "optimise the policy with a frozen Global Value Model, or by a baseline (algorithm=ppo)"
 EXAMPLE = "dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learning_rate=1e-5 --out runs/first"
 
 
@@ -36,7 +37,7 @@ def check_train_config(path: str, config: Config) -> None:
     """Refuse, before anything is loaded, a config that can't be trained with.
 
     Raises:
-        InputError: impossible arithmetic or placement, no GVM, no prompts.
+        InputError: impossible arithmetic or placement, no GVM or reward model, no prompts.
     """
     derive_batch(config)
     plan_placement(config)
@@ -51,8 +52,11 @@ def print_train_plan(config: Config, notes: list[str]) -> None:
 
 def _missing(config: Config) -> list[str]:
     missing = []
-    if config.gvm.path is None:
+    scorer = ALGORITHMS[config.algorithm].scorer
+    if scorer == "scorer" and config.gvm.path is None:
         missing.append("gvm.path is not set; train a value model with `dvpo gvm train` and give its folder")
+    if scorer == "reward_model" and config.reward_model.path is None:
+        missing.append(f"reward_model.path is not set, and {config.algorithm} needs rewards; train one with `dvpo rm train` and give its folder")
     if config.data.prompts is None:
         missing.append("data.prompts.path is not set; give the prompts to optimise on")
     return missing

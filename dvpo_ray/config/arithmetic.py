@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
+from dvpo_ray.policy.kl_controller import shortest_horizon
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,16 @@ def derive_batch(config: Config, num_prompts: int | None = None) -> BatchPlan:
         num_prompts: training prompts in the data, where known.
 
     Raises:
-        InputError: the samples of a step can't be shared out evenly over learner workers and minibatches.
+        InputError: the samples of a step can't be shared out evenly over learner (or critic) workers and minibatches, or are too few for
+            the algorithm or for the adaptive KL coefficient's horizon.
     """
     batch, workers = config.batch, config.policy.num_actors
     samples = batch.prompts_per_step * batch.samples_per_prompt
-    _require_even_shares(config, samples)
+    _require_enough_samples(config)
+    _require_even_shares(config, samples, "policy", workers)
+    if ALGORITHMS[config.algorithm].has_critic:
+        _require_even_shares(config, samples, "critic", config.critic.num_actors)
+    _require_horizon(config, samples)
     total_prompts = batch.prompts_per_step * config.train.steps
     optimizer_steps_per_step = batch.update_epochs * batch.minibatches_per_epoch
     return BatchPlan(
@@ -70,8 +77,25 @@ def derive_batch(config: Config, num_prompts: int | None = None) -> BatchPlan:
     )
 
 
-def _require_even_shares(config: Config, samples: int) -> None:
-    batch, workers = config.batch, config.policy.num_actors
+def _require_enough_samples(config: Config) -> None:
+    least, samples = ALGORITHMS[config.algorithm].min_samples_per_prompt, config.batch.samples_per_prompt
+    if samples < least:
+        raise InputError(
+            f"batch.samples_per_prompt is {samples}, but algorithm {config.algorithm} compares the samples of a prompt; set {least} or more"
+        )
+
+
+def _require_horizon(config: Config, samples: int) -> None:
+    shortest = shortest_horizon(samples)
+    if config.kl.adaptive_target_nats is not None and config.kl.adaptive_horizon <= shortest:
+        raise InputError(
+            f"kl.adaptive_horizon {config.kl.adaptive_horizon:g} is too short for {samples} samples per step: the coefficient could fall to 0; "
+            f"set more than {shortest:g}"
+        )
+
+
+def _require_even_shares(config: Config, samples: int, section: str, workers: int) -> None:
+    batch = config.batch
     shares = workers * batch.minibatches_per_epoch
     if samples % shares == 0:
         return
@@ -80,7 +104,7 @@ def _require_even_shares(config: Config, samples: int) -> None:
     working = " or ".join(str(prompts) for prompts in (below, below + step) if prompts)
     raise InputError(
         f"batch.prompts_per_step {batch.prompts_per_step} x batch.samples_per_prompt {batch.samples_per_prompt} = {samples} samples "
-        f"can't be shared evenly by policy.num_actors {workers} x batch.minibatches_per_epoch {batch.minibatches_per_epoch} = {shares}; "
+        f"can't be shared evenly by {section}.num_actors {workers} x batch.minibatches_per_epoch {batch.minibatches_per_epoch} = {shares}; "
         f"batch.prompts_per_step {working} can"
     )
 
@@ -93,6 +117,8 @@ def batch_notes(config: Config) -> list[str]:
         "scorer.micro_batch_tokens": config.scorer.micro_batch_tokens,
         "reference.micro_batch_tokens": config.reference.micro_batch_tokens,
     }
+    if ALGORITHMS[config.algorithm].has_critic:
+        budgets["critic.micro_batch_tokens"] = config.critic.micro_batch_tokens
     notes = [
         f"{key} {budget} is below the longest row of {plan.max_tokens_per_row} tokens; such a row is a micro-batch of its own"
         for key, budget in budgets.items()
@@ -100,4 +126,6 @@ def batch_notes(config: Config) -> list[str]:
     ]
     if config.rollout.num_actors > plan.samples_per_step:
         notes.append(f"rollout.num_actors {config.rollout.num_actors} is above the {plan.samples_per_step} samples of a step; some engines stay idle")
+    if config.kl.placement == "loss" and config.kl.estimator == "k1":
+        notes.append("kl.estimator k1 has no effect as a loss: its expected gradient is zero on the policy's own samples; use k2 or k3")
     return notes

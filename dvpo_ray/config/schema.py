@@ -149,25 +149,42 @@ class SFTStageConfig(Section):
     gradient_accumulation_steps: Count = Field(1, description="Forward and backward passes in one optimizer step.")
 
 
-class GVMConfig(RoleConfig, OptimizerConfig):
-    """Training of the Global Value Model (`dvpo gvm train`) and the artifact that `dvpo train` loads."""
+class PreferenceTraining(RoleConfig, OptimizerConfig):
+    """Training of a model with a value head on preference pairs, and the artifact that `dvpo train` loads."""
 
-    learning_rate: Positive = Field(1.41e-5, description="Peak learning rate (the released code's default).")
-    path: str | None = Field(None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`.")
+    path: str | None = Field(None, description="Artifact that `dvpo train` freezes.")
     init_from: str | None = Field(None, description="Checkpoint the trunk starts from; `model.path` when not set. Must share its tokenizer.")
     num_layers: Count | None = Field(None, description="Keep only the first so many decoder layers of the trunk.")
-    objective: Literal["td0", "td_lambda", "monte_carlo"] = Field("monte_carlo", description="Target of the value regression.")
-    td_lambda: Probability = Field(0.95, description="Trace decay of `td_lambda`.")
-    outcome: Literal["binary", "score"] = Field("binary", description="+1 chosen / -1 rejected, or the data's score per response.")
-    outcome_scale: Positive = Field(1.0, description="Scores are multiplied by this before they become targets.")
-    bradley_terry_weight: NonNegative = Field(0.0, description="Weight of the Bradley-Terry term on each pair; 0 leaves it out.")
-    bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
     epochs: Positive = Field(1.0, description="Passes over the training pairs.")
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
     checkpoint_every_steps: Count = Field(200, description="Optimizer steps between checkpoints.")
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     lora: LoraConfig | None = None
+
+
+class GVMConfig(PreferenceTraining):
+    """Training of the Global Value Model (`dvpo gvm train`) and the artifact that `dvpo train` loads."""
+
+    path: str | None = Field(None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`.")
+    learning_rate: Positive = Field(1.41e-5, description="Peak learning rate (the released code's default).")
+    objective: Literal["td0", "td_lambda", "monte_carlo", "bradley_terry"] = Field(
+        "monte_carlo",
+        description="Target of the value regression. `bradley_terry` has none: it ranks the pairs by their last values, which makes a reward model "
+        "(`dvpo rm train` sets it) and no value model.",
+    )
+    td_lambda: Probability = Field(0.95, description="Trace decay of `td_lambda`.")
+    outcome: Literal["binary", "score"] = Field("binary", description="+1 chosen / -1 rejected, or the data's score per response.")
+    outcome_scale: Positive = Field(1.0, description="Scores are multiplied by this before they become targets.")
+    bradley_terry_weight: NonNegative = Field(0.0, description="Weight of the Bradley-Terry term on each pair; 0 leaves it out.")
+    bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
+
+
+class RewardModelConfig(PreferenceTraining):
+    """Training of a Bradley-Terry reward model (`dvpo rm train`), which every algorithm but `dvpo` takes its rewards from."""
+
+    path: str | None = Field(None, description="Reward model that `dvpo train` freezes: made by `dvpo rm train`, or a GVM, whose last value is read.")
+    learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
 
 
 class RolloutConfig(RoleConfig):
@@ -190,13 +207,27 @@ class RolloutConfig(RoleConfig):
 
 
 class ScorerConfig(RoleConfig):
-    """A frozen model that scores finished rollouts: the GVM, or the reference policy."""
+    """A frozen model that scores finished rollouts: the GVM or the reward model, or the reference policy."""
 
     micro_batch_tokens: Count = Field(16384, description="Padded tokens in one forward pass.")
 
 
+class CriticConfig(RoleConfig, OptimizerConfig):
+    """The online value model of `algorithm: ppo`, trained beside the policy with as many epochs and minibatches."""
+
+    learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
+    init: Literal["reward_model", "policy"] = Field(
+        "reward_model", description="Start from the reward model, head included, or from the SFT model with a zero head."
+    )
+    value_clip: Positive | None = Field(
+        0.2, description="Clip new values to this distance from the old ones in the loss (PPO); not set: no clipping."
+    )
+    micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+
 class PolicyConfig(RoleConfig, OptimizerConfig):
-    """The DeepSpeed learner: PPO's clipped surrogate on the frozen GVM's advantages."""
+    """The DeepSpeed learner: PPO's clipped surrogate on token advantages."""
 
     clip_epsilon: Fraction = Field(0.2, description="Clipping range of the probability ratio (PPO, Schulman et al. 2017).")
     entropy_coefficient: NonNegative = Field(0.0, description="Weight of the entropy bonus.")
@@ -217,19 +248,19 @@ class PolicyConfig(RoleConfig, OptimizerConfig):
 
 
 class AdvantageConfig(Section):
-    """How the frozen GVM's values become token advantages; see docs/method.md."""
+    """How values and rewards become token advantages; see docs/method.md."""
 
     mode: Literal["static_q", "td", "gae", "release"] = Field(
         "release",
         description="With v[t] the value after t response tokens: `static_q` v[t]; `td` v[t] - v[t-1]; `gae` their discounted sum; "
-        "`release` the published code's whitened variant.",
+        "`release` the published code's whitened variant. Read by `algorithm: dvpo` alone.",
     )
-    gae_lambda: Probability = Field(1.0, description="Trace decay of `gae`. `release` always uses 0.95, as released.")
-    whiten: bool = Field(True, description="Whiten over the response tokens of the whole batch.")
+    gae_lambda: Probability = Field(1.0, description="Trace decay of `gae` and of `algorithm: ppo`. `release` always uses 0.95, as released.")
+    whiten: bool = Field(True, description="Whiten over the response tokens of the whole batch. `release` always does, `grpo` and `rloo` never.")
     truncated: Literal["bootstrap", "mask", "penalty"] = Field(
         "bootstrap",
         description="A response cut off at the length limit: bootstrap from its last value, leave it out of the loss, or "
-        "subtract `truncation_penalty` from its last value.",
+        "subtract `truncation_penalty` from its last value. A reward model scores it like any other, so with rewards there is no bootstrap.",
     )
     truncation_penalty: NonNegative = Field(0.0, description="What `truncated: penalty` subtracts.")
 
@@ -318,15 +349,21 @@ class Config(Section):
     name: str = Field("dvpo", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, in its folder and in the trackers.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of data order, sampling and initialisation.")
     out: str | None = Field(None, description="Run folder; not set: `runs/<name>-<time>`.")
-    algorithm: Literal["dvpo"] = Field("dvpo", description="The method of `dvpo train`.")
+    algorithm: Literal["dvpo", "ppo", "grpo", "rloo", "remax", "reinforce"] = Field(
+        "dvpo", description="The method of `dvpo train`: the frozen GVM, or a baseline that takes rewards from `reward_model.path`."
+    )
     model: ModelConfig
     data: DataConfig = DataConfig()
     sft: SFTStageConfig = SFTStageConfig()
     gvm: GVMConfig = GVMConfig()
     rollout: RolloutConfig = RolloutConfig()
-    scorer: ScorerConfig = Field(ScorerConfig(), description="The frozen Global Value Model that scores finished rollouts.")
+    scorer: ScorerConfig = Field(
+        ScorerConfig(), description="The frozen model that scores finished rollouts: the Global Value Model, or a baseline's reward model."
+    )
     reference: ScorerConfig = Field(ScorerConfig(), description="The frozen copy of the SFT model that KL is measured from.")
     policy: PolicyConfig = PolicyConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    critic: CriticConfig = CriticConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     kl: KLConfig = KLConfig()
     mismatch: MismatchConfig = MismatchConfig()

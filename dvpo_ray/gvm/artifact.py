@@ -36,7 +36,9 @@ class HeadSpec(_Part):
 class ObjectiveSpec(_Part):
     """What the values were regressed on."""
 
-    name: Literal["td0", "td_lambda", "monte_carlo"]
+    name: Literal["td0", "td_lambda", "monte_carlo", "bradley_terry"] = Field(
+        description="bradley_terry: a reward model, of which the last value counts."
+    )
     td_lambda: float = Field(description="Trace decay; used by td_lambda alone.")
     bradley_terry_weight: float
     bradley_terry_value: Literal["last", "mean"]

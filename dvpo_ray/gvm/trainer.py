@@ -6,28 +6,24 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
-from dvpo_ray.actors.process import Actor
+from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank
 from dvpo_ray.config.schema import Config
-from dvpo_ray.errors import ResourceError
-from dvpo_ray.files import clear_when_full
 from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, head_spec, save_gvm
 from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.gvm.targets import bradley_terry, last_values, mean_values, squared_error, value_targets
 from dvpo_ray.gvm.trajectories import Trajectories, plan_minibatch, state_index, state_lengths
-from dvpo_ray.models.deepspeed import build_engine, gather_parameters, init_process_group, optimizer_step
+from dvpo_ray.models.deepspeed import gather_parameters, optimizer_step
 from dvpo_ray.models.forward import token_values
 from dvpo_ray.models.loading import load_tokenizer, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, full_weights
 
 SHARES = ("loss", "regression_loss", "bradley_terry_loss", "accuracy", "tokens")
-_CHECKPOINT_TAG = "gvm"
 
 
-class GVMTrainer(Actor):
+class GVMTrainer(DeepSpeedRank):
     """One rank. All ranks hold all trajectories by reference, and derive from lengths alone who takes which."""
 
     role = "gvm_trainer"
@@ -37,12 +33,6 @@ class GVMTrainer(Actor):
         self.config = config
         self.settings = config.gvm
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Address and free port at which the ranks can meet; asked of rank 0."""
-        from ray._common.network_utils import find_free_port
-
-        return ray.util.get_node_ip_address(), find_free_port()
-
     def connect(self, master_addr: str, master_port: int, train: Trajectories, total_steps: int) -> tuple[HeadSpec, int]:
         """Join the other ranks and shard the model; a collective of all ranks.
 
@@ -50,16 +40,15 @@ class GVMTrainer(Actor):
             The head's entry of the manifest, and the number of decoder layers.
         """
         settings, model = self.settings, self.config.model
-        init_process_group(self.index, settings.num_actors, master_addr, master_port)
+        self._join(settings.num_actors, master_addr, master_port)
         dtype = torch_dtype(model.dtype)
         self.train = train
-        self.model = new_value_model(settings.init_from or model.path, settings.num_layers, dtype, model.attention, model.trust_remote_code)
-        facts = head_spec(self.model), self.model.config.get_text_config().num_hidden_layers
+        value_model = new_value_model(settings.init_from or model.path, settings.num_layers, dtype, model.attention, model.trust_remote_code)
+        facts = head_spec(value_model), value_model.config.get_text_config().num_hidden_layers
         if settings.lora is not None:
             # peft changes the trunk in place; the head outside it stays an ordinary trained layer.
-            apply_lora(self.model.base_model, settings.lora, task_type=None)
-        self.engine = build_engine(self.model, settings, settings.deepspeed, dtype, total_steps)
-        self.engine.train()
+            apply_lora(value_model.base_model, settings.lora, task_type=None)
+        self._shard(value_model, settings, settings.deepspeed, dtype, total_steps)
         return facts
 
     # ------------------------------------------------------------------------------------------------ training
@@ -87,12 +76,15 @@ class GVMTrainer(Actor):
         settings = self.settings
         micro = minibatch.select(pairs if len(pairs) else [minibatch.pair_tokens.argmin()])
         values, lengths = self._values(micro)
-        targets = value_targets(settings.objective, values, lengths, torch.from_numpy(micro.outcomes).to(values.device), settings.td_lambda)
         response_value = last_values if settings.bradley_terry_value == "last" else mean_values
         chosen, rejected = response_value(values, lengths).view(-1, 2).unbind(1)
-        regression = squared_error(values, targets) / minibatch.pair_states.sum()
         contrast = bradley_terry(chosen, rejected) / minibatch.num_pairs
-        loss = regression + settings.bradley_terry_weight * contrast
+        if settings.objective == "bradley_terry":
+            loss, regression = contrast, torch.zeros_like(contrast)
+        else:
+            targets = value_targets(settings.objective, values, lengths, torch.from_numpy(micro.outcomes).to(values.device), settings.td_lambda)
+            regression = squared_error(values, targets) / minibatch.pair_states.sum()
+            loss = regression + settings.bradley_terry_weight * contrast
         right = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).sum() / minibatch.num_pairs
         tokens = torch.tensor(float(micro.batch.num_tokens), device=loss.device)
         counts = float(len(pairs) > 0)
@@ -120,18 +112,7 @@ class GVMTrainer(Actor):
         self.engine.train()
         return parts
 
-    # ------------------------------------------------------------------------------------ checkpoints, artifact
-
-    def save_checkpoint(self, folder: str) -> None:
-        """Write the sharded model, optimizer and schedule; a collective of all ranks."""
-        with clear_when_full(Path(folder)):
-            self.engine.save_checkpoint(folder, tag=_CHECKPOINT_TAG, exclude_frozen_parameters=self.settings.lora is not None)
-
-    def load_checkpoint(self, folder: str) -> None:
-        """Continue from what `save_checkpoint` wrote; a collective of all ranks."""
-        loaded, _ = self.engine.load_checkpoint(folder, tag=_CHECKPOINT_TAG, load_module_strict=self.settings.lora is None)
-        if loaded is None:
-            raise ResourceError(f"{folder}: DeepSpeed found no checkpoint of this trainer")
+    # ------------------------------------------------------------------------------------------------ artifact
 
     def save_artifact(self, folder: str, manifest: GVMManifest) -> None:
         """Write the artifact with LoRA merged; a collective of all ranks, written by rank 0."""

@@ -72,7 +72,8 @@ class GVMRun:
 
     def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
         started, state = time.time(), "failed"
-        self.console.header("Global Value Model", self._facts())
+        is_reward_model = self.config.gvm.objective == "bradley_terry"
+        self.console.header("Reward model" if is_reward_model else "Global Value Model", self._facts())
         for note in self.data.notes:
             self.console.warn(note)
         try:

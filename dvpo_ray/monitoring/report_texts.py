@@ -85,12 +85,13 @@ def token_credit(run: RunData) -> str:
     if not run.rollouts:
         return ""
     short = [row for row in run.rollouts if len(row["tokens"]) <= MOST_TOKENS]
-    row = max(short or run.rollouts, key=lambda row: max(row["values"]) - min(row["values"]))
-    values, advantages = row["values"][: MOST_TOKENS + 1], row["advantages"][:MOST_TOKENS]
+    shown = "values" if "values" in run.rollouts[-1] else "advantages"  # a baseline without a critic has no values
+    row = max(short or run.rollouts, key=lambda row: max(row[shown]) - min(row[shown]))
+    values, advantages = row.get("values", [])[: MOST_TOKENS + 1], row["advantages"][:MOST_TOKENS]
     pieces = align_tokens(row["tokens"], row["response"])[:MOST_TOKENS]
     tips = [_token_tip(row, t, piece) for t, piece in enumerate(pieces)]
     lead = (
-        f"Of the {len(run.rollouts)} rollouts of step {run.rollout_step}, the one whose value moves most. Point at a token to see its numbers "
+        f"Of the {len(run.rollouts)} rollouts of step {run.rollout_step}, the one whose {shown[:-1]} moves most. Point at a token to see its numbers "
         "and to find it in every view."
     )
     return tag(
@@ -100,8 +101,8 @@ def token_credit(run: RunData) -> str:
         tag(
             "div",
             tag("div", tag("div", "Prompt", *_rollout_chips(row), class_="role"), _text(row["prompt"]), class_="card"),
-            _value_curve(values, pieces),
-            _token_card("Value", "What the GVM expects after each token.", pieces, values[1:], tips, ("worse", "better")),
+            _value_curve(values, pieces) if values else "",
+            _token_card("Value", "What the value model expects after each token.", pieces, values[1:], tips, ("worse", "better")) if values else "",
             _token_card("Advantage", "What the update does to each token.", pieces, advantages, tips, ("less likely", "more likely")),
             class_="two",
         ),
@@ -109,7 +110,11 @@ def token_credit(run: RunData) -> str:
 
 
 def _rollout_chips(row: dict) -> list[str]:
-    texts = [f"value of the prompt {number(row['values'][0])}", f"value at the end {number(row['values'][-1])}", f"{len(row['tokens'])} tokens"]
+    texts = [f"{len(row['tokens'])} tokens"]
+    if "values" in row:
+        texts[:0] = [f"value of the prompt {number(row['values'][0])}", f"value at the end {number(row['values'][-1])}"]
+    if "reward" in row:
+        texts.insert(0, f"reward {number(row['reward'])}")
     if row.get("gold") is not None:
         texts.insert(0, f"gold {number(row['gold'])}")
     if row.get("truncated"):
@@ -120,11 +125,12 @@ def _rollout_chips(row: dict) -> list[str]:
 
 
 def _token_tip(row: dict, t: int, piece: str) -> str:
-    change = row["values"][t + 1] - row["values"][t]
+    values = row.get("values")
+    change = values[t + 1] - values[t] if values else 0.0
     return "\n".join(
         [
             f"token {t + 1} {piece!r}",
-            f"value {number(row['values'][t + 1])} ({'+' if change > 0 else ''}{number(change)})",
+            *([f"value {number(values[t + 1])} ({'+' if change > 0 else ''}{number(change)})"] if values else []),
             f"advantage {number(row['advantages'][t])}",
             f"log-prob {number(row['log_probs'][t])}, reference {number(row['reference_log_probs'][t])}",
         ]

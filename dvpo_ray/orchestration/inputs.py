@@ -6,6 +6,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
+from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts
@@ -16,13 +19,13 @@ from dvpo_ray.models.loading import context_tokens, load_tokenizer
 
 @dataclass(frozen=True)
 class Inputs:
-    """Prompts as token ids, and what the actors must know of the tokenizer and the GVM.
+    """Prompts as token ids, and what the actors must know of the tokenizer and of the model that scores rollouts.
 
     Attributes:
         prompts: training prompts.
         heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
         stop_token_ids: tokens that end a response.
-        manifest: of the GVM artifact.
+        manifest: of the GVM, or of a baseline's reward model.
         notes: skipped and dropped rows, one line each.
     """
 
@@ -34,7 +37,7 @@ class Inputs:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Read and check the model's tokenizer, the GVM's manifest and the prompts.
+    """Read and check the model's tokenizer, the manifest of the scoring model and the prompts.
 
     Raises:
         InputError: anything missing, unreadable or unfit, in one line.
@@ -47,8 +50,7 @@ def load_inputs(config: Config) -> Inputs:
             f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens {config.rollout.max_response_tokens} = "
             f"{longest} tokens, but {config.model.path} has a context of {context}"
         )
-    manifest = read_manifest(Path(config.gvm.path))
-    check_tokenizer(Path(config.gvm.path), manifest, tokenizer, config.model.chat_template)
+    manifest = _scoring_manifest(config, tokenizer)
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
     prompts, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
@@ -61,6 +63,17 @@ def load_inputs(config: Config) -> Inputs:
         manifest=manifest,
         notes=[*sets.skipped, *(f"{row}: dropped, {reason}" for reason, rows in encoder.dropped.items() for row in rows)],
     )
+
+
+def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVMManifest:
+    """The manifest of the GVM or, for a baseline, of the reward model."""
+    needs_values = ALGORITHMS[config.algorithm].scorer == "scorer"
+    path = Path(config.gvm.path if needs_values else config.reward_model.path)
+    manifest = read_manifest(path)
+    if needs_values and manifest.objective.name == "bradley_terry":
+        raise InputError(f"{path}: a reward model, of which only the last value was trained; gvm.path needs one made by `dvpo gvm train`")
+    check_tokenizer(path, manifest, tokenizer, config.model.chat_template)
+    return manifest
 
 
 def _encode(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:

@@ -1,6 +1,8 @@
-"""Policy optimisation with the Global Value Model frozen.
+"""Policy optimisation: with the Global Value Model frozen, or as one of the baselines.
 
     rollout → score ∥ reference → advantage → update → sync
+
+The algorithm shows in the roles only: which frozen models score a rollout, and whether a critic is trained beside the policy.
 
 The driver holds references and small numbers only: tokens go from the actor that made them to the actor that needs them.
 """
@@ -16,13 +18,16 @@ import ray
 from ray import ObjectRef
 
 from dvpo_ray.actors.experience_builder import ScoredChunk
+from dvpo_ray.baselines.algorithms import ALGORITHMS, SCORE_FIELDS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.orchestration.cluster import get
 from dvpo_ray.orchestration.roles import Roles
 from dvpo_ray.orchestration.schedule import prompt_indices, sampling_seed
-from dvpo_ray.policy.kl import AdaptiveKLController
+from dvpo_ray.policy.kl_controller import AdaptiveKLController
 from dvpo_ray.policy.mismatch import check_mismatch
+
+REFERENCE = SCORE_FIELDS["reference"]
 
 
 class Loop:
@@ -42,21 +47,24 @@ class Loop:
         self.policy_version = 0
         self._samples = derive_batch(config).samples_per_step
         self._seconds: dict[str, float] = {}
-        self._next_scorer = itertools.cycle(roles.scorers)
-        self._next_reference = itertools.cycle(roles.references)
+        self.algorithm = ALGORITHMS[config.algorithm]
+        self._next = {role: itertools.cycle(handles) for role, handles in roles.frozen.items()}
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and the update on it. Returns the step's metrics."""
         self._seconds = {}
         with self._timed("step"):
             with self._timed("generate"):
-                chunks = self._rollout(self._prompts_of(step), step)
+                prompts = self._prompts_of(step)
+                chunks = self._rollout(self._repeated(prompts), step, tuple(self.roles.frozen))
+                greedy = self._rollout(prompts, step, (self.algorithm.scorer,), greedy=True) if self.algorithm.has_greedy_baseline else []
             with self._timed("score"):
-                _wait(chunk.scores["values"] for chunk in chunks)
+                self._add_critic_values(chunks)
+                _wait(ref for chunk in [*chunks, *greedy] for field, ref in chunk.scores.items() if field != REFERENCE)
             with self._timed("reference"):
-                _wait(chunk.scores["reference_log_probs"] for chunk in chunks)
+                _wait(chunk.scores[REFERENCE] for chunk in chunks)
             with self._timed("advantage"):
-                batch_metrics, shards = self._advantages(chunks)
+                batch_metrics, shards = self._advantages(chunks, greedy)
             if self._keeps_rollouts(step):
                 self.roles.builder.write_rollouts.remote(step)
             with self._timed("update"):
@@ -70,7 +78,7 @@ class Loop:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Sample one response to each held-out prompt and judge it; the sampling seed is the same at every step."""
-        chunks = self._rollout(self.heldout, step=0, values=False)
+        chunks = self._rollout(self.heldout, step=0, scored_by=("reference",))
         result = get(self.roles.builder.evaluate.remote(step, chunks), what="evaluation")
         self._role_statistics()  # what was spent here is no part of the next step
         return result
@@ -80,15 +88,18 @@ class Loop:
     def _prompts_of(self, step: int) -> list[list[int]]:
         batch = self.config.batch
         indices = prompt_indices(len(self.prompts), batch.prompts_per_step, step, self.config.seed)
-        return [self.prompts[i] for i in indices for _ in range(batch.samples_per_prompt)]
+        return [self.prompts[i] for i in indices]
 
-    def _rollout(self, prompts: Sequence[list[int]], step: int, values: bool = True) -> list[ScoredChunk]:
-        """Sample responses on all engines; every chunk goes to the frozen models while the next is being sampled."""
+    def _repeated(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        return [prompt for prompt in prompts for _ in range(self.config.batch.samples_per_prompt)]
+
+    def _rollout(self, prompts: Sequence[list[int]], step: int, scored_by: Sequence[str], greedy: bool = False) -> list[ScoredChunk]:
+        """A response to each prompt, on all engines; every chunk goes to the frozen models while the next is being sampled."""
         streams = []
         for i, engine in enumerate(self.roles.engines):
             rows = range(i, len(prompts), len(self.roles.engines))
             seed = sampling_seed(self.config.seed, step, i)
-            streams.append(engine.generate.remote([prompts[row] for row in rows], list(rows), seed))
+            streams.append(engine.generate.remote([prompts[row] for row in rows], list(rows), seed, greedy))
         chunks = []
         while streams:
             ready, _ = ray.wait(streams, num_returns=1, fetch_local=False)
@@ -97,26 +108,35 @@ class Loop:
                 if rollouts is None:
                     streams.remove(stream)
                 else:
-                    chunks.append(self._score(rollouts, values))
+                    chunks.append(self._score(rollouts, scored_by))
         return chunks
 
-    def _score(self, rollouts: ObjectRef, values: bool) -> ScoredChunk:
-        scores = {"reference_log_probs": next(self._next_reference).log_probs.remote(rollouts)}
-        if values:
-            scores["values"] = next(self._next_scorer).score.remote(rollouts)
-        return ScoredChunk(rollouts, scores)
+    def _score(self, rollouts: ObjectRef, scored_by: Sequence[str]) -> ScoredChunk:
+        return ScoredChunk(rollouts, {SCORE_FIELDS[role]: next(self._next[role]).score.remote(rollouts) for role in scored_by})
 
-    def _advantages(self, chunks: list[ScoredChunk]) -> tuple[dict[str, float], list[ObjectRef]]:
+    def _add_critic_values(self, chunks: list[ScoredChunk]) -> None:
+        """Values of the online critic, where there is one. All its ranks run forward together, so it takes a step's chunks at once."""
+        critics = self.roles.critics
+        for i, critic in enumerate(critics):
+            mine = chunks[i :: len(critics)]
+            refs = critic.values.options(num_returns=max(1, len(mine))).remote([chunk.rollouts for chunk in mine])
+            for chunk, ref in zip(mine, [refs] if len(mine) <= 1 else refs, strict=False):
+                chunk.scores[SCORE_FIELDS["critic"]] = ref
+
+    def _advantages(self, chunks: list[ScoredChunk], greedy: list[ScoredChunk]) -> tuple[dict[str, float], list[ObjectRef]]:
         coefficient = self.kl.coefficient if self.config.kl.placement == "reward" else 0.0
-        ranks = len(self.roles.learners)
-        build = self.roles.builder.build.options(num_returns=1 + ranks)
-        metrics, *shards = build.remote(chunks, self.policy_version, coefficient, ranks)
+        build = self.roles.builder.build.options(num_returns=1 + len(self.roles.learners) + len(self.roles.critics))
+        metrics, *shards = build.remote(chunks, self.policy_version, coefficient, greedy)
         return get(metrics, what="advantages"), shards
 
     def _update(self, shards: list[ObjectRef], step: int) -> dict[str, float]:
+        """The policy's update, and beside it the critic's where there is one."""
         coefficient = self.kl.coefficient if self.config.kl.placement == "loss" else 0.0
-        updates = [learner.update.remote(shard, step, coefficient) for learner, shard in zip(self.roles.learners, shards, strict=True)]
-        return get(updates, what="the policy update")[0]
+        learners, critics = self.roles.learners, self.roles.critics
+        policy = [learner.update.remote(shard, step, coefficient) for learner, shard in zip(learners, shards, strict=False)]
+        critic = [actor.update.remote(shard, step) for actor, shard in zip(critics, shards[len(learners) :], strict=True)]
+        metrics = get(policy, what="the policy update")[0]
+        return metrics | get(critic, what="the critic's update")[0] if critics else metrics
 
     def sync(self, version: int) -> None:
         """Bring the learner's weights to every rollout engine, as policy version `version`."""
@@ -156,7 +176,7 @@ class Loop:
         return metrics
 
     def _role_statistics(self) -> dict[str, list[dict[str, float]]]:
-        pending = {role: [handle.stats.remote() for handle in handles] for role, handles in self.roles.by_role().items()}
+        pending = {role: [handle.stats.remote() for handle in handles] for role, handles in self.roles.by_role.items()}
         return {role: get(refs, what=f"statistics of {role}") for role, refs in pending.items()}
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config, RoleConfig
 from dvpo_ray.errors import InputError
 
@@ -15,7 +16,7 @@ class Bundle:
     """What one actor reserves.
 
     Attributes:
-        role: `rollout`, `scorer`, `reference`, `learner`, `experience` or `gvm_trainer`.
+        role: `rollout`, `scorer`, `reward_model`, `reference`, `learner`, `critic`, `experience` or `gvm_trainer`.
         index: number of the actor within its role, from 0.
         cpus: Ray CPUs.
         gpus: Ray GPUs; below 1 the actor shares a GPU.
@@ -36,12 +37,13 @@ def plan_placement(config: Config) -> list[Bundle]:
     Raises:
         InputError: an actor would get more than one GPU but not a whole number of them, which Ray can't give.
     """
-    shards = config.rollout.tensor_parallel_size
+    shards, algorithm = config.rollout.tensor_parallel_size, ALGORITHMS[config.algorithm]
     return [
         *_bundles("rollout", "rollout", config.rollout, shards),
-        *_bundles("scorer", "scorer", config.scorer),
+        *_bundles(algorithm.scorer, "scorer", config.scorer),
         *_bundles("reference", "reference", config.reference),
         *_bundles("learner", "policy", config.policy),
+        *(_bundles("critic", "critic", config.critic) if algorithm.has_critic else []),
         Bundle("experience", 0, cpus=0.0, gpus=0.0),
     ]
 

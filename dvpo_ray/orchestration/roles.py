@@ -12,8 +12,9 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dvpo_ray.actors.critic import Critic
 from dvpo_ray.actors.experience_builder import ExperienceBuilder
-from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
+from dvpo_ray.actors.frozen import ReferenceModel, RewardScorer, ValueScorer
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.process import WORKING_FOLDER, Actor, environment
 from dvpo_ray.actors.rollout_engine import RolloutEngine
@@ -23,27 +24,50 @@ from dvpo_ray.orchestration.cluster import get
 from dvpo_ray.orchestration.placement import Bundle, plan_placement, total_resources
 from dvpo_ray.orchestration.weight_sync import choose_transport
 
+CLASSES: dict[str, type[Actor]] = {
+    cls.role: cls for cls in (RolloutEngine, ValueScorer, RewardScorer, ReferenceModel, PolicyLearner, Critic, ExperienceBuilder)
+}
+FROZEN = ("scorer", "reward_model", "reference")
+
 
 @dataclass(frozen=True)
 class Roles:
-    """Handles of the actors of a run, by role, and the process ids of those on the driver's node."""
+    """Handles of the actors of a run.
 
-    engines: list[ActorHandle]
-    scorers: list[ActorHandle]
-    references: list[ActorHandle]
-    learners: list[ActorHandle]
-    builder: ActorHandle
+    Attributes:
+        by_role: all of them under the names that metrics and logs use.
+        local_pids: process ids of those on the driver's node.
+    """
+
+    by_role: dict[str, list[ActorHandle]]
     local_pids: list[int]
 
-    def by_role(self) -> dict[str, list[ActorHandle]]:
-        """The same handles under the names that metrics and logs use."""
-        return {
-            "rollout": self.engines,
-            "scorer": self.scorers,
-            "reference": self.references,
-            "learner": self.learners,
-            "experience": [self.builder],
-        }
+    @property
+    def engines(self) -> list[ActorHandle]:
+        return self.by_role["rollout"]
+
+    @property
+    def frozen(self) -> dict[str, list[ActorHandle]]:
+        """The frozen models that score each finished rollout, by role."""
+        return {role: self.by_role[role] for role in FROZEN if role in self.by_role}
+
+    @property
+    def trained(self) -> dict[str, list[ActorHandle]]:
+        """The models that change, by role: what a checkpoint holds."""
+        return {role: self.by_role[role] for role in ("learner", "critic") if role in self.by_role}
+
+    @property
+    def learners(self) -> list[ActorHandle]:
+        return self.by_role["learner"]
+
+    @property
+    def critics(self) -> list[ActorHandle]:
+        """None but with an algorithm that trains a value model online."""
+        return self.by_role.get("critic", [])
+
+    @property
+    def builder(self) -> ActorHandle:
+        return self.by_role["experience"][0]
 
 
 @contextmanager
@@ -57,27 +81,21 @@ def start_roles(config: Config, run_folder: str, stop_token_ids: frozenset[int],
     transport = choose_transport(config)
     group = reserve(bundles, config.ray)
     actors: dict[str, list[ActorHandle]] = {}
-
-    def start(cls: type[Actor], settings: RoleConfig | None, *args) -> list[ActorHandle]:
-        actors[cls.role] = [
-            spawn(cls, bundle, group, bundles, environment(settings or RoleConfig()), config, bundle.index, run_folder, *args)
-            for bundle in bundles
-            if bundle.role == cls.role
-        ]
-        return actors[cls.role]
-
+    settings = {"rollout": config.rollout, "reference": config.reference, "learner": config.policy, "critic": config.critic}
     try:
-        rollout, patience = config.rollout, config.rollout.start_timeout_seconds
-        engines = start(RolloutEngine, rollout, stop_token_ids, transport, max_sequence_tokens)
-        scorers = start(ValueScorer, config.scorer)
-        references = start(ReferenceModel, config.reference)
-        learners = start(PolicyLearner, config.policy)
-        (builder,) = start(ExperienceBuilder, None)
+        for bundle in bundles:
+            env = environment(RoleConfig() if bundle.role == "experience" else settings.get(bundle.role, config.scorer))
+            more = (stop_token_ids, transport, max_sequence_tokens) if bundle.role == "rollout" else ()
+            actor = spawn(CLASSES[bundle.role], bundle, group, bundles, env, config, bundle.index, run_folder, *more)
+            actors.setdefault(bundle.role, []).append(actor)
+        patience = config.rollout.start_timeout_seconds
         pids = wait_until_ready(actors, patience)
-        address = get(learners[0].rendezvous.remote(), what="learner rendezvous")
-        joined = [learner.connect.remote(*address, engines, transport) for learner in learners]
-        get(joined, what="the learner's start", timeout_seconds=patience)
-        yield Roles(engines, scorers, references, learners, builder, [pid for role in pids.values() for pid in role])
+        roles = Roles(actors, [pid for role in pids.values() for pid in role])
+        for role, ranks in roles.trained.items():
+            address = get(ranks[0].rendezvous.remote(), what=f"{role} rendezvous")
+            channel = (roles.engines, transport) if role == "learner" else ()
+            get([rank.connect.remote(*address, *channel) for rank in ranks], what=f"the start of the {role}", timeout_seconds=patience)
+        yield roles
     finally:
         for handle in [handle for handles in actors.values() for handle in handles]:
             ray.kill(handle)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.config import Config, dump_config
 from dvpo_ray.evaluation.gain import gold_gain
 from dvpo_ray.files import whole_folder
@@ -53,10 +54,19 @@ class Run:
         self.memory = PeakMemory()
         self.evaluations: dict[int, dict[str, float]] = {}
         self.last_step = 0
+        self.uses_rewards = ALGORITHMS[config.algorithm].scorer == "reward_model"
+
+    @property
+    def _advantage_mode(self) -> str:
+        return self.config.algorithm if self.uses_rewards else self.config.advantage.mode
+
+    @property
+    def _scoring_model(self) -> str:
+        return self.config.reward_model.path if self.uses_rewards else self.config.gvm.path
 
     def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
         """Run from a checkpoint, or from the start, to the end; the summary and the report are written however it ends."""
-        self.console.header("DVPO", self._facts())
+        self.console.header(self.config.algorithm.upper(), self._facts())
         for note in self.inputs.notes:
             self.console.warn(note)
         state = "failed"
@@ -77,10 +87,10 @@ class Run:
         accuracy = ", ".join(f"{view} {value:.3f}" for view, value in self.inputs.manifest.heldout_accuracy.items() if view in ("mean", "last"))
         return {
             "model": config.model.path,
-            "value model": f"{config.gvm.path} (held-out accuracy {accuracy or 'unknown'})",
+            "reward model" if self.uses_rewards else "value model": f"{self._scoring_model} (held-out accuracy {accuracy or 'unknown'})",
             "prompts": f"{len(self.inputs.prompts)} training, {len(self.inputs.heldout)} held out",
             "batch": f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples, {config.train.steps} steps",
-            "advantage": f"{config.advantage.mode}, KL in {config.kl.placement} x {config.kl.coefficient:g}",
+            "advantage": f"{self._advantage_mode}, KL in {config.kl.placement} x {config.kl.coefficient:g}",
             "run folder": self.run_folder,
         }
 
@@ -133,13 +143,15 @@ class Run:
 
     def _save(self, loop: Loop, roles: Roles, step: int) -> None:
         draft = checkpoints.begin(self.run_folder, step)
-        get([learner.save_checkpoint.remote(str(draft / "learner")) for learner in roles.learners], what="saving a checkpoint")
+        saved = [rank.save_checkpoint.remote(str(draft / role)) for role, ranks in roles.trained.items() for rank in ranks]
+        get(saved, what="saving a checkpoint")
         state = {"step": step, "kl": loop.kl.state_dict(), "evaluations": {str(k): v for k, v in self.evaluations.items()}}
         checkpoints.commit(draft, state, self.config.checkpoint.keep)
 
     def _restore(self, loop: Loop, roles: Roles, folder: Path, state: dict) -> int:
         """Bring every role to the state of a checkpoint; returns its step."""
-        get([learner.load_checkpoint.remote(str(folder / "learner")) for learner in roles.learners], what="loading a checkpoint")
+        loaded = [rank.load_checkpoint.remote(str(folder / role)) for role, ranks in roles.trained.items() for rank in ranks]
+        get(loaded, what="loading a checkpoint")
         loop.kl.load_state_dict(state["kl"])
         self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
         self.last_step = state["step"]
@@ -159,10 +171,13 @@ class Run:
             "state": state,
             "steps": self.last_step,
             "algorithm": self.config.algorithm,
-            "advantage_mode": self.config.advantage.mode,
+            "advantage_mode": self._advantage_mode,
             "model": self.config.model.path,
             "seed": self.config.seed,
-            "gvm": {"path": self.config.gvm.path, "heldout_accuracy": self.inputs.manifest.heldout_accuracy},
+            "reward_model" if self.uses_rewards else "gvm": {
+                "path": self._scoring_model,
+                "heldout_accuracy": self.inputs.manifest.heldout_accuracy,
+            },
             "duration_seconds": round(time.time() - self.started, 1),
             "peak_memory_gib": round(self.memory.peak_gib, 3),
             "notes": self.inputs.notes,

@@ -1,8 +1,10 @@
-"""Which prompts a step takes: a pure function of the seed and the step, so that resuming needs no state."""
+"""Which prompts and rows a step takes, and its seeds: pure functions of the seed and the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from dvpo_ray.config.schema import Config
 
 
 def prompt_indices(num_prompts: int, prompts_per_step: int, step: int, seed: int) -> list[int]:
@@ -16,6 +18,12 @@ def prompt_indices(num_prompts: int, prompts_per_step: int, step: int, seed: int
     epochs, places = positions // num_prompts, positions % num_prompts
     order = {epoch: np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in set(epochs.tolist())}
     return [int(order[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
+
+
+def minibatch_rows(config: Config, num_rows: int, step: int, epoch: int, rank: int) -> list[np.ndarray]:
+    """Rows of a rank's shard behind each optimizer step of an epoch; every row once."""
+    order = np.random.default_rng([config.seed, step, epoch, rank]).permutation(num_rows)
+    return np.split(order, config.batch.minibatches_per_epoch)
 
 
 def sampling_seed(seed: int, step: int, engine: int) -> int:

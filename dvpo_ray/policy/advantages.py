@@ -1,4 +1,4 @@
-"""Token advantages from a frozen value model's values (DVPO, arXiv 2502.16944); docs/method.md has the formulas.
+"""Token advantages: DVPO's, from a frozen value model's values (arXiv 2502.16944), and the baselines'; docs/method.md has the formulas.
 
 Notation of one row: T response tokens, v[0..T] the values after 0..T of them, kl_t = log pi(y_t) - log pi_ref(y_t).
 The credit of choosing y_t, before whitening:
@@ -8,6 +8,7 @@ The credit of choosing y_t, before whitening:
     gae         sum over l of lambda^l * td_{t+l}
     release     gae with lambda = 0.95 on whitened values with no value after the last token, as in the authors' released code
 
+The modes of `dvpo_ray.policy.outcome_advantages` start from a reward per response instead.
 Everything is computed in float64, so that neither the order of the rows nor their sharding shows in the result.
 """
 
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.policy import outcome_advantages as outcome
+from dvpo_ray.policy.mode_inputs import ModeInputs
 from dvpo_ray.policy.whitening import masked_whiten
 
 RELEASE_LAMBDA = 0.95
@@ -43,44 +45,6 @@ class AdvantageResult:
     loss_mask: np.ndarray
     unwhitened: np.ndarray
     kl: np.ndarray
-
-
-@dataclass(frozen=True)
-class ModeInputs:
-    """What an advantage mode may read: the rows in the loss, in float64.
-
-    Attributes:
-        batch: R rows of N tokens, of which n are response tokens.
-        values: float64 [N], value of the state after each token, prompt included.
-        kl_penalty: float64 [n], beta * kl_t of each response token.
-        truncation_penalty: float64 [n], what the value after a token loses: 0 but at the last token of a penalised row.
-        gae_lambda: trace decay.
-    """
-
-    batch: RaggedBatch
-    values: np.ndarray
-    kl_penalty: np.ndarray
-    truncation_penalty: np.ndarray
-    gae_lambda: float
-
-    @cached_property
-    def position(self) -> np.ndarray:
-        """Position of each response token in the batch, int64 [n]. The position before it belongs to the same row."""
-        return np.flatnonzero(self.batch.response_mask)
-
-    @property
-    def value_before(self) -> np.ndarray:
-        """v[t-1] of each response token, float64 [n]."""
-        return self.values[self.position - 1]
-
-    @property
-    def value_after(self) -> np.ndarray:
-        """v[t] of each response token, less the penalty of a cut-off response, float64 [n]."""
-        return self.values[self.position] - self.truncation_penalty
-
-    def to_go(self, per_token: np.ndarray, decay: float) -> np.ndarray:
-        """Discounted sum from each response token to the end of its row, float64 [n]."""
-        return discounted_to_go(per_token, self.batch.response_lengths, decay)
 
 
 def static_q(inputs: ModeInputs) -> np.ndarray:
@@ -112,8 +76,32 @@ def release(inputs: ModeInputs) -> np.ndarray:
     return inputs.to_go(deltas, RELEASE_LAMBDA)
 
 
-MODES: dict[str, Callable[[ModeInputs], np.ndarray]] = {"static_q": static_q, "td": td, "gae": gae, "release": release}
-"""Each mode maps its inputs to the advantage of every response token before whitening, float64 [n]."""
+@dataclass(frozen=True)
+class Mode:
+    """How advantages are computed.
+
+    Attributes:
+        compute: maps the inputs to the advantage of every response token before whitening, float64 [n].
+        reads: fields of the batch beside the log-probs.
+        whitening: `always`, `never`, or `asked`: as the caller says.
+    """
+
+    compute: Callable[[ModeInputs], np.ndarray]
+    reads: tuple[str, ...]
+    whitening: Literal["always", "never", "asked"] = "asked"
+
+
+MODES: dict[str, Mode] = {
+    "static_q": Mode(static_q, ("values",)),
+    "td": Mode(td, ("values",)),
+    "gae": Mode(gae, ("values",)),
+    "release": Mode(release, ("values",), "always"),
+    "ppo": Mode(outcome.ppo, ("values", "rewards")),
+    "grpo": Mode(outcome.grpo, ("rewards",), "never"),
+    "rloo": Mode(outcome.rloo, ("rewards",), "never"),
+    "remax": Mode(outcome.remax, ("rewards",), "never"),
+    "reinforce": Mode(outcome.reinforce, ("rewards",)),
+}
 
 
 def compute_advantages(
@@ -125,44 +113,53 @@ def compute_advantages(
     whiten: bool,
     truncated: TruncatedHandling,
     truncation_penalty: float = 0.0,
-    values_field: str = "values",
+    samples_per_prompt: int = 1,
+    greedy_rewards: np.ndarray | None = None,
 ) -> AdvantageResult:
     """Advantages of a whole rollout batch. Whitening spans the batch, so pass all of it at once.
 
     Args:
-        batch: needs the fields `log_probs`, `reference_log_probs` and `values_field`.
+        batch: needs the fields `log_probs`, `reference_log_probs` and what the mode reads. Of `rewards` the number at a row's last token counts.
         mode: a key of `MODES`.
-        gae_lambda: trace decay of `gae`; no other mode reads it.
+        gae_lambda: trace decay of `gae` and `ppo`; no other mode reads it.
         kl_coefficient: beta of the per-token KL penalty; 0 when KL isn't in the reward.
-        whiten: whiten over the response tokens in the loss. `release` always does.
+        whiten: whiten over the response tokens in the loss, where the mode leaves it open.
         truncated: what happens to a response that was cut off. `bootstrap`: its last value stands in for the unknown outcome;
-            `release` never reads that value and treats the row like any other. `mask`: the row is as if it weren't in the
-            batch, in every whitening too. `penalty`: `truncation_penalty` is subtracted from its last value.
-        truncation_penalty: in units of value (in `release`, of whitened value); only `penalty` reads it.
-        values_field: the field that holds the values.
+            `release` never reads that value and treats the row like any other, and so do the modes with rewards, whose outcome is
+            known. `mask`: the row is as if it weren't in the batch, in every whitening too. `penalty`: `truncation_penalty` is
+            subtracted from its last value, or from its reward.
+        truncation_penalty: in units of value (in `release`, of whitened value) or of reward; only `penalty` reads it.
+        samples_per_prompt: rows of one prompt, which have consecutive row ids.
+        greedy_rewards: float64, reward of the greedy response to each prompt of the step; only `remax` reads them.
 
     Raises:
         ValueError: unknown mode or handling, a missing field, or a number that is not finite.
     """
     _check_choice("advantage mode", mode, MODES)
     _check_choice("truncated", truncated, ("bootstrap", "mask", "penalty"))
-    _check_fields(batch, ("log_probs", "reference_log_probs", values_field))
+    chosen = MODES[mode]
+    _check_fields(batch, ("log_probs", "reference_log_probs", *chosen.reads))
 
     token_kl = np.where(batch.response_mask, batch.fields["log_probs"].astype(np.float64) - batch.fields["reference_log_probs"], 0.0)
     in_loss = ~batch.truncated if truncated == "mask" else np.ones(batch.num_rows, dtype=bool)
     loss_mask = batch.response_mask & np.repeat(in_loss, batch.lengths)
 
     rows = batch.select(np.flatnonzero(in_loss))
+    penalty = truncation_penalty if truncated == "penalty" else 0.0
     inputs = ModeInputs(
         batch=rows,
-        values=rows.fields[values_field].astype(np.float64),
+        values=rows.fields["values"].astype(np.float64) if "values" in chosen.reads else None,
         kl_penalty=kl_coefficient * token_kl[loss_mask],
-        truncation_penalty=_last_token_penalty(rows, truncation_penalty if truncated == "penalty" else 0.0),
+        truncation_penalty=_last_token_penalty(rows, penalty),
         gae_lambda=gae_lambda,
+        rewards=row_rewards(rows) - penalty * rows.truncated if "rewards" in chosen.reads else None,
+        group=rows.row_ids // samples_per_prompt,
+        greedy_rewards=greedy_rewards,
     )
     unwhitened = np.zeros(batch.num_tokens, dtype=np.float64)
-    unwhitened[loss_mask] = MODES[mode](inputs)
-    advantages = masked_whiten(unwhitened, loss_mask) if whiten or mode == "release" else unwhitened
+    unwhitened[loss_mask] = chosen.compute(inputs)
+    whitens = chosen.whitening == "always" or (whiten and chosen.whitening == "asked")
+    advantages = masked_whiten(unwhitened, loss_mask) if whitens else unwhitened
     return AdvantageResult(
         advantages=advantages.astype(np.float32),
         loss_mask=loss_mask,
@@ -171,28 +168,25 @@ def compute_advantages(
     )
 
 
-def discounted_to_go(per_token: np.ndarray, lengths: np.ndarray, decay: float) -> np.ndarray:
-    """Sum over l >= 0 of decay^l * x_{t+l}, within each row.
+def row_rewards(batch: RaggedBatch) -> np.ndarray:
+    """The reward of each row: what its `rewards` field says at its last token, float64 [R]."""
+    return batch.fields["rewards"][batch.offsets[1:] - 1].astype(np.float64)
+
+
+def value_targets(batch: RaggedBatch, unwhitened: np.ndarray) -> np.ndarray:
+    """What a critic's value of the state before each response token is regressed on: the advantage plus that value, as in PPO.
 
     Args:
-        per_token: float64 [n], the rows one after the other.
-        lengths: int64 [R], their lengths; they sum to n, and a row may be empty.
-        decay: 0 gives x itself, 1 the plain sum to the end of the row.
+        batch: with the critic's `values` of before the update.
+        unwhitened: float32 [N], of `AdvantageResult`.
 
     Returns:
-        float64 [n]. A row's numbers depend on no other row.
+        float32 [N], 0 on prompts.
     """
-    longest_first = np.argsort(-lengths, kind="stable")
-    last = np.cumsum(lengths)[longest_first] - 1
-    steps = np.arange(lengths.max(initial=0))
-    rows_reaching = np.searchsorted(-lengths[longest_first], -steps, side="left")  # rows of more than `step` tokens
-    result = np.empty(len(per_token), dtype=np.float64)
-    to_go = np.zeros(len(lengths), dtype=np.float64)
-    for step, rows in zip(steps, rows_reaching, strict=True):
-        at = last[:rows] - step
-        to_go[:rows] = per_token[at] + decay * to_go[:rows]
-        result[at] = to_go[:rows]
-    return result
+    position = np.flatnonzero(batch.response_mask)
+    targets = np.zeros(batch.num_tokens, dtype=np.float32)
+    targets[position] = unwhitened[position] + batch.fields["values"][position - 1]
+    return targets
 
 
 def _last_token_penalty(batch: RaggedBatch, penalty: float) -> np.ndarray:

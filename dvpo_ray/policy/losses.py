@@ -1,4 +1,4 @@
-"""The policy's loss: PPO's clipped surrogate, with a KL term and an entropy bonus where asked for.
+"""The policy's loss: PPO's clipped surrogate, with a KL term and an entropy bonus where asked for; and the loss of an online critic.
 
 Losses and metrics are sums over tokens divided by the token count of the whole minibatch, given by the caller. So the parts
 that micro-batches and ranks compute add up to the minibatch's, however it was split.
@@ -123,6 +123,38 @@ def policy_loss(
     if entropy is not None:
         metrics["policy/entropy"] = entropy.detach().sum() / minibatch_tokens
     return loss, metrics
+
+
+def value_loss(
+    new_values: Tensor, old_values: Tensor, returns: Tensor, *, minibatch_tokens: int, clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A critic's share of the minibatch loss: sum of 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / minibatch_tokens.
+
+    The clipping is that of OpenAI's PPO code, as in TRL; without it the loss is the plain squared error.
+
+    Args:
+        new_values: float [n], differentiable; n may be 0.
+        old_values: float [n], of before the first update on these tokens.
+        returns: float [n], what the values are regressed on.
+        minibatch_tokens: tokens in the loss of the whole minibatch, over all micro-batches and ranks.
+        clip: the distance c; None doesn't clip.
+
+    Returns:
+        The loss, a scalar, and its metrics, detached scalars by name; add parts up with `combine_metrics`.
+    """
+    squared = (new_values - returns).square()
+    outside = torch.zeros_like(squared, dtype=torch.bool)
+    if clip is not None:
+        clipped = (torch.clamp(new_values, old_values - clip, old_values + clip) - returns).square()
+        outside = clipped > squared
+        squared = torch.maximum(squared, clipped)
+    loss = 0.5 * squared.sum() / minibatch_tokens
+    return loss, {
+        "critic/loss": loss.detach(),
+        "critic/clip_fraction": outside.sum() / minibatch_tokens,
+        "critic/value_mean": new_values.detach().sum() / minibatch_tokens,
+        "critic/return_mean": returns.sum() / minibatch_tokens,
+    }
 
 
 def combine_metrics(parts: Iterable[Mapping[str, Tensor | float]]) -> dict[str, float]:

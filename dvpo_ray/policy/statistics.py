@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.policy.advantages import row_rewards
 
 
 def sequence_kl(batch: RaggedBatch) -> np.ndarray:
@@ -30,21 +31,15 @@ def explained_variance(values: list[np.ndarray]) -> float:
 
 
 def batch_statistics(batch: RaggedBatch, gold: np.ndarray | None) -> dict[str, float]:
-    """Metrics of a batch with `values`, `advantages`, `loss_mask`, `log_probs` and `reference_log_probs`.
+    """Metrics of a batch with `advantages`, `loss_mask`, `log_probs` and `reference_log_probs`, and `values` and `rewards` where it has them.
 
     Args:
         gold: float [R], the gold judge's scores, where there is a judge.
     """
-    values = [batch.fields["values"][batch.states(r)] for r in range(batch.num_rows)]
-    all_values = np.concatenate(values).astype(np.float64)
     advantages = batch.fields["advantages"][batch.fields["loss_mask"] > 0].astype(np.float64)
     kl = sequence_kl(batch)
     lengths = batch.response_lengths
     metrics = {
-        "value/mean": all_values.mean(),
-        "value/std": all_values.std(),
-        "value/terminal_mean": np.mean([v[-1] for v in values], dtype=np.float64),
-        "value/explained_variance": explained_variance(values),
         "kl/reference_mean": kl.mean(),
         "kl/reference_max": kl.max(),
         "response_length/mean": lengths.mean(),
@@ -53,6 +48,22 @@ def batch_statistics(batch: RaggedBatch, gold: np.ndarray | None) -> dict[str, f
     }
     if len(advantages):
         metrics |= {f"advantage/{name}": getattr(np, name)(advantages) for name in ("mean", "std", "min", "max")}
+    if "values" in batch.fields:
+        metrics |= _value_statistics(batch)
+    if "rewards" in batch.fields:
+        rewards = row_rewards(batch)
+        metrics |= {"reward/model_mean": rewards.mean(), "reward/model_std": rewards.std()}
     if gold is not None:
         metrics |= {"reward/gold_mean": gold.mean(dtype=np.float64), "reward/gold_std": gold.std(dtype=np.float64)}
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _value_statistics(batch: RaggedBatch) -> dict[str, float]:
+    values = [batch.fields["values"][batch.states(r)] for r in range(batch.num_rows)]
+    all_values = np.concatenate(values).astype(np.float64)
+    return {
+        "value/mean": all_values.mean(),
+        "value/std": all_values.std(),
+        "value/terminal_mean": np.mean([v[-1] for v in values], dtype=np.float64),
+        "value/explained_variance": explained_variance(values),
+    }

@@ -1,0 +1,127 @@
+"""PPO's online value model, trained beside the policy under DeepSpeed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from ray import ObjectRef
+from torch import Tensor
+
+from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank, most_on_any_rank, over_ranks
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.schema import Config
+from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.gvm.model import new_value_model
+from dvpo_ray.models.deepspeed import optimizer_step
+from dvpo_ray.models.forward import micro_batches, token_values
+from dvpo_ray.models.loading import torch_dtype
+from dvpo_ray.models.trainable import disable_dropout
+from dvpo_ray.orchestration.schedule import minibatch_rows
+from dvpo_ray.policy.losses import combine_metrics, value_loss
+
+
+class Critic(DeepSpeedRank):
+    """One data-parallel rank. A shard has the per-token fields `values` (of before the update), `returns` and `loss_mask`."""
+
+    role = "critic"
+
+    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+        super().__init__(index, run_folder)
+        self.config = config
+        self.settings = config.critic
+
+    def connect(self, master_addr: str, master_port: int) -> None:
+        """Join the other ranks and shard the model."""
+        config, dtype = self.config, torch_dtype(self.config.model.dtype)
+        self._join(self.settings.num_actors, master_addr, master_port)
+        if self.settings.init == "reward_model":
+            model, _ = load_gvm(Path(config.reward_model.path), dtype, config.model.attention, trust_remote_code=config.model.trust_remote_code)
+            model.requires_grad_(True)
+        else:
+            model = new_value_model(config.model.path, None, dtype, config.model.attention, config.model.trust_remote_code)
+        disable_dropout(model)
+        self._shard(model, self.settings, self.settings.deepspeed, dtype, derive_batch(config).optimizer_steps)
+
+    # ------------------------------------------------------------------------------------------------ values
+
+    @torch.no_grad()
+    def values(self, chunks: list[ObjectRef]) -> tuple[np.ndarray, ...] | np.ndarray:
+        """Value of the state after every token of each of this rank's chunks of rollouts, float32 [N] each.
+
+        Args:
+            chunks: references to the rollouts that this rank scores. Ranks may have different numbers of them, none too.
+
+        Returns:
+            An array per chunk; call with `num_returns=len(chunks)`.
+        """
+        batches = ray.get(chunks)
+        with self.clock.busy():
+            work = [(i, rows) for i, batch in enumerate(batches) for rows in micro_batches(batch.lengths, self.settings.micro_batch_tokens)]
+            flat = [np.zeros(batch.num_tokens, np.float32) for batch in batches]
+            for i, rows in work:
+                scored, index = token_values(self.model, batches[i], rows, run=self.engine)
+                flat[i][index.cpu().numpy()] = scored.float().cpu().numpy()
+            for _ in range(most_on_any_rank(len(work)) - len(work)):  # ranks run forward together
+                token_values(self.model, _IDLE, np.array([0]), run=self.engine)
+        return flat[0] if len(flat) == 1 else tuple(flat)
+
+    # ------------------------------------------------------------------------------------------------ update
+
+    def update(self, shard: RaggedBatch, step: int) -> dict[str, float]:
+        """Train on this rank's rows of a batch.
+
+        Args:
+            step: the step's number; with the seed it decides the minibatches.
+
+        Returns:
+            `critic/…` metrics of the whole batch, the same on every rank.
+        """
+        minibatches, grad_norms = [], []
+        with self.clock.busy():
+            for epoch in range(self.config.batch.update_epochs):
+                for rows in minibatch_rows(self.config, shard.num_rows, step, epoch, self.index):
+                    parts: list[dict[str, Tensor]] = []
+                    result = optimizer_step(self.engine, self._micro_batch_losses(shard.select(rows), parts))
+                    minibatches.append(combine_metrics(parts))
+                    grad_norms.append(result.grad_norm)
+            ranks: list = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, minibatches)
+        whole = [combine_metrics(parts) for parts in zip(*ranks, strict=True)]
+        metrics = {name: float(np.mean([m[name] for m in whole])) for name in whole[0]}
+        return metrics | {"critic/grad_norm": float(np.mean(grad_norms)), "critic/learning_rate": result.learning_rate}
+
+    def _micro_batch_losses(self, minibatch: RaggedBatch, parts: list[dict[str, Tensor]]) -> list[Callable[[], Tensor]]:
+        """One loss function per micro-batch, as many on every rank."""
+        groups = micro_batches(minibatch.lengths, self.settings.micro_batch_tokens)
+        tokens = over_ranks(float(minibatch.fields["loss_mask"].sum()), dist.ReduceOp.SUM)
+        loss = partial(self._loss, minibatch, minibatch_tokens=max(1, round(tokens)), parts=parts)
+        idle = itertools.repeat(partial(loss, groups[-1][-1:], counts=False), most_on_any_rank(len(groups)) - len(groups))
+        return [*(partial(loss, rows) for rows in groups), *idle]
+
+    def _loss(self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, parts: list[dict[str, Tensor]], counts: bool = True) -> Tensor:
+        micro = batch.select(rows)
+        flat_values, index = token_values(self.model, micro, np.arange(micro.num_rows), run=self.engine)
+        in_loss = (micro.fields["loss_mask"] > 0) & counts
+        position = np.flatnonzero(in_loss)
+        by_position = flat_values[torch.argsort(index)]
+        before = torch.from_numpy(position - 1).to(flat_values.device)  # the value of the state that each token was chosen in
+        loss, metrics = value_loss(
+            by_position[before],
+            torch.from_numpy(micro.fields["values"][position - 1]).to(flat_values.device),
+            torch.from_numpy(micro.fields["returns"][position]).to(flat_values.device),
+            minibatch_tokens=minibatch_tokens,
+            clip=self.settings.value_clip,
+        )
+        parts.append(metrics)
+        return loss
+
+
+_IDLE = RaggedBatch.from_rows([[0]], [[]])

@@ -1,0 +1,70 @@
+"""What the actors that train have in common: one data-parallel rank of a model under DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dvpo_ray.actors.process import Actor
+from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.files import clear_when_full
+from dvpo_ray.models.deepspeed import build_engine, init_process_group
+from dvpo_ray.models.loading import default_device
+
+
+class DeepSpeedRank(Actor):
+    """A rank. `_shard` gives it its model; every other method is a collective of all ranks.
+
+    Attributes:
+        model: the model as transformers or peft made it.
+        engine: DeepSpeed's engine around it, in training mode.
+    """
+
+    model: nn.Module
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and free port at which the ranks can meet; asked of rank 0."""
+        from ray._common.network_utils import find_free_port
+
+        return ray.util.get_node_ip_address(), find_free_port()
+
+    def _join(self, num_ranks: int, master_addr: str, master_port: int) -> None:
+        init_process_group(self.index, num_ranks, master_addr, master_port)
+
+    def _shard(self, model: nn.Module, optimizer: OptimizerConfig, deepspeed: DeepSpeedConfig, dtype: torch.dtype, total_steps: int) -> None:
+        """Put a model under DeepSpeed, for so many optimizer steps in the whole run."""
+        self.model = model
+        self.engine = build_engine(model, optimizer, deepspeed, dtype, total_steps)
+        self.engine.train()
+
+    def save_checkpoint(self, folder: str) -> None:
+        """Write the sharded model, optimizer and schedule."""
+        with clear_when_full(Path(folder)):
+            self.engine.save_checkpoint(folder, tag=self.role, exclude_frozen_parameters=self._has_frozen_parameters)
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Continue from what `save_checkpoint` wrote."""
+        loaded, _ = self.engine.load_checkpoint(folder, tag=self.role, load_module_strict=not self._has_frozen_parameters)
+        if loaded is None:
+            raise ResourceError(f"{folder}: DeepSpeed found no checkpoint of this {self.role}")
+
+    @property
+    def _has_frozen_parameters(self) -> bool:
+        return any(not parameter.requires_grad for parameter in self.model.parameters())
+
+
+def over_ranks(value: float, op: dist.ReduceOp) -> float:
+    """A number summed, or its maximum, over all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=default_device())
+    dist.all_reduce(tensor, op)
+    return float(tensor)
+
+
+def most_on_any_rank(count: int) -> int:
+    """The largest of all ranks' counts."""
+    return int(over_ranks(float(count), dist.ReduceOp.MAX))

@@ -1,0 +1,33 @@
+"""`dvpo rm train`: the reward model of the baselines."""
+
+from __future__ import annotations
+
+import argparse
+
+from dvpo_ray.baselines.reward_model import as_value_model, train_reward_model
+from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load
+from dvpo_ray.commands.gvm import missing_pairs, print_training_plan
+from dvpo_ray.errors import InputError
+
+HELP = "train a Bradley-Terry reward model for the baselines"
+EXAMPLE = "dvpo rm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/rm"
+
+TRAIN_HELP = "train a reward model on preference pairs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    train = commands.add_parser("train", help=TRAIN_HELP, description=TRAIN_HELP, epilog=EXAMPLE)
+    add_run_arguments(train, "runs/<name>-rm-<time>")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load(args)
+    missing = missing_pairs(config)
+    if args.dry_run:
+        print_training_plan(as_value_model(config), missing)
+        return 0
+    for problem in missing:
+        raise InputError(f"{args.config}: {problem}")
+    print(train_reward_model(config, choose_run_folder(args, config, suffix="-rm"), args.resume))
+    return 0

@@ -1,0 +1,40 @@
+"""Small real training runs, and what the tests read of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dvpo_ray.config.schema import Config
+
+MEASURES_TIME = ("time", "time/", "throughput/", "memory/", "idle/")
+
+
+def run(settings: dict, out: Path, resume: bool = False, **sections) -> list[dict]:
+    """Train and return the metrics of all steps."""
+    from dvpo_ray.orchestration.run import train
+
+    merged = settings | {name: settings.get(name, {}) | changes for name, changes in sections.items()}
+    train(Config.model_validate(merged | {"out": str(out)}), resume)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURES_TIME)} for row in rows]
+
+
+def rollouts(folder: Path, step: int) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+def values_by_hand(gvm: str, row: dict) -> np.ndarray:
+    """The T + 1 values of one rollout by a direct forward pass of that row alone."""
+    from dvpo_ray.gvm.artifact import load_gvm
+
+    model, _ = load_gvm(gvm)
+    with torch.no_grad():
+        logits = model(torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0, :, 0]
+    return logits[len(row["prompt_ids"]) - 1 :].numpy()

@@ -1,0 +1,63 @@
+"""Every baseline on the same real loop: Ray, a rollout engine, DeepSpeed, a reward model, and for PPO a critic."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from gvm_artifacts import make_gvm
+from loop_runs import rollouts, run, values_by_hand, without_times
+
+from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import ObjectiveSpec
+
+pytestmark = pytest.mark.slow
+
+REWARD_MODEL = ObjectiveSpec(name="bradley_terry", td_lambda=0.95, bradley_terry_weight=0.0, bradley_terry_value="last")
+
+
+@pytest.fixture(scope="module")
+def baseline_settings(loop_settings, tiny_model, tmp_path_factory) -> dict:
+    path = str(make_gvm(tmp_path_factory.mktemp("rm") / "rm", tiny_model, bias=2.0, objective=REWARD_MODEL))
+    return loop_settings | {"reward_model": {"path": path}, "critic": {"learning_rate": 3e-3}, "train": {"steps": 2, "trackers": []}}
+
+
+ACTORS = {
+    "ppo": {"rollout", "reward_model", "reference", "learner", "critic", "experience"},
+    "grpo": {"rollout", "reward_model", "reference", "learner", "experience"},
+}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "remax", "reinforce"])
+def test_a_baseline_trains_with_its_roles_on_its_rewards(baseline_settings, tmp_path, algorithm):
+    batch = {"prompts_per_step": 8, "samples_per_prompt": 2}
+    metrics = run(baseline_settings | {"algorithm": algorithm}, tmp_path / algorithm, batch=batch)
+    assert {f.stem.rpartition("-")[0] for f in (tmp_path / algorithm / "logs").iterdir()} == ACTORS.get(algorithm, ACTORS["grpo"])
+    rows = rollouts(tmp_path / algorithm, 1)
+    for row in rows[:3]:
+        assert row["reward"] == pytest.approx(values_by_hand(baseline_settings["reward_model"]["path"], row)[-1], abs=1e-5)
+    assert metrics[0]["reward/model_mean"] == pytest.approx(np.mean([row["reward"] for row in rows]), abs=1e-5)
+    assert metrics[1]["kl/reference_mean"] != pytest.approx(0.0, abs=1e-4)  # the policy moved
+    assert ("values" in rows[0]) == (algorithm == "ppo") == ("critic/loss" in metrics[0])
+    summary = json.loads((tmp_path / algorithm / "summary.json").read_text())
+    assert summary["state"] == "finished" and summary["algorithm"] == algorithm and "gvm" not in summary
+
+
+def test_ppo_learns_its_values_and_resumes_exactly(baseline_settings, tmp_path):
+    """Two critic ranks under ZeRO-3 beside one learner; the critic's state is part of a checkpoint."""
+    critic = {"num_actors": 2, "deepspeed": {"zero_stage": 3}, "init": "policy", "learning_rate": 1e-2, "value_clip": None}
+    settings = baseline_settings | {"algorithm": "ppo", "critic": critic, "train": {"steps": 4, "trackers": []}}
+    whole = run(settings, tmp_path / "whole")
+    assert whole[-1]["critic/loss"] < 0.5 * whole[0]["critic/loss"]
+    assert whole[0]["value/std"] == 0.0 and whole[1]["value/std"] > 0.0  # a zero head says nothing, and then it does
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    for gone in ("checkpoints/step_000004", "final"):
+        shutil.rmtree(tmp_path / "stopped" / gone)
+    assert without_times(run(settings, tmp_path / "stopped", resume=True)) == without_times(whole)
+
+
+def test_a_reward_model_is_no_value_model(baseline_settings, tmp_path):
+    with pytest.raises(InputError, match="a reward model, of which only the last value was trained"):
+        run(baseline_settings | {"gvm": baseline_settings["reward_model"]}, tmp_path / "refused")
