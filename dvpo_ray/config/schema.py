@@ -149,6 +149,16 @@ class SFTStageConfig(Section):
     gradient_accumulation_steps: Count = Field(1, description="Forward and backward passes in one optimizer step.")
 
 
+class ContextConfig(Section):
+    """Trajectory conditioning of the Global Value Model: examples of a policy's answers before each prompt make the values that policy's."""
+
+    examples: Annotated[int, Field(ge=0)] = Field(
+        0, description="Examples before each prompt, by the model that wrote the response; 0: none. A trained GVM keeps its own number."
+    )
+    max_tokens: Count = Field(512, description="An example with more tokens, prompt and response, is not used. A trained GVM keeps its own limit.")
+    pool: Count = Field(8, description="Rollouts of the current policy that each step of policy optimisation samples to draw the examples from.")
+
+
 class GVMConfig(RoleConfig, OptimizerConfig):
     """Training of the Global Value Model (`dvpo gvm train`) and the artifact that `dvpo train` loads."""
 
@@ -166,6 +176,7 @@ class GVMConfig(RoleConfig, OptimizerConfig):
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
     checkpoint_every_steps: Count = Field(200, description="Optimizer steps between checkpoints.")
+    context: ContextConfig = ContextConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     lora: LoraConfig | None = None
 
