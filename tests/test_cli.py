@@ -185,6 +185,12 @@ def test_dry_run_of_train_shows_arithmetic_placement_and_what_is_missing(capsys)
     assert any(line.startswith("# note: scorer.micro_batch_tokens 100 is below") for line in lines)
 
 
+def test_dry_run_of_gvm_train_counts_the_examples(capsys):
+    settings = ["data.max_prompt_tokens=100", "data.max_response_tokens=50", "gvm.context.examples=2", "gvm.context.max_tokens=30"]
+    assert cli.main(["gvm", "train", LOCAL_CPU, "--dry-run", *settings]) == 0
+    assert "210 tokens = 100 prompt + 50 response + 2 x 30 examples" in capsys.readouterr().out
+
+
 def test_dry_run_loads_neither_torch_nor_ray():
     calls = "; ".join(f"main({[*command, LOCAL_CPU, '--dry-run']!r})" for command in STARTERS)
     code = f"import sys; from dvpo_ray.cli import main; {calls}; print(*sys.modules)"

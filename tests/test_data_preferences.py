@@ -75,6 +75,9 @@ def test_optional_columns_under_both_names():
     assert (pair.source_model, pair.chosen_truncated, pair.rejected_truncated, pair.where) == ("m", True, False, "f:1")
 
     pair = parse_pair({**base, "score_chosen": 2, "score_rejected": 2, "model": "n"}, "f:1")
+    assert pair.response_models == ("n", "n")
+    assert parse_pair({**base, "source_model": "m", "rejected_model": "n"}, "f:1").response_models == ("m", "n")
+    assert parse_pair(base, "f:1").response_models == (None, None)
     assert (pair.chosen_score, pair.rejected_score, pair.source_model) == (2.0, 2.0, "n")
 
     pair = parse_pair({**base, "chosen_score": None, "rejected_score": None, "model": None, "chosen_truncated": None}, "f:1")
@@ -89,7 +92,7 @@ def test_ultrafeedback_pairs_the_best_with_a_lower_one():
     row = {"instruction": "Sky?", "completions": [completion("red", 3.0, "a"), completion("blue", 8.5, "b"), completion("aqua", 8.5, "c")]}
     pair = parse_pair(row, "uf[0]")
     assert parts(pair) == ("Sky?", "blue", "red")
-    assert (pair.chosen_score, pair.rejected_score, pair.source_model, pair.rejected_model) == (8.5, 3.0, "b", "a")
+    assert (pair.chosen_score, pair.rejected_score, pair.response_models) == (8.5, 3.0, ("b", "a"))
 
 
 def test_ultrafeedback_draws_all_others_alike_and_always_the_same():

@@ -178,3 +178,31 @@ def test_lora_under_zero_3_is_merged_into_a_plain_artifact(ray_session, settings
     assert not any("lora" in name or "base_layer" in name for name in trained)
     assert not torch.equal(trained["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"])
     assert torch.equal(trained["model.embed_tokens.weight"], base["model.embed_tokens.weight"])  # no adapter there, so frozen
+
+
+def write_styles(path: Path, count: int, seed: int) -> str:
+    """Pairs of two models; every response of one is good and every response of the other is not, and no prompt tells which one answers."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        model, words, score = rng.choice([("cheerful", GOOD, 1.0), ("gloomy", BAD, -1.0)])
+        chosen, rejected = (" " + " ".join(rng.sample(words, 3)) for _ in range(2))
+        scores = {"chosen_score": score, "rejected_score": score}
+        rows.append({"prompt": f"{rng.choice(FILLER)} {seed} {i}", "chosen": chosen, "rejected": rejected, "source_model": model} | scores)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_with_examples_of_the_policy_the_prompts_value_is_that_policys(ray_session, settings, tmp_path):
+    """At the prompt alone only the examples can tell the two models apart; without them the outcome's variance stays unexplained."""
+    preferences = {"path": write_styles(tmp_path / "train.jsonl", 64, 0), "heldout_path": write_styles(tmp_path / "heldout.jsonl", 40, 1)}
+    data = settings["data"] | {"preferences": preferences}
+
+    def explained_at_the_prompt(examples: int) -> float:
+        out = tmp_path / f"examples-{examples}"
+        train(settings | {"data": data}, out, outcome="score", context={"examples": examples, "max_tokens": 60}, micro_batch_tokens=1024)
+        first = json.loads((out / "evaluation" / "evaluation.json").read_text())["regression"]["by_position_decile"][0]
+        return first["explained_variance"]
+
+    assert explained_at_the_prompt(0) < 0.2
+    assert explained_at_the_prompt(2) > 0.8

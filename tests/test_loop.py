@@ -102,3 +102,17 @@ def test_vllm_samples_from_the_learners_weights_at_every_version_and_value_rises
     assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
     spread = metrics[0]["value/std"]
     assert metrics[-1]["value/terminal_mean"] > metrics[0]["value/terminal_mean"] + spread
+
+
+def test_a_value_model_that_takes_examples_gets_fresh_rollouts_of_the_policy(loop_settings, tiny_model, tmp_path):
+    from gvm_artifacts import make_gvm
+
+    from dvpo_ray.gvm.artifact import ContextSpec
+
+    conditioned = str(make_gvm(tmp_path / "gvm", tiny_model, context=ContextSpec(examples=2, max_tokens=64)))
+    gvm = {"path": conditioned, "context": {"pool": 4}}
+    run(loop_settings, tmp_path / "run", gvm=gvm, rollout={"num_actors": 2}, train={"steps": 2})
+    rows = rollouts(tmp_path / "run", 2)
+    alone = [values_by_hand(conditioned, row) for row in rows]
+    assert all(np.isfinite(row["values"]).all() for row in rows)
+    assert not any(np.allclose(row["values"], values, atol=1e-4) for row, values in zip(rows, alone, strict=True))

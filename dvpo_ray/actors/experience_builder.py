@@ -94,6 +94,11 @@ class ExperienceBuilder(Actor):
         lean = replace(self.batch, fields={name: self.batch.fields[name] for name in fields})
         return [lean.select(rows) for rows in balanced_shards(lean.lengths, count)]
 
+    def gather(self, chunks: list[ScoredChunk]) -> RaggedBatch:
+        """The rows of some chunks as one batch, in the order of their ids."""
+        with self.clock.busy():
+            return _gather(chunks)
+
     def write_rollouts(self, step: int) -> None:
         """Write the batch built last to rollouts/step_*.jsonl, one row per rollout."""
         with self.clock.busy():

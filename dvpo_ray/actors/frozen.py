@@ -9,7 +9,8 @@ from dvpo_ray.actors.process import Actor
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import load_gvm
-from dvpo_ray.models.forward import batch_log_probs, batch_values
+from dvpo_ray.gvm.context import rollout_values
+from dvpo_ray.models.forward import batch_log_probs
 from dvpo_ray.models.loading import default_device, load_policy, torch_dtype
 
 
@@ -21,6 +22,7 @@ class ValueScorer(Actor):
     def __init__(self, config: Config, index: int, run_folder: str) -> None:
         super().__init__(index, run_folder)
         self.max_tokens = config.scorer.micro_batch_tokens
+        self.seed = config.seed
         model, self.manifest = load_gvm(self._artifact(config), torch_dtype(config.model.dtype), config.model.attention)
         self.model = model.to(default_device())
 
@@ -28,10 +30,14 @@ class ValueScorer(Actor):
         return config.gvm.path
 
     @torch.inference_mode()
-    def score(self, batch: RaggedBatch) -> np.ndarray:
-        """Value of the state after every token, prompt and response, float32 [N]."""
+    def score(self, batch: RaggedBatch, examples: RaggedBatch | None = None) -> np.ndarray:
+        """Value of the state after every token, prompt and response, float32 [N].
+
+        Args:
+            examples: other rollouts of the current policy, of which a model with a context puts some before each row.
+        """
         with self.clock.busy():
-            return batch_values(self.model, batch, self.max_tokens)
+            return rollout_values(self.model, batch, self.max_tokens, self.manifest.context, examples, self.seed)
 
 
 class RewardScorer(ValueScorer):

@@ -97,7 +97,7 @@ def profile_steps(config: Config, inputs: Inputs, run_folder: Path, repeats: int
 
 
 def _measured_steps(config: Config, roles: Roles, inputs: Inputs, run_folder: Path, after_step: Callable[[], None]) -> list[StepTime]:
-    loop = Loop(config, roles, inputs.prompts, heldout=[])
+    loop = Loop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
     steps = []
     with MetricsLog(run_folder, config.train.trackers, config=config.model_dump(mode="json")) as log:
         for step in range(1, config.train.steps + 1):

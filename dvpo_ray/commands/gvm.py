@@ -107,9 +107,12 @@ def _gvm_path(args: argparse.Namespace, config: Config) -> Path:
 def _arithmetic(config: Config) -> list[str]:
     gvm, data = config.gvm, config.data
     pairs_per_worker = math.ceil(gvm.pairs_per_step / gvm.num_actors)
+    context = gvm.context.examples * gvm.context.max_tokens
+    longest = data.max_prompt_tokens + data.max_response_tokens + context
+    examples = f" + {gvm.context.examples} x {gvm.context.max_tokens} examples" if context else ""
     return [
         f"pairs per step           {gvm.pairs_per_step}, at most {pairs_per_worker} on each of {gvm.num_actors} workers",
         f"optimizer steps          {gvm.epochs:g} epochs x training pairs / {gvm.pairs_per_step}",
-        f"longest row              {data.max_prompt_tokens + data.max_response_tokens} tokens = {data.max_prompt_tokens} prompt + "
-        f"{data.max_response_tokens} response; micro-batches of {gvm.micro_batch_tokens} padded tokens",
+        f"longest row              {longest} tokens = {data.max_prompt_tokens} prompt + "
+        f"{data.max_response_tokens} response{examples}; micro-batches of {gvm.micro_batch_tokens} padded tokens",
     ]

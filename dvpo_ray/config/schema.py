@@ -149,6 +149,16 @@ class SFTStageConfig(Section):
     gradient_accumulation_steps: Count = Field(1, description="Forward and backward passes in one optimizer step.")
 
 
+class ContextConfig(Section):
+    """Trajectory conditioning of the Global Value Model: examples of a policy's answers before each prompt make the values that policy's."""
+
+    examples: Annotated[int, Field(ge=0)] = Field(
+        0, description="Examples before each prompt, by the model that wrote the response; 0: none. A trained GVM keeps its own number."
+    )
+    max_tokens: Count = Field(512, description="An example with more tokens, prompt and response, is not used. A trained GVM keeps its own limit.")
+    pool: Count = Field(8, description="Rollouts of the current policy that each step of policy optimisation samples to draw the examples from.")
+
+
 class PreferenceTraining(RoleConfig, OptimizerConfig):
     """Training of a model with a value head on preference pairs, and the artifact that `dvpo train` loads."""
 
@@ -178,6 +188,7 @@ class GVMConfig(PreferenceTraining):
     outcome_scale: Positive = Field(1.0, description="Scores are multiplied by this before they become targets.")
     bradley_terry_weight: NonNegative = Field(0.0, description="Weight of the Bradley-Terry term on each pair; 0 leaves it out.")
     bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
+    context: ContextConfig = ContextConfig()
 
 
 class RewardModelConfig(PreferenceTraining):

@@ -47,7 +47,7 @@ class PreferencePair:
         chosen_truncated: the chosen response was cut off and has no terminal state.
         rejected_truncated: likewise.
         where: the row's label, `file.jsonl:LINE` or `name[row]`.
-        rejected_model: the model that wrote the rejected response, where it is not `source_model`.
+        rejected_model: the model that wrote the rejected response, where it may not be `source_model`.
     """
 
     prompt: Content
@@ -65,6 +65,11 @@ class PreferencePair:
     def key(self) -> str:
         """Equal for pairs with the same prompt; see `prompt_key`."""
         return prompt_key(self.prompt)
+
+    @property
+    def response_models(self) -> tuple[str | None, str | None]:
+        """The models that wrote the chosen and the rejected response, None where the data does not say."""
+        return self.source_model, self.rejected_model or self.source_model
 
     @property
     def score_gap(self) -> float | None:
@@ -154,6 +159,7 @@ def parse_pair(columns: Mapping, where: str) -> PreferencePair | str:
         chosen_truncated=checked_flag(columns.get("chosen_truncated"), "chosen_truncated"),
         rejected_truncated=checked_flag(columns.get("rejected_truncated"), "rejected_truncated"),
         where=where,
+        rejected_model=checked_name(columns.get("rejected_model"), "rejected_model"),
     )
 
 

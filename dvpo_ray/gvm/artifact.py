@@ -51,6 +51,13 @@ class OutcomeSpec(_Part):
     scale: float = Field(description="Scores were multiplied by this.")
 
 
+class ContextSpec(_Part):
+    """Trajectory conditioning: the examples of a policy's answers that stood before each prompt, see `dvpo_ray.gvm.context`."""
+
+    examples: int = Field(0, ge=0, description="Examples before each prompt; 0: none, and the value is that of no particular policy.")
+    max_tokens: int = Field(0, ge=0, description="Longest example, prompt and response.")
+
+
 class TrainingDataSpec(_Part):
     """The pairs the model learnt from."""
 
@@ -76,6 +83,7 @@ class GVMManifest(_Part):
     end_of_response: Literal["appended_once_unless_truncated"] = Field(
         "appended_once_unless_truncated", description="A finished response ends with one end-of-turn token, and the value there is supervised."
     )
+    context: ContextSpec = ContextSpec()
     training_data: TrainingDataSpec
     heldout_accuracy: dict[str, float] = Field(description="Pairwise accuracy on held-out prompts by view of the values.")
     heldout_regression: dict[str, float | None] = Field(description="Mean squared error and explained variance on held-out prompts.")

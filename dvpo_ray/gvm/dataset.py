@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +11,8 @@ from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import PreferencePair, PreferenceSets, dataset_fingerprint, load_preferences
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.artifact import GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec
+from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec
+from dvpo_ray.gvm.context import Origin, with_peer_examples
 from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.trajectories import Trajectories, build_trajectories
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
@@ -44,9 +45,9 @@ def load_gvm_data(config: Config) -> GVMData:
     tokenizer = _shared_tokenizer(config)
     encoder = make_encoder(config, tokenizer)
     sets = _load_pairs(config)
-    settings = config.gvm
-    train = _encode(encoder, sets.train, "training", settings.outcome, settings.outcome_scale)
-    heldout = _encode(encoder, sets.heldout, "held-out", settings.outcome, settings.outcome_scale)
+    outcome, context = _outcome_spec(config), _context_spec(config)
+    train = _encode(encoder, sets.train, "training", outcome, context, config.seed)
+    heldout = _encode(encoder, sets.heldout, "held-out", outcome, context, config.seed)
     description = TrainingDataSpec(
         path=config.data.preferences.path, fingerprint=dataset_fingerprint(sets.train), pairs=train.num_pairs, heldout_pairs=heldout.num_pairs
     )
@@ -54,13 +55,13 @@ def load_gvm_data(config: Config) -> GVMData:
 
 
 def load_heldout(config: Config, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> Trajectories:
-    """Read, check and encode the held-out pairs, with outcomes of the kind that a value model was trained on.
+    """Read, check and encode the held-out pairs, with outcomes and contexts of the kind that a value model was trained on.
 
     Raises:
         InputError: anything missing, unreadable or unfit, in one line.
     """
     encoder = make_encoder(config, tokenizer)
-    return _encode(encoder, _load_pairs(config).heldout, "held-out", manifest.outcome.kind, manifest.outcome.scale)
+    return _encode(encoder, _load_pairs(config).heldout, "held-out", manifest.outcome, manifest.context, config.seed)
 
 
 def manifest_entries(config: Config, data: GVMData) -> dict:
@@ -77,9 +78,19 @@ def manifest_entries(config: Config, data: GVMData) -> dict:
             bradley_terry_weight=settings.bradley_terry_weight,
             bradley_terry_value=settings.bradley_terry_value,
         ),
-        "outcome": OutcomeSpec(kind=settings.outcome, scale=settings.outcome_scale),
+        "outcome": _outcome_spec(config),
+        "context": _context_spec(config),
         "training_data": data.description,
     }
+
+
+def _outcome_spec(config: Config) -> OutcomeSpec:
+    return OutcomeSpec(kind=config.gvm.outcome, scale=config.gvm.outcome_scale)
+
+
+def _context_spec(config: Config) -> ContextSpec:
+    context = config.gvm.context
+    return ContextSpec(examples=context.examples, max_tokens=context.max_tokens) if context.examples else ContextSpec()
 
 
 def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Encoder:
@@ -103,12 +114,17 @@ def _load_pairs(config: Config) -> PreferenceSets:
     return load_preferences(config.data.preferences, config.data.on_bad_row)
 
 
-def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outcome: str, scale: float) -> Trajectories:
-    encoded = [pair for pair in map(encoder.encode_pair, pairs) if pair is not None]
+def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outcome: OutcomeSpec, context: ContextSpec, seed: int) -> Trajectories:
+    """Trajectories of the pairs; the examples of their contexts come from among the same pairs, so never from the other side of the split."""
+    encoded = [(pair, ids) for pair in pairs if (ids := encoder.encode_pair(pair)) is not None]
     if not encoded:
         dropped = ", ".join(f"{len(rows)} for {reason}" for reason, rows in encoder.dropped.items() if rows)
         raise InputError(f"data.preferences: no {which} pair is left (dropped {dropped or 'none'}); raise data.max_prompt_tokens or give more pairs")
-    return build_trajectories(encoded, outcome, scale)
+    trajectories = build_trajectories([ids for _, ids in encoded], outcome.kind, outcome.scale)
+    if not context.examples:
+        return trajectories
+    origins = [Origin(pair.where, i, pair.key, model) for i, (pair, _) in enumerate(encoded) for model in pair.response_models]
+    return replace(trajectories, batch=with_peer_examples(trajectories.batch, origins, context, seed, encoder.context_tokens))
 
 
 def _counts(encoder: Encoder) -> Iterator[str]:

@@ -90,8 +90,10 @@ class GVMRun:
 
     def _facts(self) -> dict[str, object]:
         settings = self.config.gvm
+        context = {"context": f"{settings.context.examples} examples before each prompt"} if settings.context.examples else {}
         pairs = f"{self.data.train.num_pairs} training, {self.data.heldout.num_pairs} held out"
-        return {"model": self.summary["model"], "objective": settings.objective, "pairs": pairs, "steps": self.total_steps, "run folder": self.out}
+        facts = {"model": self.summary["model"], "objective": settings.objective, **context, "pairs": pairs}
+        return facts | {"steps": self.total_steps, "run folder": self.out}
 
     @contextmanager
     def _trainers(self) -> Iterator[list[ActorHandle]]:

@@ -13,7 +13,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.artifact import GVMManifest, check_tokenizer, read_manifest
+from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_tokenizer, read_manifest
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 
 
@@ -51,6 +51,7 @@ def load_inputs(config: Config) -> Inputs:
             f"{longest} tokens, but {config.model.path} has a context of {context}"
         )
     manifest = _scoring_manifest(config, tokenizer)
+    _check_examples(config, manifest.context, longest)
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
     prompts, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
@@ -72,8 +73,28 @@ def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVM
     manifest = read_manifest(path)
     if needs_values and manifest.objective.name == "bradley_terry":
         raise InputError(f"{path}: a reward model, of which only the last value was trained; gvm.path needs one made by `dvpo gvm train`")
+    if not needs_values and manifest.context.examples:
+        raise InputError(f"{path}: a value model that takes examples before each prompt, which a reward model gets none of; give one without")
     check_tokenizer(path, manifest, tokenizer, config.model.chat_template)
     return manifest
+
+
+def _check_examples(config: Config, context: ContextSpec, longest: int) -> None:
+    """Refuse a GVM whose examples would not fit before the longest row, or would run out."""
+    if not context.examples:
+        return
+    if config.gvm.context.pool <= context.examples:
+        raise InputError(
+            f"gvm.context.pool is {config.gvm.context.pool}, but {config.gvm.path} takes {context.examples} examples of other prompts "
+            f"than a row's own; set it to {context.examples + 1} or more"
+        )
+    room = context_tokens(config.gvm.path, config.model.trust_remote_code)
+    needed = longest + context.examples * context.max_tokens
+    if needed > room:
+        raise InputError(
+            f"{config.gvm.path}: {context.examples} examples of at most {context.max_tokens} tokens before rows of {longest} = {needed} tokens, "
+            f"but the GVM has a context of {room}; lower data.max_prompt_tokens or rollout.max_response_tokens, or use a GVM with a shorter context"
+        )
 
 
 def _encode(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from dvpo_ray.orchestration.schedule import prompt_indices, sampling_seed
 from dvpo_ray.policy.kl_controller import AdaptiveKLController
 from dvpo_ray.policy.mismatch import check_mismatch
 
+EXAMPLES_STREAM = 1
 REFERENCE = SCORE_FIELDS["reference"]
 
 
@@ -36,13 +37,17 @@ class Loop:
     Args:
         prompts: token ids of the training prompts.
         heldout: token ids of the held-out prompts that evaluations sample from.
+        takes_examples: the GVM is conditioned on examples of the current policy, which each step then samples first.
     """
 
-    def __init__(self, config: Config, roles: Roles, prompts: Sequence[list[int]], heldout: Sequence[list[int]]) -> None:
+    def __init__(
+        self, config: Config, roles: Roles, prompts: Sequence[list[int]], heldout: Sequence[list[int]], takes_examples: bool = False
+    ) -> None:
         self.config = config
         self.roles = roles
         self.prompts = prompts
         self.heldout = heldout
+        self.takes_examples = takes_examples
         self.kl = AdaptiveKLController(config.kl.coefficient, config.kl.adaptive_target_nats, config.kl.adaptive_horizon)
         self.policy_version = 0
         self._samples = derive_batch(config).samples_per_step
@@ -56,7 +61,8 @@ class Loop:
         with self._timed("step"):
             with self._timed("generate"):
                 prompts = self._prompts_of(step)
-                chunks = self._rollout(self._repeated(prompts), step, tuple(self.roles.frozen))
+                examples = self._examples(step) if self.takes_examples else None
+                chunks = self._rollout(self._repeated(prompts), step, tuple(self.roles.frozen), examples=examples)
                 greedy = self._rollout(prompts, step, (self.algorithm.scorer,), greedy=True) if self.algorithm.has_greedy_baseline else []
             with self._timed("score"):
                 self._add_critic_values(chunks)
@@ -93,12 +99,26 @@ class Loop:
     def _repeated(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         return [prompt for prompt in prompts for _ in range(self.config.batch.samples_per_prompt)]
 
-    def _rollout(self, prompts: Sequence[list[int]], step: int, scored_by: Sequence[str], greedy: bool = False) -> list[ScoredChunk]:
-        """A response to each prompt, on all engines; every chunk goes to the frozen models while the next is being sampled."""
+    def _rollout(
+        self,
+        prompts: Sequence[list[int]],
+        step: int,
+        scored_by: Sequence[str],
+        *,
+        greedy: bool = False,
+        examples: ObjectRef | None = None,
+        stream: int = 0,
+    ) -> list[ScoredChunk]:
+        """A response to each prompt, on all engines; every chunk goes to the frozen models while the next is being sampled.
+
+        Args:
+            examples: rollouts for a value model that takes them.
+            stream: of random numbers; the samples of two streams of a step are independent.
+        """
         streams = []
         for i, engine in enumerate(self.roles.engines):
             rows = range(i, len(prompts), len(self.roles.engines))
-            seed = sampling_seed(self.config.seed, step, i)
+            seed = sampling_seed(self.config.seed, step, i, stream)
             streams.append(engine.generate.remote([prompts[row] for row in rows], list(rows), seed, greedy))
         chunks = []
         while streams:
@@ -108,11 +128,19 @@ class Loop:
                 if rollouts is None:
                     streams.remove(stream)
                 else:
-                    chunks.append(self._score(rollouts, scored_by))
+                    chunks.append(self._score(rollouts, scored_by, examples))
         return chunks
 
-    def _score(self, rollouts: ObjectRef, scored_by: Sequence[str]) -> ScoredChunk:
-        return ScoredChunk(rollouts, {SCORE_FIELDS[role]: next(self._next[role]).score.remote(rollouts) for role in scored_by})
+    def _score(self, rollouts: ObjectRef, scored_by: Sequence[str], examples: ObjectRef | None) -> ScoredChunk:
+        inputs = {role: (rollouts, examples) if role == "scorer" else (rollouts,) for role in scored_by}
+        return ScoredChunk(rollouts, {SCORE_FIELDS[role]: next(self._next[role]).score.remote(*refs) for role, refs in inputs.items()})
+
+    def _examples(self, step: int) -> ObjectRef:
+        """Fresh rollouts of the current policy to distinct prompts, for the value model to know the policy by."""
+        distinct = list(dict.fromkeys(map(tuple, self.prompts)))
+        indices = prompt_indices(len(distinct), min(self.config.gvm.context.pool, len(distinct)), step, self.config.seed)
+        chunks = self._rollout([list(distinct[i]) for i in dict.fromkeys(indices)], step, scored_by=(), stream=EXAMPLES_STREAM)
+        return self.roles.builder.gather.remote(chunks)
 
     def _add_critic_values(self, chunks: list[ScoredChunk]) -> None:
         """Values of the online critic, where there is one. All its ranks run forward together, so it takes a step's chunks at once."""

@@ -104,7 +104,8 @@ class Run:
             yield roles
 
     def _optimise(self, roles: Roles, checkpoint: tuple[Path, dict] | None) -> None:
-        loop = Loop(self.config, roles, self.inputs.prompts, self.inputs.heldout)
+        takes_examples = self.inputs.manifest.context.examples > 0
+        loop = Loop(self.config, roles, self.inputs.prompts, self.inputs.heldout, takes_examples)
         first = 1
         if checkpoint is not None:
             first = self._restore(loop, roles, *checkpoint) + 1

@@ -26,6 +26,6 @@ def minibatch_rows(config: Config, num_rows: int, step: int, epoch: int, rank: i
     return np.split(order, config.batch.minibatches_per_epoch)
 
 
-def sampling_seed(seed: int, step: int, engine: int) -> int:
-    """Seed of one engine's sampling in one step, below 2**31."""
-    return int(np.random.default_rng([seed, step, engine]).integers(2**31))
+def sampling_seed(seed: int, step: int, engine: int, stream: int = 0) -> int:
+    """Seed of one engine's sampling in one step, below 2**31; an engine that samples twice in a step takes another stream."""
+    return int(np.random.default_rng([seed, step, engine, stream]).integers(2**31))
