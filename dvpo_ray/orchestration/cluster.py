@@ -48,6 +48,7 @@ def _join(address: str, options: dict) -> None:
 
 
 def _start_local(config: RayConfig, options: dict) -> None:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, which it warns of unless it is said
     try:
         ray.init(
             num_cpus=config.num_cpus,
