@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -48,7 +49,8 @@ def _join(address: str, options: dict) -> None:
 
 
 def _start_local(config: RayConfig, options: dict) -> None:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, which it warns of unless it is said
+    # Ray warns that a new cluster asks for a token, which this process and its actors have without anybody's doing.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         ray.init(
             num_cpus=config.num_cpus,
