@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from dvpo_ray import __version__
-from dvpo_ray.commands import bench, doctor, experiment, gvm, quickstart, report, rm, sft, train
+from dvpo_ray.commands import bench, doctor, dpo, experiment, gvm, quickstart, report, rm, sft, train
 from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
@@ -20,6 +20,7 @@ COMMANDS: dict[str, ModuleType] = {
     "sft": sft,
     "gvm": gvm,
     "rm": rm,
+    "dpo": dpo,
     "train": train,
     "eval": evaluate,
     "bench": bench,

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dvpo_ray.config import Config, dump_config
+from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import parse_prompt
 from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
 from dvpo_ray.errors import InputError
-from dvpo_ray.files import whole_folder
-from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer, torch_dtype
-from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.trl_stage import OPTIMIZER_METRICS, run_stage, trained_policy, training_arguments
 
 IGNORED_LABEL = -100
 """Label of tokens that are no part of the loss, as in torch's cross entropy."""
@@ -42,7 +37,7 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
 
     Args:
         config: `sft`, `model`, `data` and `checkpoint` are used.
-        out: run folder; gets `config.yaml`, `metrics.jsonl`, `checkpoints/` and `final/`.
+        out: run folder; see `run_stage`.
         resume: continue from the last checkpoint in `out`, if there is one.
 
     Returns:
@@ -54,19 +49,10 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows = encode_answers(load_answers(config.data.sft, config.data.on_bad_row), tokenizer, config)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    # Weights stay in float32 and `model.dtype` is the dtype of the computation: AdamW's small steps vanish in bfloat16 weights.
-    model = load_policy(config.model.model_copy(update={"dtype": "float32"}))
-    trainer = SFTTrainer(model=model, args=_arguments(config, out), train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    with RunConsole() as console:
-        trainer.add_callback(_Progress(console, out / "metrics.jsonl"))
-        trainer.train(resume_from_checkpoint=_last_checkpoint(out / "checkpoints") if resume else None)
-    with whole_folder(out / "final") as folder:
-        model.to(torch_dtype(config.model.dtype)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return out / "final"
+    longest = min(config.sft.max_tokens, context_tokens(config.model.path, config.model.trust_remote_code))
+    arguments = SFTConfig(**training_arguments(config, config.sft, out), max_length=longest)
+    trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return run_stage(trainer, "sft", OPTIMIZER_METRICS, config, tokenizer, out, resume)
 
 
 # ------------------------------------------------------------------------------------------------------- rows
@@ -146,60 +132,3 @@ def _encode(answer: Answer, encoder: Encoder, tokenizer: PreTrainedTokenizerBase
         return None
     prompt_ids, answer_ids = encoded
     return {"input_ids": prompt_ids + answer_ids, "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids}
-
-
-# ---------------------------------------------------------------------------------------------------- training
-
-
-def _arguments(config: Config, out: Path) -> SFTConfig:
-    sft = config.sft
-    on_gpu = torch.cuda.is_available()
-    return SFTConfig(
-        output_dir=str(out / "checkpoints"),
-        learning_rate=sft.learning_rate,
-        lr_scheduler_type="linear",
-        num_train_epochs=sft.epochs,
-        per_device_train_batch_size=sft.batch_size,
-        gradient_accumulation_steps=sft.gradient_accumulation_steps,
-        max_length=min(sft.max_tokens, context_tokens(config.model.path, config.model.trust_remote_code)),
-        bf16=config.model.dtype == "bfloat16",
-        fp16=config.model.dtype == "float16",
-        gradient_checkpointing=on_gpu,
-        use_cpu=not on_gpu,
-        disable_tqdm=True,
-        save_steps=config.checkpoint.every_steps,
-        save_total_limit=config.checkpoint.keep,
-        logging_steps=1,
-        report_to=[],
-        seed=config.seed,
-    )
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(folder) if folder.is_dir() else None
-
-
-class _Progress(TrainerCallback):
-    """A progress bar, and metrics.jsonl with one object per optimizer step; a resumed run continues both."""
-
-    def __init__(self, console: RunConsole, metrics_file: Path) -> None:
-        self.console, self.metrics_file = console, metrics_file
-        self.open = ExitStack()
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.stage = self.open.enter_context(self.console.stage("sft", state.max_steps, done=state.global_step, unit="steps"))
-        self.metrics_file.write_text("".join(map(_metrics_line, state.log_history)), encoding="utf-8")
-
-    def on_log(self, args, state, control, **kwargs) -> None:
-        entry = state.log_history[-1]
-        if "loss" in entry:
-            self.stage.advance(details=f"loss {entry['loss']:.3f}")
-            with open(self.metrics_file, "a", encoding="utf-8") as lines:
-                lines.write(_metrics_line(entry))
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.open.close()
-
-
-def _metrics_line(entry: dict) -> str:
-    return json.dumps({"step": entry["step"], **{f"sft/{name}": entry[name] for name in ("loss", "learning_rate", "grad_norm")}}) + "\n"

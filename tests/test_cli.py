@@ -22,7 +22,7 @@ LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
 GVM_COMMANDS = ("train", "eval", "score")
 NESTED = [*(["gvm", name] for name in GVM_COMMANDS), ["bench", "step"]]
 ALL_COMMANDS = [[name] for name in cli.COMMANDS if name not in ("gvm", "bench")] + NESTED
-STARTERS = [["train"], ["gvm", "train"], ["sft"]]
+STARTERS = [["train"], ["gvm", "train"], ["sft"], ["dpo"]]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_and_status_2(argv, line, capsys):
     assert refusal(capsys, *argv).startswith(line)
 
 
-@pytest.mark.parametrize(("command", "section"), [(["train"], "data.prompts"), (["gvm", "train"], "data.preferences")])
+@pytest.mark.parametrize(("command", "section"), [(["train"], "data.prompts"), (["gvm", "train"], "data.preferences"), (["dpo"], "data.preferences")])
 def test_data_that_a_command_needs(command, section, capsys):
     assert f"{section}.path is not set" in refusal(capsys, *command, LOCAL_CPU, f"{section}=null", "gvm.path=g")
 
@@ -277,6 +277,12 @@ def test_sft_calls_the_training(backend):
     calls = backend("dvpo_ray.sft", "train_sft", Path("done"))
     assert cli.main(["sft", LOCAL_CPU, "data.sft=s.jsonl", "--out", "run"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU, ["data.sft=s.jsonl"]), Path("run"), False), {})
+
+
+def test_dpo_calls_the_training(backend):
+    calls = backend("dvpo_ray.baselines.dpo", "train_dpo", Path("done"))
+    assert cli.main(["dpo", LOCAL_CPU, "--out", "run"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), Path("run"), False), {})
 
 
 def test_report_calls_the_report(backend, capsys, tmp_path):

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dvpo_ray.config import Config, dump_config, load_config
+from dvpo_ray.config.trl_stages import TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import Bundle, total_resources
 
@@ -53,6 +54,15 @@ def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = ""
 def dated_folder(config: Config, suffix: str = "") -> Path:
     """`runs/<name><suffix>-<time>`, the folder of what has no other."""
     return Path("runs") / f"{config.name}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def rows_per_optimizer_step(stage: TRLStageConfig, row: str) -> list[str]:
+    """The batch arithmetic of a stage that a trainer of TRL runs; `row` is what its rows are."""
+    rows = stage.batch_size * stage.gradient_accumulation_steps
+    return [
+        f"{row}s per optimizer step".ljust(25) + f"{rows} = {stage.batch_size} x {stage.gradient_accumulation_steps} accumulated",
+        f"optimizer steps          {stage.epochs:g} epochs x training {row}s / {rows}",
+    ]
 
 
 def print_plan(config: Config, arithmetic: Iterable[str], bundles: Iterable[Bundle], notes: Iterable[str]) -> None:

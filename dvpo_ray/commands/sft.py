@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan
+from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan, rows_per_optimizer_step
 from dvpo_ray.config import Config
 from dvpo_ray.errors import InputError
 
@@ -33,10 +33,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _arithmetic(config: Config) -> list[str]:
-    sft = config.sft
-    rows = sft.batch_size * sft.gradient_accumulation_steps
-    return [
-        f"rows per optimizer step  {rows} = {sft.batch_size} x {sft.gradient_accumulation_steps} accumulated",
-        f"optimizer steps          {sft.epochs:g} epochs x training rows / {rows}",
-        f"longest row              {sft.max_tokens} tokens",
-    ]
+    return [*rows_per_optimizer_step(config.sft, "row"), f"longest row              {config.sft.max_tokens} tokens"]

@@ -9,21 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
+from dvpo_ray.config.section import Count, Dtype, Fraction, NonNegative, Positive, Probability, Section
+from dvpo_ray.config.trl_stages import DPOConfig, SFTStageConfig
 
 # --------------------------------------------------------------------------------------------- models and data
 
@@ -137,16 +126,6 @@ class RoleConfig(Section):
 
 
 # --------------------------------------------------------------------------------------------------------- stages
-
-
-class SFTStageConfig(Section):
-    """`dvpo sft`: the supervised warm start, by TRL's SFTTrainer."""
-
-    learning_rate: Positive = Field(2e-5, description="Peak learning rate; it decays linearly.")
-    epochs: Positive = Field(1.0, description="Passes over the rows.")
-    batch_size: Count = Field(8, description="Rows in one forward and backward pass.")
-    max_tokens: Count = Field(1024, description="Longer rows are cut off at the end.")
-    gradient_accumulation_steps: Count = Field(1, description="Forward and backward passes in one optimizer step.")
 
 
 class ContextConfig(Section):
@@ -375,6 +354,7 @@ class Config(Section):
     policy: PolicyConfig = PolicyConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
     critic: CriticConfig = CriticConfig()
+    dpo: DPOConfig = DPOConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     kl: KLConfig = KLConfig()
     mismatch: MismatchConfig = MismatchConfig()

@@ -19,6 +19,8 @@ GROUPS = {
     "idle": "Waiting of a role.",
     "policy_version": "The weights in use.",
     "gvm": "Training of the GVM (`dvpo gvm train`), on the minibatch of a step. Held-out figures are in evaluation/ and gvm.json.",
+    "sft": "The supervised warm start (`dvpo sft`), on the rows of a step.",
+    "dpo": "The DPO baseline (`dvpo dpo`), on the pairs of a step. Its rewards are beta * (log pi - log pi_ref) of a whole response.",
 }
 
 METRICS = (
@@ -328,4 +330,22 @@ METRICS = (
     ),
     Metric("gvm/grad_norm", "", "Global gradient norm before clipping.", "Jumps by an order of magnitude.", "Lower gvm.learning_rate."),
     Metric("gvm/learning_rate", "", "Learning rate of the step.", "0 before the last step.", "Check gvm.schedule."),
+    Metric("sft/loss", "nats per token", "Cross entropy of the answers' tokens.", "Rises.", "Lower sft.learning_rate."),
+    Metric("sft/learning_rate", "", "Learning rate of the step.", "", ""),
+    Metric("sft/grad_norm", "", "Global gradient norm before clipping.", "Jumps by an order of magnitude.", "Lower sft.learning_rate."),
+    Metric(
+        "dpo/accuracy", "", "Share of pairs whose chosen response has the higher reward.", "Stays at 0.5.", "Raise dpo.learning_rate or dpo.epochs."
+    ),
+    Metric("dpo/margin", "", "Reward of the chosen response less that of the rejected one, mean over pairs.", "", ""),
+    Metric(
+        "dpo/chosen_reward",
+        "",
+        "Mean reward of the chosen responses.",
+        "Far below 0: the policy unlearns what it should prefer, only more slowly than the rest.",
+        "Lower dpo.learning_rate or dpo.epochs; raise dpo.beta.",
+    ),
+    Metric("dpo/rejected_reward", "", "Mean reward of the rejected responses.", "", ""),
+    Metric("dpo/loss", "nats", "-log sigmoid of the margin, mean over pairs; 0.693 at the start.", "Rises.", "Lower dpo.learning_rate."),
+    Metric("dpo/learning_rate", "", "Learning rate of the step.", "", ""),
+    Metric("dpo/grad_norm", "", "Global gradient norm before clipping.", "Jumps by an order of magnitude.", "Lower dpo.learning_rate."),
 )

@@ -1,0 +1,135 @@
+"""What the stages that a trainer of TRL runs have in common: arguments, progress, metrics, checkpoints and the finished checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from dvpo_ray.config import Config, dump_config
+from dvpo_ray.config.trl_stages import TRLStageConfig
+from dvpo_ray.files import whole_folder
+from dvpo_ray.models.loading import load_policy, torch_dtype
+from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.memory import PeakMemory
+from dvpo_ray.monitoring.summary import write_summary
+
+OPTIMIZER_METRICS = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+"""What every trainer logs, by its names, and the names in metrics.jsonl after the stage's."""
+
+
+def trained_policy(config: Config) -> PreTrainedModel:
+    """The model of `model.path` to train, with weights in float32.
+
+    `model.dtype` is the dtype of the computation: AdamW's small steps would vanish in bfloat16 weights.
+
+    Raises:
+        InputError: the checkpoint is missing or is no causal language model.
+    """
+    return load_policy(config.model.model_copy(update={"dtype": "float32"}))
+
+
+def training_arguments(config: Config, stage: TRLStageConfig, out: Path) -> dict:
+    """Arguments of transformers' trainers that a stage's settings and the run folder decide."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "linear",
+        "num_train_epochs": stage.epochs,
+        "per_device_train_batch_size": stage.batch_size,
+        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
+        "bf16": config.model.dtype == "bfloat16",
+        "fp16": config.model.dtype == "float16",
+        "gradient_checkpointing": on_gpu,
+        "use_cpu": not on_gpu,
+        "disable_tqdm": True,
+        "save_steps": config.checkpoint.every_steps,
+        "save_total_limit": config.checkpoint.keep,
+        "logging_steps": 1,
+        "report_to": [],
+        "seed": config.seed,
+    }
+
+
+def run_stage(
+    trainer: Trainer, name: str, metrics: Mapping[str, str], config: Config, tokenizer: PreTrainedTokenizerBase, out: Path, resume: bool
+) -> Path:
+    """Train, and save the result as a checkpoint that later stages start from.
+
+    Args:
+        trainer: with the arguments of `training_arguments`.
+        name: of the stage, in metric names and summary.
+        metrics: what goes to metrics.jsonl: the trainer's names, and ours after `name/`. The first is shown beside the progress bar.
+        out: run folder; gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `final/` and `summary.json`.
+        resume: continue from the last checkpoint in `out`, if there is one.
+
+    Returns:
+        `out/final`, a checkpoint of model and tokenizer in `model.dtype`.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    trainer.remove_callback(PrinterCallback)
+    started, state, final = time.time(), "failed", out / "final"
+    memory = PeakMemory()
+    try:
+        with memory, RunConsole() as console:
+            trainer.add_callback(_Progress(console, name, metrics, out / "metrics.jsonl"))
+            trainer.train(resume_from_checkpoint=_last_checkpoint(out / "checkpoints") if resume else None)
+        with whole_folder(final) as folder:
+            trainer.model.to(torch_dtype(config.model.dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        state = "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    finally:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        last = _metrics_entry(name, metrics, history[-1]) if history else {}
+        measured = {"duration_seconds": round(time.time() - started, 1), "peak_memory_gib": round(memory.peak_gib, 3)}
+        facts = {"name": config.name, "stage": name, "model": config.model.path, "seed": config.seed, "state": state}
+        write_summary(out, facts | {"steps": trainer.state.global_step, "last_step": last} | measured)
+    return final
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    return get_last_checkpoint(folder) if folder.is_dir() else None
+
+
+class _Progress(TrainerCallback):
+    """A progress bar, and metrics.jsonl with one object per optimizer step; a resumed run continues both."""
+
+    def __init__(self, console: RunConsole, name: str, metrics: Mapping[str, str], metrics_file: Path) -> None:
+        self.console, self.name, self.metrics, self.metrics_file = console, name, metrics, metrics_file
+        self.shown = next(iter(metrics))
+        self.open = ExitStack()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.stage = self.open.enter_context(self.console.stage(self.name, state.max_steps, done=state.global_step, unit="steps"))
+        self.metrics_file.write_text("".join(map(self._line, state.log_history)), encoding="utf-8")
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        entry = state.log_history[-1]
+        if "loss" in entry:
+            self.stage.advance(details=f"{self.metrics[self.shown]} {entry[self.shown]:.3f}")
+            with open(self.metrics_file, "a", encoding="utf-8") as lines:
+                lines.write(self._line(entry))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.open.close()
+
+    def _line(self, entry: dict) -> str:
+        return json.dumps({"step": entry["step"], **_metrics_entry(self.name, self.metrics, entry)}) + "\n"
+
+
+def _metrics_entry(stage: str, metrics: Mapping[str, str], entry: Mapping) -> dict[str, float]:
+    return {f"{stage}/{ours}": entry[theirs] for theirs, ours in metrics.items()}
