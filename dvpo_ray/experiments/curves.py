@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -47,8 +46,7 @@ def read_curve(run: Run) -> Curve:
     """The curve of a finished policy run."""
     evaluations = run.summary["evaluations"]
     steps = sorted(map(int, evaluations))
-    rows, _ = read_json_lines(run.folder / "metrics.jsonl")
-    seconds = {row["step"]: row["time/step_seconds"] for row in rows}
+    seconds = _seconds_by_step(run)
     points = [evaluations[str(step)] for step in steps]
     return Curve(
         variant=run.variant,
@@ -60,10 +58,20 @@ def read_curve(run: Run) -> Curve:
     )
 
 
+def training_seconds(run: Run) -> float:
+    """Seconds that all steps of a run took, of a policy's or a value model's training."""
+    return float(sum(_seconds_by_step(run).values()))
+
+
+def _seconds_by_step(run: Run) -> dict[int, float]:
+    rows, _ = read_json_lines(run.folder / "metrics.jsonl")
+    return {row["step"]: row["time/step_seconds"] for row in rows}
+
+
 def last_metric(run: Run, name: str) -> float:
     """A metric of a policy run's last step."""
-    with (run.folder / "metrics.jsonl").open(encoding="utf-8") as lines:
-        return float(json.loads(list(lines)[-1])[name])
+    rows, _ = read_json_lines(run.folder / "metrics.jsonl")
+    return float(rows[-1][name])
 
 
 def draw_gold(figure: Figure, curves: Sequence[Curve], *, against: Sequence[str] = ("kl",)) -> None:

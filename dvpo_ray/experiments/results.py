@@ -57,6 +57,11 @@ def over_seeds(values: Sequence[float]) -> Statistic:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half] if n > 1 else None, "values": values}
 
 
+def half_width(cell: Statistic) -> float:
+    """Half of the interval, for error bars; 0 where there is none."""
+    return cell["mean"] - cell["ci95"][0] if cell["ci95"] else 0.0
+
+
 def t_quantile(degrees_of_freedom: int) -> float:
     """97.5 % quantile of Student's t; that of the normal distribution above 30 degrees of freedom."""
     return _T975[degrees_of_freedom - 1] if degrees_of_freedom <= len(_T975) else _Z975

@@ -162,6 +162,11 @@ class Study(ABC):
             if value is None:
                 raise InputError(f"{self.source.path}: {key} is not set, and {self.name} needs it")
 
+    def require_judge(self) -> None:
+        """Refuse a config whose policy runs would not be judged."""
+        if self.config.evaluation.judge == "none":
+            raise InputError(f"{self.source.path}: evaluation.judge is none, and {self.name} compares gold; set one")
+
     def require_curves(self) -> None:
         """Refuse a config whose policy runs would not be judged along the way."""
         if self.config.evaluation.judge == "none" or self.config.evaluation.every_steps == 0:
