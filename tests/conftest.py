@@ -139,3 +139,25 @@ def loop_settings(tiny_model, tmp_path_factory, ray_session) -> dict:
         "train": {"steps": 4, "trackers": ["tensorboard"]},
         "weight_sync": {"bucket_mib": 0.05, "checksum": True},  # several buckets even for a tiny model
     }
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Puts a function of the run in the place of every stage of an experiment, and lists the runs that were started; Ray is left alone."""
+    from contextlib import nullcontext
+
+    from dvpo_ray.experiments import stages
+    from dvpo_ray.orchestration import cluster
+
+    def faked(leave) -> list:
+        started: list = []
+
+        def do(run, console):
+            started.append(run)
+            leave(run)
+
+        monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, do))
+        return started
+
+    monkeypatch.setattr(cluster, "connect", lambda config: nullcontext())
+    return faked

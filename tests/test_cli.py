@@ -16,13 +16,14 @@ import pytest
 from dvpo_ray import cli
 from dvpo_ray.config import load_config
 from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.experiments.registry import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
 GVM_COMMANDS = ("train", "eval", "score")
-NESTED = [*(["gvm", name] for name in GVM_COMMANDS), ["bench", "step"]]
-ALL_COMMANDS = [[name] for name in cli.COMMANDS if name not in ("gvm", "bench")] + NESTED
-STARTERS = [["train"], ["gvm", "train"], ["sft"], ["dpo"]]
+NESTED = [*(["gvm", name] for name in GVM_COMMANDS), ["rm", "train"], ["bench", "step"], *(["experiment", name] for name in STUDIES)]
+ALL_COMMANDS = [[name] for name in cli.COMMANDS if name not in ("gvm", "rm", "bench", "experiment")] + NESTED
+STARTERS = [["train"], ["gvm", "train"], ["rm", "train"], ["sft"], ["dpo"]]
 
 
 @pytest.fixture(autouse=True)

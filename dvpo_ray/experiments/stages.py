@@ -1,0 +1,67 @@
+"""How each kind of run is done. Every one leaves config.yaml and summary.json in its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dvpo_ray.config import dump_config
+from dvpo_ray.experiments.study import Run
+from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.summary import write_summary
+
+
+def _has_checkpoint(run: Run) -> bool:
+    return any((run.folder / "checkpoints").glob("step_*"))
+
+
+def train_policy(run: Run, console: RunConsole) -> None:
+    """`dvpo train`, from its last checkpoint where it was stopped."""
+    from dvpo_ray.orchestration.run import train
+
+    train(run.config, resume=_has_checkpoint(run), console=console)
+
+
+def train_value_model(run: Run, console: RunConsole) -> None:
+    """`dvpo gvm train` (or, with the objective `bradley_terry`, `dvpo rm train`), from its last checkpoint where it was stopped."""
+    from dvpo_ray.gvm.training import train_gvm
+
+    train_gvm(run.config, run.folder, resume=_has_checkpoint(run), console=console)
+
+
+def evaluate_value_model(run: Run, console: RunConsole) -> None:
+    """`dvpo gvm eval` of `gvm.path` on the config's held-out pairs."""
+    from dvpo_ray.gvm.evaluation import evaluate_gvm
+
+    def measure() -> dict:
+        report = evaluate_gvm(run.config, Path(run.config.gvm.path), run.folder / "evaluation")
+        return {"gvm": {"path": run.config.gvm.path, "heldout_accuracy": report["heldout_accuracy"]}}
+
+    measured(run, measure)
+
+
+def measured(run: Run, measure: Callable[[], dict]) -> None:
+    """Do a measurement and keep what it returns in summary.json, beside the run's options."""
+    started = time.time()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+    measurements = measure()
+    write_summary(
+        run.folder,
+        {
+            "name": run.config.name,
+            "state": "finished",
+            "seed": run.seed,
+            "options": dict(run.options),
+            "duration_seconds": round(time.time() - started, 1),
+            **measurements,
+        },
+    )
+
+
+STAGES: dict[str, Callable[[Run, RunConsole], None]] = {
+    "policy": train_policy,
+    "gvm": train_value_model,
+    "gvm-eval": evaluate_value_model,
+}

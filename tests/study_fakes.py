@@ -1,0 +1,36 @@
+"""Runs of experiments without the work: what each stage would leave in its folder, in numbers that the test chooses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from dvpo_ray.config import dump_config
+from dvpo_ray.experiments.study import Run
+
+
+def leave_policy(run: Run, gold: Sequence[float], kl: Sequence[float], every: int = 1, seconds: float = 2.0) -> None:
+    """The folder of a policy run, evaluated every so many steps, each of so many seconds."""
+    evaluations = {str(i * every): {"gold": g, "kl": k} for i, (g, k) in enumerate(zip(gold, kl, strict=True))}
+    _leave(run, {"evaluations": evaluations})
+    rows = [{"step": step, "time/step_seconds": seconds, "response_length/mean": 60.0 + step} for step in range(1, (len(gold) - 1) * every + 1)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def leave_value_model(run: Run, accuracy: dict[str, float], explained_variance: float = 0.2) -> None:
+    """The folder of a value model's training or evaluation."""
+    _leave(run, {"duration_seconds": 10.0})
+    (run.folder / "evaluation").mkdir(exist_ok=True)
+    report = {"heldout_accuracy": accuracy, "regression": {"mse": 0.5, "explained_variance": explained_variance}}
+    (run.folder / "evaluation" / "evaluation.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def leave_measurement(run: Run, measurements: dict) -> None:
+    """The folder of a measurement."""
+    _leave(run, {"options": dict(run.options)} | measurements)
+
+
+def _leave(run: Run, summary: dict) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+    (run.folder / "summary.json").write_text(json.dumps({"state": "finished"} | summary), encoding="utf-8")
