@@ -52,9 +52,14 @@ def missing_pairs(config: Config) -> list[str]:
     return ["data.preferences.path is not set; give the preference pairs to train on"] if config.data.preferences is None else []
 
 
-def print_training_plan(config: Config, missing: list[str]) -> None:
-    """Print what training a value model with this config would be."""
-    print_plan(config, _arithmetic(config), plan_gvm_placement(config), missing)
+def print_training_plan(config: Config, missing: list[str], trained: Config | None = None) -> None:
+    """Print what training a value model with this config would be.
+
+    Args:
+        trained: the config whose `gvm` section is trained, where that isn't the user's own.
+    """
+    trained = trained or config
+    print_plan(config, _arithmetic(trained), plan_gvm_placement(trained), missing)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args)
     missing = missing_pairs(config)
     if args.dry_run:
-        print_training_plan(as_value_model(config), missing)
+        print_training_plan(config, missing, as_value_model(config))
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")
