@@ -21,7 +21,12 @@ from dvpo_ray.experiments.registry import STUDIES
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
 GVM_COMMANDS = ("train", "eval", "score")
-NESTED = [*(["gvm", name] for name in GVM_COMMANDS), ["rm", "train"], ["bench", "step"], *(["experiment", name] for name in STUDIES)]
+NESTED = [
+    *(["gvm", name] for name in GVM_COMMANDS),
+    ["rm", "train"],
+    *(["bench", name] for name in ("step", "trl", "trl-reward")),
+    *(["experiment", name] for name in STUDIES),
+]
 ALL_COMMANDS = [[name] for name in cli.COMMANDS if name not in ("gvm", "rm", "bench", "experiment")] + NESTED
 STARTERS = [["train"], ["gvm", "train"], ["rm", "train"], ["sft"], ["dpo"]]
 
@@ -312,3 +317,23 @@ def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, t
     assert capsys.readouterr().out == "b/bench.json\n"
     assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == "--repeats is 0; expected a whole number of at least 1"
     assert "gvm.path is not set" in refusal(capsys, "bench", "step", LOCAL_CPU)
+
+
+def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys, tmp_path):
+    calls = []
+    monkeypatch.setattr("dvpo_ray.bench.trl.bench_trl", lambda *args: calls.append(args) or {"benchmark": "trl"})
+    assert cli.main(["bench", "trl", LOCAL_CPU, "--trl-python", "p", "--out", "b", "--repeats", "2"]) == 0
+    assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2)]
+    assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl"}
+    assert capsys.readouterr().out == "b/bench.json\n"
+    assert "data.prompts.path is not set" in refusal(capsys, "bench", "trl", LOCAL_CPU, "data.prompts=null", "--trl-python", "p")
+    assert "arguments are required: --trl-python" in refusal(capsys, "bench", "trl", LOCAL_CPU)
+
+
+def test_bench_trl_reward_calls_the_benchmark_and_keeps_its_results(backend, capsys, tmp_path):
+    calls = backend("dvpo_ray.bench.trl_reward", "bench_trl_reward", {"benchmark": "trl-reward"})
+    assert cli.main(["bench", "trl-reward", LOCAL_CPU, "--out", "b"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), Path("b")), {})
+    assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl-reward"}
+    assert capsys.readouterr().out == "b/bench.json\n"
+    assert "data.preferences.path is not set" in refusal(capsys, "bench", "trl-reward", LOCAL_CPU, "data.preferences=null")

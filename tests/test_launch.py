@@ -331,3 +331,30 @@ def test_a_requeued_slurm_job_resumes(slurm, tmp_path):
     (tmp_path / "runs" / "slurm-12345" / "checkpoints").mkdir(parents=True)
     _, calls = slurm("config.yaml")
     assert any(line.startswith("dvpo train config.yaml --out runs/slurm-12345 --resume") for line in calls)
+
+
+# --------------------------------------------------------------------------------------------------------- bench_trl
+
+
+def test_bench_trl_makes_its_environment_once_and_calls_dvpo(tmp_path):
+    """Stand-ins: dvpo's Python names the versions and makes an environment whose pip writes down its arguments."""
+    pip = tmp_path / "pip.txt"
+    executable(tmp_path / "pip", f'echo "$@" >>{pip}')
+    python = f"[[ $1 != -c ]] || exec echo torch==2.13.0+cpu transformers==5.19.0\nmkdir -p $3/bin && cp {tmp_path}/pip $3/bin/python"
+    executable(tmp_path / "venv" / "bin" / "python", python)
+    executable(tmp_path / "venv" / "bin" / "dvpo", 'echo "$@"')
+    places = {"DVPO_VENV": str(tmp_path / "venv"), "DVPO_TRL_VENV": str(tmp_path / "trl")}
+    for attempt in range(2):
+        done = run(LAUNCH / "bench_trl.sh", "x.yaml", "seed=1", "--repeats", "2", **places)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"bench trl x.yaml seed=1 --repeats 2 --trl-python {tmp_path}/trl/bin/python"
+        assert (f"making {tmp_path}/trl with trl==1.12.0" in done.stdout) == (attempt == 0)
+    calls = pip.read_text().splitlines()
+    assert [call.split()[:3] for call in calls] == [["-m", "pip", "install"]] * 2
+    assert calls[-1].endswith("torch==2.13.0+cpu transformers==5.19.0 trl==1.12.0")
+
+
+def test_bench_trl_refuses_in_one_line(tmp_path):
+    for arguments, said in (([], "which config?"), (["x.yaml"], "run launch/install.sh first")):
+        done = run(LAUNCH / "bench_trl.sh", *arguments, DVPO_VENV=str(tmp_path / "none"))
+        assert done.returncode == 2 and said in done.stderr and is_one_line(done.stderr)

@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dvpo_ray.config.section import Count, Dtype, Fraction, NonNegative, Positive, Probability, Section
+from dvpo_ray.config.section import Count, Fraction, NonNegative, Positive, Probability, Section
 from dvpo_ray.config.trl_stages import DPOConfig, SFTStageConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 # --------------------------------------------------------------------------------------------- models and data
 

@@ -1,0 +1,155 @@
+"""The results of `dvpo bench trl`: samples per second, ratios, and where the gap lies; as lines for people and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from dvpo_ray.bench.measure import Spread
+from dvpo_ray.bench.overhead import StepProfile, StepTime
+from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.schema import Config
+
+STAGES = ("generation", "scoring", "training", "rest")
+TARGETS = {"ppo": 1.4, "dvpo": 2.5}
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of one step.
+
+    Attributes:
+        step: all of it.
+        generation: sampling. Here the frozen models score what is finished meanwhile.
+        scoring: log-probs of the reference, values, rewards and advantages; here what is left of it after the sampling.
+        training: the update.
+    """
+
+    step: float
+    generation: float
+    scoring: float
+    training: float
+
+    @classmethod
+    def of_trl(cls, step: Mapping[str, float]) -> StageTimes:
+        return cls(*(step[name] for name in ("step", "generation", "scoring", "training")))
+
+    @classmethod
+    def of_ours(cls, step: StepTime) -> StageTimes:
+        stages = step.stages
+        return cls(step.total, stages["generate"], stages["score"] + stages["reference"] + stages["advantage"], stages["update"])
+
+    @property
+    def rest(self) -> float:
+        """Weight sync and logging; in TRL the data loader and the garbage collector."""
+        return self.step - self.generation - self.scoring - self.training
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One of the three.
+
+    Attributes:
+        steps: the measured steps.
+        samples: rollouts of a step.
+        peak_memory_gib: of all its processes.
+    """
+
+    steps: list[StageTimes]
+    samples: int
+    peak_memory_gib: float
+
+    @property
+    def samples_per_second(self) -> Spread:
+        return Spread.of([self.samples / step.step for step in self.steps])
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Median seconds of a step and of its stages."""
+        return {name: statistics.median(getattr(step, name) for step in self.steps) for name in ("step", *STAGES)}
+
+
+@dataclass(frozen=True)
+class TRLResults:
+    """Everything that `dvpo bench trl` measured.
+
+    Attributes:
+        work: the work of a step, in words.
+        trl: TRL's PPO.
+        ours: this system by algorithm.
+    """
+
+    work: str
+    trl: Contestant
+    ours: dict[str, Contestant]
+
+    @classmethod
+    def of(cls, config: Config, trl_steps: Sequence[StageTimes], trl_memory_gib: float, profiles: Mapping[str, StepProfile]) -> TRLResults:
+        plan = derive_batch(config)
+        samples = plan.samples_per_step
+        work = (
+            f"{samples} rollouts of {config.rollout.max_response_tokens} tokens, {plan.optimizer_steps_per_step} optimizer steps "
+            f"of {plan.rows_per_minibatch} rows"
+        )
+        ours = {
+            name: Contestant([StageTimes.of_ours(step) for step in profile.steps], samples, profile.peak_memory_gib)
+            for name, profile in profiles.items()
+        }
+        return cls(work, Contestant(list(trl_steps), samples, trl_memory_gib), ours)
+
+    def ratio(self, algorithm: str) -> float:
+        """Samples per second of an algorithm of ours over TRL's, of medians."""
+        return self.ours[algorithm].samples_per_second.median / self.trl.samples_per_second.median
+
+    def gap(self, algorithm: str) -> dict[str, float]:
+        """Seconds that a step and its stages take longer in TRL."""
+        ours = self.ours[algorithm].seconds
+        return {name: seconds - ours[name] for name, seconds in self.trl.seconds.items()}
+
+    def lines(self) -> list[str]:
+        """The results for people."""
+        header = f"{'':<18}{'samples/s (range)':<24}{'step':>9}" + "".join(f"{stage:>12}" for stage in STAGES) + f"{'peak GiB':>10}"
+        rows = {"TRL PPO": self.trl, **{f"algorithm: {name}": contestant for name, contestant in self.ours.items()}}
+        return [
+            f"{self.work}; medians, stages in seconds",
+            header,
+            *(_row(name, contestant) for name, contestant in rows.items()),
+            *(_gap_row(f"TRL less {name}", self.gap(name)) for name in self.ours),
+            *(self._verdict(name) for name in self.ours),
+        ]
+
+    def _verdict(self, algorithm: str) -> str:
+        ratio, target = self.ratio(algorithm), TARGETS[algorithm]
+        return f"{algorithm}: {ratio:.2f} x the samples per second of TRL's PPO, target >= {target:g}, {'met' if ratio >= target else 'MISSED'}"
+
+    def as_json(self) -> dict:
+        """The results for programs."""
+        contestants = {"trl_ppo": self.trl, **self.ours}
+        return {
+            "work": self.work,
+            "contestants": {
+                name: {
+                    "samples_per_second": asdict(contestant.samples_per_second),
+                    "seconds": contestant.seconds,
+                    "peak_memory_gib": contestant.peak_memory_gib,
+                    "steps": [asdict(step) for step in contestant.steps],
+                }
+                for name, contestant in contestants.items()
+            },
+            "ratios": {name: {"ratio": self.ratio(name), "target": TARGETS[name], "gap_seconds": self.gap(name)} for name in self.ours},
+        }
+
+
+def _row(name: str, contestant: Contestant) -> str:
+    rate, seconds = contestant.samples_per_second, contestant.seconds
+    speed = f"{rate.median:.2f} ({rate.low:.2f}-{rate.high:.2f})"
+    return f"{name:<18}{speed:<24}" + _stages(seconds) + f"{contestant.peak_memory_gib:>10.2f}"
+
+
+def _gap_row(name: str, gap: Mapping[str, float]) -> str:
+    return f"{name:<42}" + _stages(gap)
+
+
+def _stages(seconds: Mapping[str, float]) -> str:
+    return f"{seconds['step']:>9.3f}" + "".join(f"{seconds[stage]:>12.3f}" for stage in STAGES)
