@@ -51,11 +51,10 @@ class DistributionShift(Study):
 
     def _of_seed(self, seed: int) -> list[Run]:
         every = self.config.train.steps // self.options.snapshots
-        settings = {"every_steps": every, "keep": self.config.train.steps, "save_pretrained": True}
+        settings = {"every_steps": every, "keep": self.options.snapshots, "save_pretrained": True}
         policy = self.run("policy", "policy", seed, *(override(f"checkpoint.{key}", value) for key, value in settings.items()))
-        at_step = {0: self.config.model.path} | {
-            step: str(policy.folder / "checkpoints" / f"step_{step:06d}" / "policy") for step in range(every, self.config.train.steps + 1, every)
-        }
+        steps = [every * (i + 1) for i in range(self.options.snapshots)]
+        at_step = {0: self.config.model.path} | {step: str(policy.folder / "checkpoints" / f"step_{step:06d}" / "policy") for step in steps}
         options = {"continuations": self.options.continuations, "positions": list(self.options.positions)}
         prompts = override("evaluation.prompts", self.options.prompts)
         measured = [self.run("shift", f"step{step:04d}", seed, prompts, policy=path, **options) for step, path in at_step.items()]
