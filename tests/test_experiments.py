@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from study_fakes import leave_policy
 from dvpo_ray import cli
 from dvpo_ray.experiments.advantage_modes import summarise
 from dvpo_ray.experiments.curves import Curve
+from dvpo_ray.experiments.registry import STUDIES
 from dvpo_ray.experiments.results import first_reaching, markdown, over_seeds, t_quantile, with_deviation, with_interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +147,23 @@ def test_what_a_config_lacks_is_said_before_anything_starts(settings, line, caps
     assert dvpo("advantage-modes", STORIES, *settings) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
+
+
+DOCUMENTED = re.findall(r"^    dvpo experiment ([a-z].*)$", (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_every_documented_command_passes_its_dry_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cluster_configs").symlink_to(ROOT / "cluster_configs")
+    assert dvpo(*shlex.split(command), "--dry-run") == 0
+    first, *runs = capsys.readouterr().out.splitlines()
+    assert first == f"{len(runs)} runs, {len(runs)} to do" and runs
+
+
+@pytest.mark.parametrize("config", ["stories-cpu.yaml", "experiments-8gpu.yaml"])
+def test_every_experiment_is_documented_for_the_small_and_for_a_real_model(config):
+    assert {command.split()[0] for command in DOCUMENTED if config in command} == set(STUDIES)
 
 
 def test_dry_run_loads_neither_torch_nor_ray(tmp_path):

@@ -304,6 +304,9 @@ class CheckpointConfig(Section):
 
     every_steps: Count = Field(50, description="Steps between checkpoints.")
     keep: Count = Field(2, description="Older checkpoints are removed.")
+    save_pretrained: bool = Field(
+        False, description="Also write the policy of each checkpoint of `dvpo train` as a Hugging Face model, in `policy/`."
+    )
 
 
 class EvaluationConfig(Section):

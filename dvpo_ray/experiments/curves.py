@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +47,7 @@ def read_curve(run: Run) -> Curve:
     """The curve of a finished policy run."""
     evaluations = run.summary["evaluations"]
     steps = sorted(map(int, evaluations))
-    seconds = _seconds_by_step(run)
+    seconds = _seconds_by_step(run.folder)
     points = [evaluations[str(step)] for step in steps]
     return Curve(
         variant=run.variant,
@@ -58,13 +59,13 @@ def read_curve(run: Run) -> Curve:
     )
 
 
-def training_seconds(run: Run) -> float:
+def training_seconds(folder: Path) -> float:
     """Seconds that all steps of a run took, of a policy's or a value model's training."""
-    return float(sum(_seconds_by_step(run).values()))
+    return float(sum(_seconds_by_step(folder).values()))
 
 
-def _seconds_by_step(run: Run) -> dict[int, float]:
-    rows, _ = read_json_lines(run.folder / "metrics.jsonl")
+def _seconds_by_step(folder: Path) -> dict[int, float]:
+    rows, _ = read_json_lines(folder / "metrics.jsonl")
     return {row["step"]: row["time/step_seconds"] for row in rows}
 
 
@@ -78,6 +79,7 @@ def draw_gold(figure: Figure, curves: Sequence[Curve], *, against: Sequence[str]
     """One panel for each of `against`, a line for each run, a colour for each variant."""
     names = {"kl": "KL from the reference (nats per response)", "step": "step", "seconds": "seconds of training"}
     colours = {variant: f"C{i % 10}" for i, variant in enumerate(dict.fromkeys(curve.variant for curve in curves))}
+    figure.set_size_inches(4 + 3 * len(against), 4.5)
     panels = figure.subplots(1, len(against), sharey=True, squeeze=False)[0]
     for axes, field in zip(panels, against, strict=True):
         axes.set_xlabel(names[field])

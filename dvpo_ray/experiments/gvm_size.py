@@ -68,7 +68,7 @@ class GVMSize(Study):
 def _columns(runs: Sequence[Run]) -> dict[str, Statistic]:
     cost = {
         "parameters, millions": over_seeds([count_parameters(run.folder / "final") / 1e6 for run in runs]),
-        "training seconds": over_seeds([training_seconds(run) for run in runs]),
+        "training seconds": over_seeds([training_seconds(run.folder) for run in runs]),
     }
     return cost | accuracy_columns(runs) | {"explained variance": explained_variance(runs)}
 

@@ -41,6 +41,20 @@ def evaluate_value_model(run: Run, console: RunConsole) -> None:
     measured(run, measure)
 
 
+def measure_shift(run: Run, console: RunConsole) -> None:
+    """Values of one policy's states against what it makes of them."""
+    from dvpo_ray.experiments import distribution_shift
+
+    measured(run, lambda: distribution_shift.measure_shift(run))
+
+
+def measure_bound(run: Run, console: RunConsole) -> None:
+    """Gradients of one policy under several values."""
+    from dvpo_ray.experiments import bound
+
+    measured(run, lambda: bound.measure_bound(run))
+
+
 def measured(run: Run, measure: Callable[[], dict]) -> None:
     """Do a measurement and keep what it returns in summary.json, beside the run's options."""
     started = time.time()
@@ -64,4 +78,6 @@ STAGES: dict[str, Callable[[Run, RunConsole], None]] = {
     "policy": train_policy,
     "gvm": train_value_model,
     "gvm-eval": evaluate_value_model,
+    "shift": measure_shift,
+    "bound": measure_bound,
 }

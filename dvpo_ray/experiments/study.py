@@ -79,9 +79,10 @@ class Run:
         mine, theirs = (_flat(config.model_dump(mode="json", exclude=_OF_NO_CONSEQUENCE)) for config in (self.config, load_config(kept)))
         if self.is_finished:
             mine, theirs = mine | dict(self.options), theirs | self.summary.get("options", {})
-        for key, value in mine.items():
-            if theirs.get(key) != value:
-                raise InputError(f"{self.folder}: holds a run with {key} {theirs.get(key)}, not {value}; give another --out, or remove that folder")
+        for key in mine | theirs:
+            if mine.get(key) != theirs.get(key):
+                had, wanted = theirs.get(key), mine.get(key)
+                raise InputError(f"{self.folder}: holds a run with {key} {had}, not {wanted}; give another --out, or remove that folder")
 
 
 _OF_NO_CONSEQUENCE = {"name": True, "out": True, "ray": True, "train": {"trackers"}}
@@ -117,7 +118,7 @@ class Study(ABC):
         self.source = source
         self.config = source.load()
         self.options = options
-        self.seeds: Sequence[int] = options.seeds
+        self.seeds = list(dict.fromkeys(options.seeds))
         self.out = out
 
     @classmethod
@@ -194,23 +195,29 @@ def run_study(study: Study, runs: Sequence[Run]) -> str:
     Raises:
         InputError: a folder holds another run than the one it should; found before anything starts.
     """
-    from dvpo_ray.experiments.stages import STAGES
-    from dvpo_ray.monitoring.console import RunConsole
-    from dvpo_ray.orchestration.cluster import connect
-
     for run in runs:
         run.check_kept()
     study.out.mkdir(parents=True, exist_ok=True)
-    with connect(study.config.ray), RunConsole() as console:
-        for number, run in enumerate(runs, start=1):
-            if not run.is_finished:
-                console.say(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
-                STAGES[run.stage](run, console)
+    if not all(run.is_finished for run in runs):
+        _do(runs, study.config)
     result = study.result(runs)
     table = markdown(result.table, study.cell, result.columns)
     about = {"experiment": study.name, "config": study.source.path, "overrides": list(study.source.overrides), "seeds": list(study.seeds)}
     write_result(study.out, result, about, table)
     return table
+
+
+def _do(runs: Sequence[Run], config: Config) -> None:
+    """Do the runs that are not finished, on one Ray session."""
+    from dvpo_ray.experiments.stages import STAGES
+    from dvpo_ray.monitoring.console import RunConsole
+    from dvpo_ray.orchestration.cluster import connect
+
+    with connect(config.ray), RunConsole() as console:
+        for number, run in enumerate(runs, start=1):
+            if not run.is_finished:
+                console.say(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
+                STAGES[run.stage](run, console)
 
 
 def plan_lines(runs: Sequence[Run]) -> list[str]:

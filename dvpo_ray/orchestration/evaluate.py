@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -48,9 +52,11 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
     tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
-    prompts, prompt_ids = _heldout_prompts(config, encoder)
+    prompts, prompt_ids = heldout_prompts(config, encoder)
     out.mkdir(parents=True, exist_ok=True)
-    batch = _sample(config, prompt_ids, frozenset(encoder.stop_token_ids), out.resolve())
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    with policy_sampler(config, frozenset(encoder.stop_token_ids), longest, out.resolve()) as sample:
+        batch = sample(prompt_ids)
     responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
     gold = judge.score([prompt.text for prompt in prompts], responses)
     _write_rows(out / "evaluation.jsonl", prompts, responses, gold.tolist(), batch)
@@ -64,8 +70,12 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     }
 
 
-def _heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], list[list[int]]]:
-    """The held-out prompts that the settings keep, at most `evaluation.prompts` of them, and their token ids."""
+def heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], list[list[int]]]:
+    """The held-out prompts that the settings keep, at most `evaluation.prompts` of them, and their token ids.
+
+    Raises:
+        InputError: none is left.
+    """
     heldout = load_prompts(config.data.prompts, config.data.on_bad_row).heldout
     kept = [(prompt, ids) for prompt in heldout if (ids := encoder.encode_prompt(prompt)) is not None]
     if not kept:
@@ -76,12 +86,29 @@ def _heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], li
     return list(prompts), list(prompt_ids)
 
 
-def _sample(config: Config, prompt_ids: list[list[int]], stop_token_ids: frozenset[int], out: Path) -> RaggedBatch:
-    """One response to each prompt, in the order of the prompts."""
+class Sample(Protocol):
+    """Samples one response to each prompt; the rows are in the order of the prompts and have `log_probs`."""
+
+    def __call__(self, prompt_ids: Sequence[list[int]], stream: int = 0) -> RaggedBatch:
+        """
+        Args:
+            stream: of random numbers; samples of two streams are independent.
+        """
+
+
+@contextmanager
+def policy_sampler(config: Config, stop_token_ids: frozenset[int], longest: int, out: Path) -> Iterator[Sample]:
+    """Rollout engines with the model of `model.path`, for the time of a `with` block.
+
+    Args:
+        longest: tokens of the longest prompt and response together.
+        out: folder of the engines' logs.
+
+    Raises:
+        ResourceError: the cluster has no room for the engines.
+    """
     bundles = [bundle for bundle in plan_placement(config) if bundle.role == RolloutEngine.role]
-    rollout = config.rollout
-    env = environment(rollout)
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    env = environment(config.rollout)
     with connect(config.ray):
         group = reserve(bundles, config.ray)
         engines = [
@@ -89,20 +116,20 @@ def _sample(config: Config, prompt_ids: list[list[int]], stop_token_ids: frozens
             for bundle in bundles
         ]
         try:
-            wait_until_ready({RolloutEngine.role: engines}, rollout.start_timeout_seconds)
-            return _generate(engines, prompt_ids, config.seed)
+            wait_until_ready({RolloutEngine.role: engines}, config.rollout.start_timeout_seconds)
+            yield partial(_generate, engines, config.seed)
         finally:
             for engine in engines:
                 ray.kill(engine)
             ray.util.remove_placement_group(group)
 
 
-def _generate(engines: list[ActorHandle], prompt_ids: list[list[int]], seed: int) -> RaggedBatch:
+def _generate(engines: list[ActorHandle], seed: int, prompt_ids: Sequence[list[int]], stream: int = 0) -> RaggedBatch:
     streams = []
     for index, engine in enumerate(engines):
         rows = range(index, len(prompt_ids), len(engines))
-        streams.append(engine.generate.remote([prompt_ids[row] for row in rows], list(rows), sampling_seed(seed, 0, index)))
-    return RaggedBatch.concatenate([ray.get(chunk) for stream in streams for chunk in stream]).sorted_by_row_id()
+        streams.append(engine.generate.remote([prompt_ids[row] for row in rows], list(rows), sampling_seed(seed, 0, index, stream)))
+    return RaggedBatch.concatenate([ray.get(chunk) for finished in streams for chunk in finished]).sorted_by_row_id()
 
 
 def _write_rows(path: Path, prompts: list[Prompt], responses: list[str], gold: list[float], batch: RaggedBatch) -> None:

@@ -146,6 +146,8 @@ class Run:
         draft = checkpoints.begin(self.run_folder, step)
         saved = [rank.save_checkpoint.remote(str(draft / role)) for role, ranks in roles.trained.items() for rank in ranks]
         get(saved, what="saving a checkpoint")
+        if self.config.checkpoint.save_pretrained:
+            self._save_policy(roles, draft / "policy")
         state = {"step": step, "kl": loop.kl.state_dict(), "evaluations": {str(k): v for k, v in self.evaluations.items()}}
         checkpoints.commit(draft, state, self.config.checkpoint.keep)
 
@@ -161,7 +163,10 @@ class Run:
 
     def _save_final(self, roles: Roles) -> None:
         with whole_folder(self.run_folder / "final") as draft:
-            get([learner.save_pretrained.remote(str(draft)) for learner in roles.learners], what="saving the final model")
+            self._save_policy(roles, draft)
+
+    def _save_policy(self, roles: Roles, folder: Path) -> None:
+        get([learner.save_pretrained.remote(str(folder)) for learner in roles.learners], what="saving the policy")
 
     # ---------------------------------------------------------------------------------------------------- summary
 

@@ -1,0 +1,162 @@
+"""Whether the frozen values stay right as the policy moves: their error against Monte-Carlo continuations, along runs of `dvpo train`.
+
+A value is in the units of the GVM's outcomes and gold in the judge's, so values are first mapped to gold by the line that fits the
+states of the untrained policy best, of the same seed. What is measured is how the error grows from there.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dvpo_ray.errors import InputError
+from dvpo_ray.experiments.results import Result, half_width, over_seeds
+from dvpo_ray.experiments.study import Run, Study, override
+from dvpo_ray.experiments.value_error import error_metrics, fit_affine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEASUREMENT = "states.json"
+MIN_STATES = 10
+"""A bin with fewer states of a seed says nothing of it."""
+
+
+class DistributionShift(Study):
+    name = "distribution-shift"
+    help = "error of the frozen values against Monte-Carlo continuations, by KL from the reference and by position"
+    example = "dvpo experiment distribution-shift cluster_configs/stories-cpu.yaml --snapshots 4 --prompts 64 --seeds 0 1"
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        help = "policies measured along a run, beside the untrained one (default: 4)"
+        parser.add_argument("--snapshots", type=int, default=4, metavar="N", help=help)
+        parser.add_argument("--prompts", type=int, default=64, metavar="N", help="held-out prompts that are answered (default: 64)")
+        add_continuations_option(parser)
+        help = "where in a response values are measured, in percent of its tokens (default: 0 25 50 75 100)"
+        parser.add_argument("--positions", type=float, nargs="+", default=[0, 25, 50, 75, 100], metavar="PERCENT", help=help)
+        help = "edges of the bins of sequence KL (default: 2 5 10 20)"
+        parser.add_argument("--kl-bins", type=float, nargs="+", default=[2, 5, 10, 20], metavar="NATS", help=help)
+
+    def runs(self) -> list[Run]:
+        self.require("gvm.path", "data.prompts.path")
+        self.require_judge()
+        if not 1 <= self.options.snapshots <= self.config.train.steps:
+            raise InputError(f"--snapshots is {self.options.snapshots}; expected 1 to train.steps, which is {self.config.train.steps}")
+        return [run for seed in self.seeds for run in self._of_seed(seed)]
+
+    def _of_seed(self, seed: int) -> list[Run]:
+        every = self.config.train.steps // self.options.snapshots
+        settings = {"every_steps": every, "keep": self.options.snapshots, "save_pretrained": True}
+        policy = self.run("policy", "policy", seed, *(override(f"checkpoint.{key}", value) for key, value in settings.items()))
+        steps = [every * (i + 1) for i in range(self.options.snapshots)]
+        at_step = {0: self.config.model.path} | {step: str(policy.folder / "checkpoints" / f"step_{step:06d}" / "policy") for step in steps}
+        options = {"continuations": self.options.continuations, "positions": list(self.options.positions)}
+        prompts = override("evaluation.prompts", self.options.prompts)
+        measured = [self.run("shift", f"step{step:04d}", seed, prompts, policy=path, **options) for step, path in at_step.items()]
+        return [policy, *measured]
+
+    def result(self, runs: Sequence[Run]) -> Result:
+        by_seed = {seed: {run.variant: read_states(run) for run in runs if run.seed == seed and run.stage == "shift"} for seed in self.seeds}
+        table = summarise(list(by_seed.values()), self.options.kl_bins)
+        return Result(table, lambda figure: draw(figure, table))
+
+
+def add_continuations_option(parser: ArgumentParser) -> None:
+    """`--continuations`, at least 2."""
+
+    def count(text: str) -> int:
+        if not text.isdigit() or int(text) < 2:
+            raise ArgumentTypeError(f"{text!r} is no whole number of at least 2")
+        return int(text)
+
+    parser.add_argument(
+        "--continuations", type=count, default=8, metavar="N", help="ways to finish a response from each state, 2 or more (default: 8)"
+    )
+
+
+def measure_shift(run: Run) -> dict:
+    """Sample, judge and score one policy's states, and write them to states.json; see `read_states`."""
+    from dvpo_ray.experiments.monte_carlo import kl_from_reference, sample_monte_carlo, values_of
+
+    shares = [percent / 100 for percent in run.options["positions"]]
+    sampled = sample_monte_carlo(run.config, run.options["policy"], shares, run.options["continuations"], run.folder)
+    values = values_of(run.config, run.config.gvm.path, sampled.batch)[sampled.states.flat_index(sampled.batch)]
+    kl = kl_from_reference(run.config, sampled.batch)
+    columns = {"value": values, "kl": kl[sampled.states.row], "position": 100 * sampled.states.share, "gold": sampled.gold}
+    (run.folder / MEASUREMENT).write_text(json.dumps({name: column.tolist() for name, column in columns.items()}), encoding="utf-8")
+    return {"responses": sampled.batch.num_rows, "states": len(values), "kl": float(kl.mean()), "gold": float(sampled.gold.mean())}
+
+
+def read_states(run: Run) -> dict[str, np.ndarray]:
+    """What `measure_shift` wrote: `value`, sequence `kl` of the response, `position` in percent, all [S], and `gold` [S, m]."""
+    return {name: np.array(column) for name, column in json.loads((run.folder / MEASUREMENT).read_text(encoding="utf-8")).items()}
+
+
+def summarise(by_seed: Sequence[dict[str, dict[str, np.ndarray]]], kl_edges: Sequence[float]) -> list[dict]:
+    """Errors of the values by policy, by sequence KL and by position in the response, over the seeds.
+
+    Args:
+        by_seed: for each seed the states of each policy along its run, the untrained one first; see `read_states`.
+
+    Returns:
+        Rows; `group` is `policy`, `KL` or `position`, and a row has no numbers where a seed has fewer than `MIN_STATES` states in it.
+    """
+    mapped = [_in_gold_units(of_seed) for of_seed in by_seed]
+    pooled = [{name: np.concatenate([states[name] for states in of_seed.values()]) for name in next(iter(of_seed.values()))} for of_seed in mapped]
+    rows = [_row("policy", f"policy at {name}", [of_seed[name] for of_seed in mapped]) for name in mapped[0]]
+    edges = [-np.inf, *sorted(kl_edges), np.inf]
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        rows.append(_row("KL", _bin_name(low, high), [_where(states, (states["kl"] >= low) & (states["kl"] < high)) for states in pooled]))
+    for percent in np.unique(pooled[0]["position"]):
+        rows.append(_row("position", f"after {percent:g} %", [_where(states, states["position"] == percent) for states in pooled]))
+    return rows
+
+
+def _in_gold_units(of_seed: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    untrained = next(iter(of_seed.values()))
+    to_gold = fit_affine(untrained["value"], untrained["gold"].mean(axis=1))
+    return {name: states | {"value": to_gold(states["value"])} for name, states in of_seed.items()}
+
+
+def _where(states: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: column[keep] for name, column in states.items()}
+
+
+def _bin_name(low: float, high: float) -> str:
+    if np.isinf(low):
+        return f"KL below {high:g} nats"
+    return f"KL {low:g} nats and more" if np.isinf(high) else f"KL {low:g} to {high:g} nats"
+
+
+def _row(group: str, name: str, by_seed: Sequence[dict[str, np.ndarray]]) -> dict:
+    row: dict = {"states": name, "group": group}
+    if any(len(states["value"]) < MIN_STATES for states in by_seed):
+        return row
+    measured = [
+        {"count": len(states["value"]), "KL": states["kl"].mean(), "value": states["value"].mean(), "gold": states["gold"].mean()}
+        | error_metrics(states["value"], states["gold"])
+        for states in by_seed
+    ]
+    return row | {name: over_seeds([one[name] for one in measured]) for name in measured[0]}
+
+
+def draw(figure: Figure, table: Sequence[dict]) -> None:
+    """RMSE and bias by policy and KL bin, and by position."""
+    figure.set_size_inches(11, 4.5)
+    for axes, group in zip(figure.subplots(1, 3, sharey=True), ("policy", "KL", "position"), strict=True):
+        rows = [row for row in table if row["group"] == group and "rmse" in row]
+        for name in ("rmse", "bias"):
+            cells = [row[name] for row in rows]
+            axes.errorbar(
+                range(len(rows)), [cell["mean"] for cell in cells], yerr=[half_width(cell) for cell in cells], marker="o", capsize=2, label=name
+            )
+        axes.set_xticks(range(len(rows)), [row["states"] for row in rows], rotation=40, ha="right", fontsize=7)
+        axes.grid(alpha=0.3)
+        axes.axhline(0.0, color="grey", linewidth=0.8)
+    axes.legend()
+    figure.axes[0].set_ylabel("error of the value, in units of gold")

@@ -1,0 +1,94 @@
+"""A policy's responses to held-out prompts, finished again from their middle and judged; and what frozen models say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config import Config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.evaluation.judges import make_judge
+from dvpo_ray.experiments.continuations import States, finish, states_at
+from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.gvm.context import rollout_values
+from dvpo_ray.models.forward import batch_log_probs
+from dvpo_ray.models.loading import context_tokens, default_device, load_policy, load_tokenizer, torch_dtype
+from dvpo_ray.orchestration.evaluate import heldout_prompts, policy_sampler
+from dvpo_ray.policy.statistics import sequence_kl
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """R responses of a policy, S states of them, and m whole responses from each state.
+
+    Attributes:
+        batch: the responses, with the policy's `log_probs`.
+        finished: S * m rows, state after state: the prompt and a whole response.
+        gold: float64 [S, m], the judge's scores of `finished`.
+    """
+
+    batch: RaggedBatch
+    states: States
+    finished: RaggedBatch
+    gold: np.ndarray
+
+
+def sample_monte_carlo(config: Config, policy: str, shares: Sequence[float], count: int, out: Path) -> MonteCarlo:
+    """Sample a response to each held-out prompt, and `count` ways to finish it from each share of it on.
+
+    Args:
+        config: `evaluation.prompts` prompts of `data.prompts`, judged by `evaluation.judge`; sampled with `rollout`.
+        policy: checkpoint folder or hub name.
+        out: folder of the engines' logs.
+
+    Raises:
+        InputError: no prompts, or no such checkpoint. ResourceError: no room for the engines.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    context = context_tokens(config.model.path, config.model.trust_remote_code)
+    encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
+    prompts, prompt_ids = heldout_prompts(config, encoder)
+    limit = config.rollout.max_response_tokens
+    longest = min(context, config.data.max_prompt_tokens + 2 * limit)  # room for a whole response after any beginning of one
+    sampling = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
+    with policy_sampler(sampling, frozenset(encoder.stop_token_ids), longest, out.resolve()) as sample:
+        batch = sample(prompt_ids)
+        states = states_at(batch, shares)
+        responses = finish(batch, states, count, limit, sample)
+    texts = [[encoder.decode(response) for response in of_state] for of_state in responses]
+    judge = make_judge(config.evaluation.judge)
+    gold = [judge.score([prompts[row].text] * count, of_state) for row, of_state in zip(states.row, texts, strict=True)]
+    rows = [(prompt_ids[row], response) for row, of_state in zip(states.row, responses, strict=True) for response in of_state]
+    return MonteCarlo(batch, states, RaggedBatch.from_rows(*zip(*rows, strict=True)), np.array(gold, dtype=np.float64))
+
+
+@torch.inference_mode()
+def values_of(config: Config, path: str, batch: RaggedBatch) -> np.ndarray:
+    """Values of a GVM (or reward model) after every token of a policy's responses, float32 [N].
+
+    A GVM that takes examples of the policy gets other rows of the batch.
+    """
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    model, manifest = load_gvm(
+        path,
+        torch_dtype(config.model.dtype),
+        config.model.attention,
+        tokenizer,
+        default_device(),
+        config.model.trust_remote_code,
+        config.model.chat_template,
+    )
+    return rollout_values(model, batch, config.scorer.micro_batch_tokens, manifest.context, batch, config.seed)
+
+
+@torch.inference_mode()
+def kl_from_reference(config: Config, batch: RaggedBatch) -> np.ndarray:
+    """Sequence KL of each response from the model of `model.path`, in nats, float64 [R]; a one-sample estimate."""
+    reference = load_policy(config.model, default_device())
+    log_probs = batch_log_probs(reference, batch, config.reference.micro_batch_tokens, config.rollout.temperature)
+    return sequence_kl(batch.with_fields(reference_log_probs=log_probs))
