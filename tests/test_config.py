@@ -359,3 +359,24 @@ def test_importing_the_config_loads_neither_torch_nor_ray():
     code = "import sys, dvpo_ray.config, dvpo_ray.config.arithmetic, dvpo_ray.orchestration.placement; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "transformers", "vllm", "deepspeed"} & set(loaded)
+
+
+# ---------------------------------------------------------------------------------------------------- value health
+
+
+def test_disagreement_needs_an_ensemble_of_value_models(write):
+    file = write(MODEL)
+    assert "advantage.disagreement_coefficient needs scorer.ensemble" in refusal(file, "advantage.disagreement_coefficient=1")
+    assert "algorithm grpo has none of" in refusal(file, "scorer.ensemble=[a]", "algorithm=grpo", "batch.samples_per_prompt=2")
+
+
+@pytest.mark.parametrize("asked", ["gvm.refresh_every_steps=10", "health.on_alarm=refresh"])
+def test_a_refresh_needs_a_source_that_can_answer(write, asked):
+    file, judge = write(MODEL), "evaluation.judge=vader"
+    key = asked.replace("=10", "").replace("=", ": ")
+    assert f"{key} needs gvm.refresh.source: judge, file or endpoint" in refusal(file, asked)
+    assert "gvm.refresh.source judge needs evaluation.judge" in refusal(file, asked, "gvm.refresh.source=judge")
+    assert "gvm.refresh.source endpoint needs gvm.refresh.url" in refusal(file, asked, "gvm.refresh.source=endpoint")
+    assert "algorithm ppo does not use" in refusal(file, asked, "gvm.refresh.source=judge", judge, "algorithm=ppo")
+    assert load_config(file, [asked, "gvm.refresh.source=judge", judge]).gvm.refresh.source == "judge"
+    assert load_config(file, [asked, "gvm.refresh.source=file"]).gvm.refresh.samples_per_prompt == 4

@@ -436,3 +436,18 @@ def test_a_weak_value_model_is_found():
     (finding,) = findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.55}}))
     assert "orders only 55% of held-out pairs" in finding.text
     assert findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.6}})) == []
+
+
+def test_alarms_come_first_with_their_advice(run):
+    alarm = {"step": 12, "name": "value_bias", "text": "Responses <far> away are overrated.", "advice": "Raise kl.coefficient."}
+    write_summary(run, json.loads((run / "summary.json").read_text()) | {"state": "stopped", "alarms": [alarm]})
+    text = visible(page(run))
+    assert "Alarms: 1 Step 12, value_bias: Responses <far> away are overrated. Raise kl.coefficient." in text
+    assert "stopped" in text
+
+
+def test_health_is_drawn_where_it_was_measured(run):
+    with MetricsLog(run, resume_step=3) as log:
+        log.write(4, step_metrics(4) | {"health/gold_correlation": 0.5, "health/value_drift": 0.2})
+    text = visible(page(run))
+    assert "Estimate against gold" in text and "Calibration along the response" in text and "Disagreement" not in text

@@ -12,7 +12,8 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from dvpo_ray.config.schema import Config, Section
+from dvpo_ray.config.schema import Config
+from dvpo_ray.config.section import Section
 
 
 @dataclass(frozen=True)

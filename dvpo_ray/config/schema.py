@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from dvpo_ray.config.health import HealthConfig, RefreshConfig
+from dvpo_ray.config.pieces import DeepSpeedConfig, LoraConfig, OptimizerConfig, RoleConfig
 from dvpo_ray.config.section import Count, Fraction, NonNegative, Positive, Probability, Section
 from dvpo_ray.config.trl_stages import DPOConfig, SFTStageConfig
 
@@ -74,59 +76,6 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at the first bad row, or skip, count and list bad rows.")
 
 
-# ------------------------------------------------------------------------------------------------- shared pieces
-
-
-class LoraConfig(Section):
-    """Low-rank adapters through peft."""
-
-    rank: Count = Field(16, description="Rank of the update of each adapted matrix.")
-    alpha: Positive = Field(32.0, description="Updates are scaled by `alpha / rank`.")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapters' inputs.")
-    target_modules: str | list[str] = Field("all-linear", description="peft's `target_modules`.")
-    layers: list[int] | None = Field(None, description="Decoder layers that get adapters; all of them when not set.")
-
-
-class OptimizerConfig(Section):
-    """AdamW and its schedule. A stage that trains inherits these, so that its keys are `policy.learning_rate` and the like."""
-
-    learning_rate: Positive = Field(1e-6, description="Peak learning rate.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay of the learning rate after the warm-up.")
-    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Share of the optimizer steps spent warming up.")
-    weight_decay: NonNegative = Field(0.0, description="AdamW's decoupled weight decay.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates of the first and second moment.")
-    epsilon: Positive = Field(1e-8, description="AdamW's term in the denominator.")
-    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this global norm.")
-
-
-class DeepSpeedConfig(Section):
-    """How DeepSpeed shards and stores a model that is trained."""
-
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        0, description="Shard over the workers: 1 optimizer state, 2 also gradients, 3 also parameters; 0 nothing."
-    )
-    offload_optimizer: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 1-3).")
-    offload_parameters: bool = Field(False, description="Keep parameters in host memory (ZeRO 3).")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-
-    @model_validator(mode="after")
-    def _offload_needs_sharding(self) -> DeepSpeedConfig:
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError("offload_parameters needs zero_stage 3")
-        return self
-
-
-class RoleConfig(Section):
-    """How many actors a role has and what each one occupies."""
-
-    num_actors: Count = Field(1, description="Actors of this role.")
-    cpus_per_actor: NonNegative = Field(1.0, description="Ray CPUs reserved for each actor.")
-    gpus_per_actor: NonNegative = Field(0.0, description="Ray GPUs reserved for each actor; a fraction shares a GPU.")
-    threads: Count = Field(1, description="OpenMP threads of each actor. Keep the sum of busy actors at the number of cores.")
-
-
 # --------------------------------------------------------------------------------------------------------- stages
 
 
@@ -169,7 +118,12 @@ class GVMConfig(PreferenceTraining):
     outcome_scale: Positive = Field(1.0, description="Scores are multiplied by this before they become targets.")
     bradley_terry_weight: NonNegative = Field(0.0, description="Weight of the Bradley-Terry term on each pair; 0 leaves it out.")
     bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
+    keep_head: bool = Field(False, description="Go on from the value head of `init_from`, which must be a GVM artifact, instead of zero.")
     context: ContextConfig = ContextConfig()
+    refresh_every_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="`dvpo train` retrains the GVM on new preferences over the current policy's samples every so many steps; 0: never."
+    )
+    refresh: RefreshConfig = RefreshConfig()
 
 
 class RewardModelConfig(PreferenceTraining):
@@ -202,6 +156,12 @@ class ScorerConfig(RoleConfig):
     """A frozen model that scores finished rollouts: the GVM or the reward model, or the reference policy."""
 
     micro_batch_tokens: Count = Field(16384, description="Padded tokens in one forward pass.")
+
+
+class ValueScorerConfig(ScorerConfig):
+    """The frozen model that scores finished rollouts: the Global Value Model, or a baseline's reward model."""
+
+    ensemble: list[str] = Field([], description="Further GVM artifacts, whose disagreement with `gvm.path` is measured (`health/disagreement`).")
 
 
 class CriticConfig(RoleConfig, OptimizerConfig):
@@ -255,6 +215,9 @@ class AdvantageConfig(Section):
         "subtract `truncation_penalty` from its last value. A reward model scores it like any other, so with rewards there is no bootstrap.",
     )
     truncation_penalty: NonNegative = Field(0.0, description="What `truncated: penalty` subtracts.")
+    disagreement_coefficient: NonNegative = Field(
+        0.0, description="Multiply each advantage by 1 / (1 + c * disagreement / std of the values), with the disagreement of `scorer.ensemble`."
+    )
 
 
 class KLConfig(Section):
@@ -352,9 +315,7 @@ class Config(Section):
     sft: SFTStageConfig = SFTStageConfig()
     gvm: GVMConfig = GVMConfig()
     rollout: RolloutConfig = RolloutConfig()
-    scorer: ScorerConfig = Field(
-        ScorerConfig(), description="The frozen model that scores finished rollouts: the Global Value Model, or a baseline's reward model."
-    )
+    scorer: ValueScorerConfig = ValueScorerConfig()
     reference: ScorerConfig = Field(ScorerConfig(), description="The frozen copy of the SFT model that KL is measured from.")
     policy: PolicyConfig = PolicyConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
@@ -368,6 +329,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    health: HealthConfig = HealthConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
@@ -379,4 +341,28 @@ class Config(Section):
             )
         if self.rollout.tensor_parallel_size > 1 and self.rollout.backend != "vllm":
             raise ValueError("rollout.tensor_parallel_size above 1 needs rollout.backend vllm")
+        return self
+
+    @model_validator(mode="after")
+    def _disagreement_has_an_ensemble(self) -> Config:
+        if self.scorer.ensemble and self.algorithm != "dvpo":
+            raise ValueError(f"scorer.ensemble holds value models, which algorithm {self.algorithm} has none of; remove it")
+        if self.advantage.disagreement_coefficient > 0 and not self.scorer.ensemble:
+            raise ValueError("advantage.disagreement_coefficient needs scorer.ensemble: at least one more GVM artifact")
+        return self
+
+    @model_validator(mode="after")
+    def _refresh_has_a_source(self) -> Config:
+        if self.gvm.refresh_every_steps == 0 and self.health.on_alarm != "refresh":
+            return self
+        asked = "gvm.refresh_every_steps" if self.gvm.refresh_every_steps else "health.on_alarm: refresh"
+        refresh = self.gvm.refresh
+        if self.algorithm != "dvpo":
+            raise ValueError(f"{asked} retrains the Global Value Model, which algorithm {self.algorithm} does not use")
+        if refresh.source is None:
+            raise ValueError(f"{asked} needs gvm.refresh.source: judge, file or endpoint")
+        if refresh.source == "judge" and self.evaluation.judge == "none":
+            raise ValueError("gvm.refresh.source judge needs evaluation.judge")
+        if refresh.source == "endpoint" and refresh.url is None:
+            raise ValueError("gvm.refresh.source endpoint needs gvm.refresh.url")
         return self

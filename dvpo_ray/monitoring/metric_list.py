@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dvpo_ray.monitoring.health_metrics import HEALTH_METRICS, REFRESH_METRICS
 from dvpo_ray.monitoring.metric import Metric
 
 GROUPS = {
     "reward": "Outcomes, from a gold judge or a reward model only. The Global Value Model (GVM) never writes here.",
     "value": "What the frozen GVM, or PPO's critic, says of the rollouts. V(s) predicts the return, on the scale of its outcomes (±1 by default).",
+    "health": "Whether what the policy is optimised towards can still be trusted. What needs gold scores or values is there only with them.",
+    "refresh": "Semi-online refresh of the GVM; there after the first one.",
     "advantage": "Token advantages as the learner uses them: after whitening where that is on.",
     "policy": "The policy's update.",
     "critic": "The online value model of `algorithm: ppo`: its own update.",
@@ -275,6 +278,7 @@ METRICS = (
         "More than a few percent of the step.",
         "Use weight_sync.transport nccl or ipc; raise weight_sync.bucket_mib.",
     ),
+    Metric("time/refresh_seconds", "s", "The refresh of the GVM before this step: samples, labels, training. No part of time/step_seconds.", "", ""),
     Metric("time/step_seconds", "s", "The whole step.", "Grows from step to step.", "Look at response_length/mean and memory/."),
     Metric("throughput/samples_per_second", "rollouts/s", "Rollouts of the step over its time.", "", ""),
     Metric("throughput/generated_tokens_per_second", "tokens/s", "Response tokens over the time of generation.", "", "As for time/generate_seconds."),
@@ -348,4 +352,6 @@ METRICS = (
     Metric("dpo/loss", "nats", "-log sigmoid of the margin, mean over pairs; 0.693 at the start.", "Rises.", "Lower dpo.learning_rate."),
     Metric("dpo/learning_rate", "", "Learning rate of the step.", "", ""),
     Metric("dpo/grad_norm", "", "Global gradient norm before clipping.", "Jumps by an order of magnitude.", "Lower dpo.learning_rate."),
+    *HEALTH_METRICS,
+    *REFRESH_METRICS,
 )

@@ -69,7 +69,34 @@ class Curves:
             {"gvm/accuracy": "accuracy"},
             "In each minibatch. Far above the held-out accuracy, the pairs are learnt by heart.",
         )
+        yield from self._health()
         yield from self._lines("GVM gradient norm", "", {"gvm/grad_norm": "before clipping"}, "Global norm over all parameters.", from_zero=True)
+
+    def _health(self) -> Iterator[str]:
+        yield from self._lines(
+            "Estimate against gold",
+            "",
+            {
+                "health/gold_correlation": "correlation, end of the response",
+                "health/gold_correlation_half": "at half of it",
+                "health/gold_divergence": "divergence in standard deviations",
+            },
+            "Whether the estimate still orders the policy's responses, and how much more than the gold score it has gained.",
+        )
+        yield from self._lines(
+            "Error by distance",
+            "standard deviations",
+            {f"health/value_error_kl_{name}": f"{name} KL" for name in ("low", "mid", "high")} | {"health/value_bias_kl_high": "overrated, high KL"},
+            "Of the estimate against the gold score, in thirds of the rollouts by their KL from the reference.",
+        )
+        yield from self._lines(
+            "Calibration along the response",
+            "value",
+            {f"health/calibration_error_{name}": f"{name} third" for name in ("early", "mid", "late")}
+            | {"health/value_drift": "drift from prompt to end"},
+            "How far values before the end are from the final estimate. It grows as the policy leaves the texts that the GVM was trained on.",
+        )
+        yield from self._lines("Disagreement", "value", {"health/disagreement": "standard deviation over the ensemble"}, "Mean over all states.")
 
     def update(self) -> Iterator[str]:
         """Is the update sound?"""

@@ -13,7 +13,7 @@ from dvpo_ray.monitoring.console import duration
 from dvpo_ray.monitoring.markup import escape, tag
 from dvpo_ray.monitoring.run_data import RunData
 
-_BADGES = {"finished": "good", "failed": "bad", "interrupted": "warn", "running": "warn"}
+_BADGES = {"finished": "good", "failed": "bad", "stopped": "warn", "interrupted": "warn", "running": "warn"}
 
 Interval = tuple[float, float, float]
 """mean, low, high"""
@@ -169,10 +169,13 @@ def _tile(label: str, value: str, note: str) -> str:
 
 
 def attention(run: RunData) -> str:
-    """Why the run failed, what is beyond its bounds, and which lines could not be read."""
+    """Why the run failed, its alarms, what is beyond its bounds, and which lines could not be read."""
     boxes = []
     if error := run.summary.get("error"):
         boxes.append(tag("div", tag("b", "The run failed. "), escape(error), class_="notice bad"))
+    alarms = [alarm for alarm in run.summary_list("alarms") if isinstance(alarm, dict)]
+    if alarms:
+        boxes.append(tag("div", tag("b", f"Alarms: {len(alarms)}"), tag("ul", *map(_alarm, alarms)), class_="notice bad"))
     items = [tag("li", escape(warning)) for warning in _texts(run, "warnings")]
     items += [tag("li", escape(finding.text), " ", tag("span", escape(finding.advice), class_="soft")) for finding in findings(run)]
     if items:
@@ -187,7 +190,11 @@ def attention(run: RunData) -> str:
     return tag("section", *boxes, aria_label="Findings") if boxes else ""
 
 
+def _alarm(alarm: dict) -> str:
+    text = f"Step {alarm.get('step')}, {alarm.get('name')}: {alarm.get('text')}"
+    return tag("li", escape(text), " ", tag("span", escape(alarm.get("advice")), class_="soft"))
+
+
 def _texts(run: RunData, key: str) -> list[str]:
     """The lines of a list in the summary."""
-    lines = run.summary.get(key)
-    return [str(line) for line in lines if line] if isinstance(lines, list) else []
+    return [str(line) for line in run.summary_list(key) if line]

@@ -71,6 +71,11 @@ class RunData:
             value = value.get(part) if isinstance(value, dict) else None
         return _number(value)
 
+    def summary_list(self, key: str) -> list:
+        """A list of the summary; empty when there is none."""
+        value = self.summary.get(key)
+        return value if isinstance(value, list) else []
+
 
 def load_run(folder: str | Path) -> RunData:
     """Read a run folder.

@@ -1,0 +1,203 @@
+"""Alarms over the last steps of a run: when the model that judges the rollouts has stopped being a good guide, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from dvpo_ray.config.schema import HealthConfig
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One alarm.
+
+    Attributes:
+        step: the last step of the window that raised it.
+        name: of the rule.
+        text: what was observed, in one sentence.
+        advice: what to do.
+    """
+
+    step: int
+    name: str
+    text: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.text} {self.advice}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule over one window.
+
+    Attributes:
+        reads: metrics that every step of the window must have for the rule to judge it.
+        setting: key of `health` with the rule's threshold; null turns the rule off.
+        observe: from the window's columns, in the order of `reads`, and the threshold to a sentence, None when all is well.
+    """
+
+    reads: tuple[str, ...]
+    setting: str
+    observe: Callable[[list[np.ndarray], float], str | None]
+    advice: str
+
+
+def trend(values: Sequence[float] | np.ndarray) -> float:
+    """Slope of the least-squares line through equally spaced values, in standard errors of the slope (its t statistic).
+
+    Returns:
+        0 for fewer than three values or no slope; infinite where the values lie on a line that is not flat.
+    """
+    count = len(values)
+    if count < 3:
+        return 0.0
+    x = np.arange(count) - (count - 1) / 2
+    y = np.asarray(values, dtype=np.float64) - np.mean(values)
+    slope = float(x @ y / (x @ x))
+    residual = float(np.sum((y - slope * x) ** 2))
+    if residual <= 1e-12 * float(y @ y):
+        return math.copysign(math.inf, slope) if slope else 0.0
+    return slope / math.sqrt(residual / (count - 2) / float(x @ x))
+
+
+def _opposite_trends(columns: list[np.ndarray], threshold: float) -> str | None:
+    estimate, gold = columns
+    if trend(estimate) < threshold or trend(gold) > -threshold:
+        return None
+    return (
+        f"over {len(gold)} steps the estimate rose from {estimate[0]:.3f} to {estimate[-1]:.3f} "
+        f"while the gold score fell from {gold[0]:.3f} to {gold[-1]:.3f}."
+    )
+
+
+def _mean_above(sentence: str) -> Callable[[list[np.ndarray], float], str | None]:
+    return lambda columns, threshold: _judged(sentence, columns[0], threshold) if columns[0].mean() > threshold else None
+
+
+def _mean_below(sentence: str) -> Callable[[list[np.ndarray], float], str | None]:
+    return lambda columns, threshold: _judged(sentence, columns[0], threshold) if columns[0].mean() < threshold else None
+
+
+def _judged(sentence: str, column: np.ndarray, threshold: float) -> str:
+    return sentence.format(mean=column.mean(), threshold=threshold, steps=len(column))
+
+
+_LESS_OPTIMISATION = "Raise kl.coefficient, lower policy.learning_rate, or take the checkpoint from before"
+
+RULES: dict[str, Rule] = {
+    "opposite_trends": Rule(
+        ("health/estimate_mean", "reward/gold_mean"),
+        "trend_significance",
+        _opposite_trends,
+        f"The policy exploits errors of the estimate. {_LESS_OPTIMISATION}; a refresh teaches the GVM the policy's own texts.",
+    ),
+    "gold_divergence": Rule(
+        ("health/gold_divergence",),
+        "max_gold_divergence",
+        _mean_above(
+            "over {steps} steps the estimate has gained {mean:.2f} standard deviations more than the gold score "
+            "(health.max_gold_divergence {threshold:g})."
+        ),
+        f"Part of the gain is not real. {_LESS_OPTIMISATION}; or refresh the GVM.",
+    ),
+    "gold_correlation": Rule(
+        ("health/gold_correlation",),
+        "min_gold_correlation",
+        _mean_below("over {steps} steps the estimate and the gold score correlate by {mean:.2f} only (health.min_gold_correlation {threshold:g})."),
+        "The estimate no longer orders the policy's responses. Refresh the GVM, or stop here: more steps follow noise.",
+    ),
+    "value_bias": Rule(
+        ("health/value_bias_kl_high",),
+        "max_value_bias",
+        _mean_above(
+            "over {steps} steps the third of the responses farthest from the reference is overrated by {mean:.2f} standard deviations "
+            "(health.max_value_bias {threshold:g})."
+        ),
+        "The estimate rewards distance from the reference. Raise kl.coefficient or set kl.adaptive_target_nats; or refresh the GVM.",
+    ),
+    "calibration": Rule(
+        ("health/calibration_error_late",),
+        "max_calibration_error",
+        _mean_above(
+            "over {steps} steps the values in the last third of the responses miss the final estimate by {mean:.3f} "
+            "(health.max_calibration_error {threshold:g})."
+        ),
+        "The values are those of another policy. Refresh the GVM, or condition it on examples of the policy (gvm.context).",
+    ),
+}
+
+
+class HealthMonitor:
+    """Watches the metrics of a run, step by step.
+
+    A rule judges whole windows: it is silent for the first `health.window_steps` steps, and for as many again after an alarm.
+    """
+
+    def __init__(self, settings: HealthConfig) -> None:
+        self.settings = settings
+        self.alarms: list[Alarm] = []
+        self._start: dict[str, float] | None = None
+        self._window: list[dict[str, float]] = []
+        self._silent_until: dict[str, int] = {}
+
+    def observe(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], list[Alarm]]:
+        """Take in the metrics of a step.
+
+        Returns:
+            The metrics that need the steps before, and the alarms that this step raises.
+        """
+        added = self._divergence(metrics)
+        read = {name for rule in RULES.values() for name in rule.reads}
+        self._window.append({name: float(value) for name, value in (metrics | added).items() if name in read})
+        self._window = self._window[-self.settings.window_steps :]
+        raised = list(self._raised(step)) if len(self._window) == self.settings.window_steps else []
+        self.alarms += raised
+        return added, raised
+
+    def restart(self) -> None:
+        """Forget the steps so far, because the estimate is another one from here on. The alarms stay."""
+        self._start, self._window, self._silent_until = None, [], {}
+
+    def _divergence(self, metrics: dict[str, float]) -> dict[str, float]:
+        """What the estimate gained since the start more than the gold score did, each in units of its own spread at the start."""
+        names = ("health/estimate_mean", "health/estimate_std", "reward/gold_mean", "reward/gold_std")
+        if not all(name in metrics for name in names):
+            return {}
+        if self._start is None:
+            self._start = {name: float(metrics[name]) for name in names}
+        estimate, estimate_std, gold, gold_std = (self._start[name] for name in names)
+        if not (estimate_std > 0 and gold_std > 0):
+            return {}
+        gains = (metrics["health/estimate_mean"] - estimate) / estimate_std, (metrics["reward/gold_mean"] - gold) / gold_std
+        return {"health/gold_divergence": float(gains[0] - gains[1])}
+
+    def _raised(self, step: int) -> Iterator[Alarm]:
+        for name, rule in RULES.items():
+            threshold = getattr(self.settings, rule.setting)
+            if threshold is None or step < self._silent_until.get(name, 0) or any(m not in row for row in self._window for m in rule.reads):
+                continue
+            text = rule.observe([np.array([row[metric] for row in self._window]) for metric in rule.reads], threshold)
+            if text is not None:
+                self._silent_until[name] = step + self.settings.window_steps
+                yield Alarm(step, name, text[0].upper() + text[1:], rule.advice)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs to raise the same alarms."""
+        return {
+            "start": self._start,
+            "window": self._window,
+            "silent_until": self._silent_until,
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`."""
+        self._start, self._window, self._silent_until = state["start"], state["window"], state["silent_until"]
+        self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
