@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from dvpo_ray import __version__
-from dvpo_ray.commands import bench, doctor, experiment, gvm, quickstart, report, rm, sft, train
+from dvpo_ray.commands import bench, doctor, experiment, gvm, plan, quickstart, report, rm, sft, train
 from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "rm": rm,
     "train": train,
     "eval": evaluate,
+    "plan": plan,
     "bench": bench,
     "experiment": experiment,
     "report": report,

@@ -159,11 +159,12 @@ class LedgerResults:
         return [self._memory_table(), self._time_table(), self._ratio_table(), self._prediction_table()]
 
     def _memory_table(self) -> tuple[str, list[str], list[list[str]]]:
+        name, unit = ("GiB", 2**30) if max(ledger.total.peak for ledger in self.algorithms) >= 2**30 else ("MiB", 2**20)
         rows = []
         for ledger in self.algorithms:
-            rows += [[ledger.algorithm, role, *_cells(memory)] for role, memory in ledger.roles.items()]
-            rows.append([ledger.algorithm, "all", *_cells(ledger.total)])
-        return "Memory of a step, GiB", ["algorithm", "role", *KINDS, "model state", "peak without cache"], rows
+            rows += [[ledger.algorithm, role, *_cells(memory, unit)] for role, memory in ledger.roles.items()]
+            rows.append([ledger.algorithm, "all", *_cells(ledger.total, unit)])
+        return f"Memory of a step, {name}", ["algorithm", "role", *KINDS, "model state", "peak without cache"], rows
 
     def _time_table(self) -> tuple[str, list[str], list[list[str]]]:
         stages = list(dict.fromkeys(name for ledger in self.algorithms for name in ledger.profile.stage_seconds()))
@@ -232,12 +233,9 @@ def _with_sums(memory: ActorMemory) -> dict:
     return asdict(memory) | {"model_state": memory.model_state, "peak": memory.peak}
 
 
-def _cells(memory: ActorMemory) -> list[str]:
-    return [*(_gib(getattr(memory, kind)) for kind in KINDS), _gib(memory.model_state), _gib(memory.peak)]
-
-
-def _gib(size: int | None) -> str:
-    return "–" if size is None else f"{size / 2**30:.3f}"
+def _cells(memory: ActorMemory, unit: int) -> list[str]:
+    sizes = [*(getattr(memory, kind) for kind in KINDS), memory.model_state, memory.peak]
+    return ["–" if size is None else f"{size / unit:.3f}" for size in sizes]
 
 
 def _ratio(value: float | None) -> str:

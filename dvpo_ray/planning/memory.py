@@ -10,6 +10,8 @@ MASTER, MOMENTS, FULL = 4, 8, 4
 """Bytes of an element in float32: of master weights, of Adam's two moments, of gradients."""
 ZERO3_STEP_ELEMENTS = 10**9
 """Elements whose gradients ZeRO 3 turns into float32 at a time, DeepSpeed's `sub_group_size`."""
+REDUCE_BUCKET_ELEMENTS, ZERO3_LIVE_ELEMENTS = 5 * 10**8, 10**9
+"""DeepSpeed's `reduce_bucket_size`, and the elements that ZeRO 3 has gathered at most, its `stage3_max_live_parameters`."""
 TRAINING_LOGIT_BYTES = 20
 """Of each float32 logit at the peak of the learner's forward pass: the logit, its log-softmax, and for the entropy log-softmax, exp, product."""
 SCORING_LOGIT_BYTES = 8
@@ -69,6 +71,17 @@ def training_activations(saved: int, model: Architecture, element_bytes: int, ro
 def scoring_activations(saved: int, model: Architecture, rows: int, responses: int) -> int:
     """Peak of one forward pass of a frozen model: a layer at a time, then the logits of the responses."""
     return max(saved // model.layers, SCORING_LOGIT_BYTES * rows * responses * model.vocabulary)
+
+
+def communication_buffers(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig) -> int:
+    """Buffers that DeepSpeed takes on a GPU beside the activations: a bucket of gradients from ZeRO 1 on, and with ZeRO 3 whole weights.
+
+    On a CPU they are reserved only, and never touched beyond what is used of them.
+    """
+    if deepspeed.zero_stage == 0:
+        return 0
+    gathered = min(model.parameters, ZERO3_LIVE_ELEMENTS) if deepspeed.zero_stage == 3 else 0
+    return element_bytes * (REDUCE_BUCKET_ELEMENTS + gathered)
 
 
 def rows_together(tokens: int, length: int) -> int:

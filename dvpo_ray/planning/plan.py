@@ -12,6 +12,7 @@ from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.memory import (
     SAMPLING_LOGIT_BYTES,
+    communication_buffers,
     rows_together,
     scoring_activations,
     trained_state,
@@ -88,6 +89,8 @@ def _trained(shapes: _Shapes, plan: ModelPlan, role, deepspeed: DeepSpeedConfig,
     rows = min(rows_together(micro_batch_tokens, shapes.length), max(1, minibatch))
     saved = plan.saved_bytes(rows, shapes.length)
     activations = training_activations(saved, model, shapes.element_bytes, rows, shapes.length, shapes.responses, deepspeed.gradient_checkpointing)
+    if role.gpus_per_actor > 0:
+        activations += communication_buffers(model, shapes.element_bytes, deepspeed)
     state = trained_state(model, shapes.element_bytes, deepspeed, role.num_actors)
     return RolePlan(model, role.num_actors, replace(state, activations=activations))
 
