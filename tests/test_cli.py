@@ -20,7 +20,7 @@ from dvpo_ray.errors import InputError, ResourceError
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
 GVM_COMMANDS = ("train", "eval", "score")
-NESTED = [*(["gvm", name] for name in GVM_COMMANDS), ["bench", "step"]]
+NESTED = [*(["gvm", name] for name in GVM_COMMANDS), ["bench", "step"], ["bench", "ledger"]]
 ALL_COMMANDS = [[name] for name in cli.COMMANDS if name not in ("gvm", "bench")] + NESTED
 STARTERS = [["train"], ["gvm", "train"], ["sft"]]
 

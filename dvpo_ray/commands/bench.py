@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_ledger_arguments(ledger: argparse.ArgumentParser) -> None:
     ledger.add_argument(
-        "--algorithms", metavar="NAME", nargs="+", choices=list(ALGORITHMS), default=list(DEFAULT_ALGORITHMS), help="default: ppo grpo dvpo"
+        "--algorithms",
+        metavar="NAMES",
+        type=_algorithms,
+        default=list(DEFAULT_ALGORITHMS),
+        help=f"comma-separated, of {', '.join(ALGORITHMS)} (default: {','.join(DEFAULT_ALGORITHMS)})",
     )
     ledger.add_argument("--repeats", metavar="N", type=int, default=3, help="measured steps after one that warms up (default: 3)")
     ledger.add_argument(
@@ -56,6 +60,14 @@ def _add_ledger_arguments(ledger: argparse.ArgumentParser) -> None:
     )
     ledger.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer for --random-weights (default: the folder's, else one of bytes)")
     ledger.add_argument("--out", metavar="DIR", type=Path, help="folder of ledger.json, ledger.md and the logs (default: runs/<name>-ledger-<time>)")
+
+
+def _algorithms(names: str) -> list[str]:
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    unknown = next((name for name in chosen if name not in ALGORITHMS), None)
+    if unknown is not None:
+        raise argparse.ArgumentTypeError(f"'{unknown}' is no algorithm; expected some of {','.join(ALGORITHMS)}")
+    return chosen
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +104,7 @@ def _ledger(args: argparse.Namespace) -> int:
 
     for algorithm in args.algorithms:
         check_train_config(args.config, config_for(config, algorithm, args.group_size))
-    results, markdown = bench_ledger(config, list(dict.fromkeys(args.algorithms)), out, args.repeats, args.group_size)
+    results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size)
 
     from dvpo_ray.files import whole_file
 
