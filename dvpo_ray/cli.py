@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from dvpo_ray import __version__
-from dvpo_ray.commands import bench, doctor, dpo, experiment, gvm, quickstart, report, rm, sft, train
+from dvpo_ray.commands import bench, doctor, dpo, experiment, gvm, plan, quickstart, report, rm, sft, train
 from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
@@ -23,6 +23,7 @@ COMMANDS: dict[str, ModuleType] = {
     "dpo": dpo,
     "train": train,
     "eval": evaluate,
+    "plan": plan,
     "bench": bench,
     "experiment": experiment,
     "report": report,

@@ -24,7 +24,7 @@ GVM_COMMANDS = ("train", "eval", "score")
 NESTED = [
     *(["gvm", name] for name in GVM_COMMANDS),
     ["rm", "train"],
-    *(["bench", name] for name in ("step", "trl", "trl-reward")),
+    *(["bench", name] for name in ("step", "ledger", "trl", "trl-reward")),
     *(["experiment", name] for name in STUDIES),
 ]
 ALL_COMMANDS = [[name] for name in cli.COMMANDS if name not in ("gvm", "rm", "bench", "experiment")] + NESTED

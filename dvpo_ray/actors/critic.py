@@ -20,7 +20,6 @@ from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import load_gvm
 from dvpo_ray.gvm.model import new_value_model
-from dvpo_ray.models.deepspeed import optimizer_step
 from dvpo_ray.models.forward import micro_batches, token_values
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.trainable import disable_dropout
@@ -89,7 +88,7 @@ class Critic(DeepSpeedRank):
             for epoch in range(self.config.batch.update_epochs):
                 for rows in minibatch_rows(self.config, shard.num_rows, step, epoch, self.index):
                     parts: list[dict[str, Tensor]] = []
-                    result = optimizer_step(self.engine, self._micro_batch_losses(shard.select(rows), parts))
+                    result = self._optimizer_step(self._micro_batch_losses(shard.select(rows), parts))
                     minibatches.append(combine_metrics(parts))
                     grad_norms.append(result.grad_norm)
             ranks: list = [None] * dist.get_world_size()

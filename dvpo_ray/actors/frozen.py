@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.process import Actor
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
@@ -12,9 +14,19 @@ from dvpo_ray.gvm.artifact import load_gvm
 from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.models.forward import batch_log_probs
 from dvpo_ray.models.loading import default_device, load_policy, torch_dtype
+from dvpo_ray.models.memory import parameter_bytes
 
 
-class ValueScorer(Actor):
+class FrozenModel(Actor):
+    """A model that is never trained: all of its state is its weights."""
+
+    model: PreTrainedModel
+
+    def model_state(self) -> ModelState:
+        return ModelState(parameters=parameter_bytes(self.model, default_device()))
+
+
+class ValueScorer(FrozenModel):
     """The frozen Global Value Model: V after each token."""
 
     role = "scorer"
@@ -49,7 +61,7 @@ class RewardScorer(ValueScorer):
         return config.reward_model.path
 
 
-class ReferenceModel(Actor):
+class ReferenceModel(FrozenModel):
     """The frozen copy of the policy that KL is measured from."""
 
     role = "reference"

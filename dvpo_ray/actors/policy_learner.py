@@ -17,7 +17,7 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.files import clear_when_full
-from dvpo_ray.models.deepspeed import gather_parameters, optimizer_step
+from dvpo_ray.models.deepspeed import gather_parameters
 from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
 from dvpo_ray.models.loading import load_policy, load_tokenizer, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
@@ -84,7 +84,7 @@ class PolicyLearner(DeepSpeedRank):
             for epoch in range(self.config.batch.update_epochs):
                 for rows in minibatch_rows(self.config, shard.num_rows, step, epoch, self.index):
                     losses = self._micro_batch_losses(shard.select(rows), kl_loss_coefficient, tally)
-                    result = optimizer_step(self.engine, losses)
+                    result = self._optimizer_step(losses)
                     tally.end_minibatch(result.grad_norm)
             return tally.of_all_ranks() | {"policy/learning_rate": result.learning_rate}
 

@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
@@ -13,6 +14,9 @@ import ray
 from dvpo_ray.config.schema import RoleConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.monitoring.logs import redirect_process_output
+
+if TYPE_CHECKING:
+    from dvpo_ray.actors.memory import ActorMemory, ModelState
 
 WORKING_FOLDER = "DVPO_WORKING_FOLDER"
 """Environment variable with the driver's working folder. A process of a running cluster begins in the folder that the cluster
@@ -104,3 +108,25 @@ class Actor:
 
         gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else psutil.Process().memory_info().rss / 2**30
         return {"busy_seconds": self.clock.read_and_reset(), "memory_gib": gib}
+
+    # What the memory of one step is spent on; asked for by `dvpo bench ledger` alone.
+
+    def model_state(self) -> ModelState:
+        """Parameters, gradients, optimizer and cache that this actor holds now."""
+        from dvpo_ray.actors.memory import ModelState
+
+        return ModelState()
+
+    def start_memory_ledger(self) -> None:
+        """Begin to measure the memory of a step."""
+        from dvpo_ray.actors.memory import PeakMeter
+
+        self._ledger = self.model_state(), PeakMeter()
+
+    def memory_ledger(self) -> ActorMemory:
+        """Memory of the step since `start_memory_ledger`, its peak included."""
+        from dvpo_ray.actors.memory import measured
+
+        before, meter = self._ledger
+        growth = meter.growth()
+        return measured(before, self.model_state(), growth)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.config.schema import Config
 
 
@@ -31,6 +32,9 @@ class RolloutBackend(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], seed: int, greedy: bool = False) -> Iterator[Response]:
         """Sample one response to each prompt, or take the likeliest token each time; yields them as they finish."""
+
+    def model_state(self) -> ModelState:
+        """Weights, and the cache of keys and values where it is reserved for good."""
 
     def init_weight_transfer(self, init_info: dict) -> None:
         """Open the channel that new weights arrive through; once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.process import Actor
 from dvpo_ray.actors.rollout_backend import Response, make_backend
 from dvpo_ray.batch import RaggedBatch
@@ -56,6 +57,9 @@ class RolloutEngine(Actor):
             policy_version=self.policy_version,
             response_fields={"log_probs": [r.log_probs for r in responses]},
         )
+
+    def model_state(self) -> ModelState:
+        return self.backend.model_state()
 
     # The phases of a weight sync, called by the learner.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,24 +87,44 @@ class StepProfile:
         return medians | {"logging": statistics.median(step.total - sum(step.stages[name] for name in names) for step in self.steps)}
 
 
-def profile_steps(config: Config, inputs: Inputs, run_folder: Path, repeats: int, after_step: Callable[[], None] = lambda: None) -> StepProfile:
-    """Run one step to warm up and `repeats` measured ones, with the whole config's actors and all that a run logs."""
+def profile_steps(
+    config: Config,
+    inputs: Inputs,
+    run_folder: Path,
+    repeats: int,
+    after_step: Callable[[], None] = lambda: None,
+    around_last_step: Callable[[Roles], AbstractContextManager] = lambda _roles: nullcontext(),
+) -> StepProfile:
+    """Run one step to warm up and `repeats` measured ones, with the whole config's actors and all that a run logs.
+
+    Args:
+        after_step: called after each step, for a progress bar.
+        around_last_step: makes a context from the run's actors, within which the last step runs.
+    """
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": repeats + 1})})
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with PeakMemory() as memory, start_roles(config, str(run_folder), inputs.stop_token_ids, longest) as roles:
         memory.add_pids(roles.local_pids)
-        steps = _measured_steps(config, roles, inputs, run_folder, after_step)
+        steps = _measured_steps(config, roles, inputs, run_folder, after_step, around_last_step)
     return StepProfile(steps[1:], memory.peak_gib)
 
 
-def _measured_steps(config: Config, roles: Roles, inputs: Inputs, run_folder: Path, after_step: Callable[[], None]) -> list[StepTime]:
+def _measured_steps(
+    config: Config,
+    roles: Roles,
+    inputs: Inputs,
+    run_folder: Path,
+    after_step: Callable[[], None],
+    around_last_step: Callable[[Roles], AbstractContextManager],
+) -> list[StepTime]:
     loop = Loop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
     steps = []
     with MetricsLog(run_folder, config.train.trackers, config=config.model_dump(mode="json")) as log:
         for step in range(1, config.train.steps + 1):
-            started = time.perf_counter()
-            metrics = loop.step(step)
-            log.write(step, metrics)
-            steps.append(StepTime.of(metrics, time.perf_counter() - started))
+            with around_last_step(roles) if step == config.train.steps else nullcontext():
+                started = time.perf_counter()
+                metrics = loop.step(step)
+                log.write(step, metrics)
+                steps.append(StepTime.of(metrics, time.perf_counter() - started))
             after_step()
     return steps

@@ -89,8 +89,11 @@ def remove_dropout(config: PretrainedConfig) -> None:
         part.classifier_dropout = 0.0  # absent, transformers would take 0.1
 
 
-def keep_first_layers(config: PretrainedConfig, num_layers: int, path: str) -> None:
+def keep_first_layers(config: PretrainedConfig, num_layers: int, path: str, key: str = "gvm.num_layers") -> None:
     """Truncate a model config to its first decoder layers, in place, with every list that has one entry per layer.
+
+    Args:
+        key: setting that the number comes from, for the error.
 
     Raises:
         InputError: the model has fewer layers.
@@ -98,7 +101,7 @@ def keep_first_layers(config: PretrainedConfig, num_layers: int, path: str) -> N
     text = config.get_text_config()
     total = text.num_hidden_layers
     if num_layers > total:
-        raise InputError(f"gvm.num_layers is {num_layers}, but {path} has {total} decoder layers; give {total} or fewer")
+        raise InputError(f"{key} is {num_layers}, but {path} has {total} decoder layers; give {total} or fewer")
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == total and name not in ("architectures", "eos_token_id"):
             setattr(text, name, value[:num_layers])

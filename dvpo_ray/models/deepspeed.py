@@ -112,18 +112,20 @@ class StepResult:
     learning_rate: float
 
 
-def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
+def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]], after_backward: Callable[[], None] = lambda: None) -> StepResult:
     """Accumulate the gradients of several micro-batches and take one optimizer step.
 
     Args:
         losses: functions that run one micro-batch forward and return its share of the minibatch's loss. The shares of all
             micro-batches and ranks add up to that loss. Every rank passes the same number of them.
+        after_backward: called when a micro-batch's gradients are there.
     """
     learning_rate = engine.get_lr()[0]
     world_size = dist.get_world_size()
     for index, loss in enumerate(losses):
         engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
         engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks; the shares are a sum
+        after_backward()
     # Without ZeRO and in float32 DeepSpeed keeps no norm, and the gradients are whole on every rank.
     whole = [p.grad for p in engine.module.parameters() if p.grad is not None] if engine.zero_optimization_stage() == 0 else []
     norm = torch.nn.utils.get_total_norm(whole) if whole else None

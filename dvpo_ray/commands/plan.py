@@ -1,0 +1,41 @@
+"""`dvpo plan`: memory, fit and time of a run before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dvpo_ray.commands.common import add_config_arguments, load
+from dvpo_ray.errors import InputError
+
+HELP = "predict memory and step time of a run, and whether it fits, without loading weights"
+EXAMPLE = "dvpo plan cluster_configs/single-node-8gpu.yaml --device a100-80gb --node-memory-gib 1000"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--device", metavar="NAME", help="GPU that the run will have, for example a100-80gb (default: this machine's)")
+    parser.add_argument("--calibrate", action="store_true", help="measure the speed of this machine on two layers of the model, in seconds")
+    parser.add_argument("--node-memory-gib", metavar="GIB", type=float, help="host memory of a node (default: this machine's)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load(args)
+    if args.calibrate and args.device is not None:
+        raise InputError(f"--calibrate measures this machine and --device {args.device} names another; give one of them")
+    if args.node_memory_gib is not None and args.node_memory_gib <= 0:
+        raise InputError(f"--node-memory-gib is {args.node_memory_gib:g}; expected more than 0")
+
+    from dvpo_ray.files import whole_file
+    from dvpo_ray.planning.devices import calibrate, choose_device
+    from dvpo_ray.planning.report import make_plan
+
+    device = calibrate(config) if args.calibrate else choose_device(config, args.device)
+    plan = make_plan(config, device, args.node_memory_gib)
+    print(*plan.lines(), sep="\n")
+    if args.json is not None:
+        with whole_file(args.json) as file:
+            json.dump(plan.as_json(), file, indent=2)
+    return 0

@@ -1,0 +1,1 @@
+"""What a run will take, from its config and the model's config.json alone: memory, time, and whether it fits."""

@@ -1,0 +1,173 @@
+"""The numbers of a model that its config.json decides, read off a model without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+
+from dvpo_ray.config.schema import Config, ModelConfig, PreferenceTraining
+from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.model import first_line, keep_first_layers
+from dvpo_ray.models.loading import torch_dtype
+from dvpo_ray.models.trainable import apply_lora, decoder_layers, train_last_layers
+
+ZERO3_WHOLE_BELOW = 100_000
+"""Elements below which ZeRO 3 keeps a parameter whole on every rank, DeepSpeed's `stage3_param_persistence_threshold`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of one model, in elements where nothing else is said.
+
+    Attributes:
+        parameters: all, tied ones once.
+        trained: those that get gradients.
+        kept_whole: those of tensors that ZeRO 3 does not cut.
+        layer_matrices: weights of the decoder layers that every token is multiplied with.
+        layers: decoder layers.
+        trained_layers: decoder layers from the first one that the backward pass reaches.
+        hidden: size of a hidden state.
+        attention_width: heads times head size.
+        cache_per_token: keys and values of one token in all layers.
+        vocabulary: logits of one position; 0 for a value model.
+    """
+
+    parameters: int
+    trained: int
+    kept_whole: int
+    layer_matrices: int
+    layers: int
+    trained_layers: int
+    hidden: int
+    attention_width: int
+    cache_per_token: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model to be loaded: where its config is and what of it is trained.
+
+    Attributes:
+        model_config: transformers' config.
+        has_value_head: a value model, else a causal language model.
+        settings: dtype and attention.
+        policy: section whose `trainable_layers` and `lora` apply; None for a model that is trained whole or frozen.
+    """
+
+    model_config: PretrainedConfig
+    has_value_head: bool
+    settings: ModelConfig
+    policy: object | None = None
+
+    def build(self) -> PreTrainedModel:
+        """The model on the current device, with nothing chosen to be trained yet."""
+        auto = AutoModelForTokenClassification if self.has_value_head else AutoModelForCausalLM
+        return auto.from_config(self.model_config, dtype=torch_dtype(self.settings.dtype), attn_implementation=self.settings.attention)
+
+    def architecture(self) -> Architecture:
+        """Count a model on the meta device, which has shapes and no memory."""
+        with torch.device("meta"):
+            model = self.build()
+            if self.policy is not None and self.policy.trainable_layers is not None:
+                train_last_layers(model, self.policy.trainable_layers)
+            whole = list(model.parameters())
+            parameters, layers = sum(p.numel() for p in whole), list(decoder_layers(model))
+            matrices = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+            reached = _layers_reached(layers)
+            if self.policy is not None and self.policy.lora is not None:
+                model = apply_lora(model, self.policy.lora)
+                reached = _layers_reached(layers)
+                parameters = sum(p.numel() for p in model.parameters())
+        text = self.model_config.get_text_config()
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return Architecture(
+            parameters=parameters,
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            kept_whole=sum(p.numel() for p in model.parameters() if p.numel() < ZERO3_WHOLE_BELOW),
+            layer_matrices=matrices,
+            layers=len(layers),
+            trained_layers=reached,
+            hidden=text.hidden_size,
+            attention_width=text.num_attention_heads * head_size,
+            cache_per_token=2 * len(layers) * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
+            vocabulary=0 if self.has_value_head else text.vocab_size,
+        )
+
+    def saved_bytes(self, rows: int, length: int) -> int:
+        """Bytes that a forward pass over so many rows keeps for the backward pass, logits left out.
+
+        The model runs on tensors without memory, so the count is that of the real operators on a CPU. Adapters are not laid on:
+        their input is kept either way, and what they add is a few columns.
+        """
+        with FakeTensorMode():
+            model = self.build().train()
+            if self.policy is not None and self.policy.trainable_layers is not None:
+                train_last_layers(model, self.policy.trainable_layers)
+            weights = {p.untyped_storage()._cdata for p in model.parameters()}
+            kept: dict[int, torch.Tensor] = {}
+
+            def keep(tensor: torch.Tensor) -> torch.Tensor:
+                storage = tensor.untyped_storage()._cdata
+                if storage not in weights:
+                    kept[storage] = tensor  # the reference keeps the storage's address from being used again
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = model.base_model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+            size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+            del output
+        return size
+
+
+def _layers_reached(layers: list[nn.Module]) -> int:
+    """Layers from the first with a trained parameter to the last."""
+    first = next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), len(layers))
+    return len(layers) - first
+
+
+def policy_plan(config: Config, *, trained: bool) -> ModelPlan:
+    """The policy as the learner trains it, or its frozen copies."""
+    return ModelPlan(_read(config.model.path, config), False, config.model, config.policy if trained else None)
+
+
+def value_plan(config: Config, section: PreferenceTraining, name: str) -> ModelPlan:
+    """The GVM or the reward model: its artifact where that is there already, else what the config would train.
+
+    Raises:
+        InputError: the artifact's folder has no config.json, or there are fewer layers than `num_layers`.
+    """
+    if section.path is not None and Path(section.path).expanduser().is_dir():
+        return ModelPlan(_read(section.path, config), True, config.model)
+    path = section.init_from or config.model.path
+    model_config = _read(path, config)
+    if section.num_layers is not None:
+        keep_first_layers(model_config, section.num_layers, path, key=f"{name}.num_layers")
+    return ModelPlan(model_config, True, config.model)
+
+
+def critic_plan(config: Config) -> ModelPlan:
+    """PPO's critic: it starts from the reward model or from the policy, and is trained whole."""
+    if config.critic.init == "reward_model":
+        return value_plan(config, config.reward_model, "reward_model")
+    return ModelPlan(_read(config.model.path, config), True, config.model)
+
+
+def _read(path: str, config: Config) -> PretrainedConfig:
+    """A config.json with one label, so that a value head has the size it has in training.
+
+    Raises:
+        InputError: there is none.
+    """
+    where = str(Path(path).expanduser()) if path.startswith("~") else path
+    if path.startswith((".", "/", "~")) and not Path(where).exists():
+        raise InputError(f"{path}: no such checkpoint folder; give a folder with config.json or a hub name")
+    try:
+        return AutoConfig.from_pretrained(where, num_labels=1, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot load the model config: {first_line(error)}") from error

@@ -1,0 +1,312 @@
+"""`dvpo plan`: byte counts by hand, ZeRO shards, what is trained, times, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dvpo_ray import cli
+from dvpo_ray.actors.memory import ActorMemory
+from dvpo_ray.config.schema import Config, DeepSpeedConfig
+from dvpo_ray.models.loading import load_policy
+from dvpo_ray.orchestration.placement import Bundle
+from dvpo_ray.planning.architecture import Architecture, critic_plan, policy_plan, value_plan
+from dvpo_ray.planning.devices import Device, calibrate
+from dvpo_ray.planning.fit import PROCESS_BYTES, in_host_memory, on_gpus
+from dvpo_ray.planning.memory import communication_buffers, rows_together, scoring_activations, trained_state, training_activations
+from dvpo_ray.planning.plan import GIB, RolePlan, predict_roles
+from dvpo_ray.planning.times import forward_flops, logit_flops, stage_seconds
+
+# A Llama of 2 layers: hidden 8, MLP 12, 2 heads of 4 with 1 of keys and values, 10 words, untied. By hand:
+#   a layer   q 8*8, k and v 8*4 each, o 8*8, MLP 3 * 8*12 = 480; two norms of 8
+#   the rest  embedding and output 10*8 each, final norm 8
+MATRICES, LAYER, OUTPUT, NORM = 2 * 480, 480 + 16, 80, 8
+PARAMETERS = 2 * LAYER + 2 * OUTPUT + NORM
+VALUE_PARAMETERS = 2 * LAYER + OUTPUT + NORM + 9  # head: 8 weights and a bias in place of the output
+
+
+@pytest.fixture
+def llama(tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    ).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def config_of(llama, **sections) -> Config:
+    base = {
+        "model": {"path": str(llama), "dtype": "float32"},
+        "data": {"max_prompt_tokens": 6},
+        "rollout": {"backend": "transformers", "max_response_tokens": 4, "max_concurrent_sequences": 8},
+        "batch": {"prompts_per_step": 8, "micro_batch_tokens": 20},
+    }
+    return Config.model_validate(
+        {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections if name != "algorithm"} | _top(sections)
+    )
+
+
+def _top(sections: dict) -> dict:
+    return {"algorithm": sections["algorithm"]} if "algorithm" in sections else {}
+
+
+# ------------------------------------------------------------------------------------------------- architecture
+
+
+def test_a_llama_is_counted_as_by_hand(llama):
+    policy = policy_plan(config_of(llama), trained=True).architecture()
+    assert policy == Architecture(
+        parameters=PARAMETERS,
+        trained=PARAMETERS,
+        kept_whole=PARAMETERS,  # no tensor here is large enough to be cut
+        layer_matrices=MATRICES,
+        layers=2,
+        trained_layers=2,
+        hidden=8,
+        attention_width=8,
+        cache_per_token=2 * 2 * 1 * 4,
+        vocabulary=10,
+    )
+    assert forward_flops(policy, length=5) == 2 * MATRICES + 2 * 2 * 5 * 8  # attention: q·k and weights·v, 2 operations each, half a row
+    assert logit_flops(policy) == 2 * 8 * 10
+
+
+def test_partial_training_counts_what_is_trained(llama):
+    last = policy_plan(config_of(llama, policy={"trainable_layers": 1}), trained=True).architecture()
+    assert (last.parameters, last.trained, last.trained_layers) == (PARAMETERS, LAYER + NORM, 1)
+    lora = policy_plan(config_of(llama, policy={"lora": {"rank": 2, "layers": [1]}}), trained=True).architecture()
+    adapters = 2 * ((8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 12))  # rank times in + out of q, k and v, o, MLP
+    assert (lora.parameters, lora.trained, lora.trained_layers) == (PARAMETERS + adapters, adapters, 1)
+    assert lora.layer_matrices == MATRICES
+
+
+def test_value_models_are_truncated_and_have_a_head(llama):
+    config = config_of(llama, gvm={"num_layers": 1}, critic={"init": "policy"})
+    assert value_plan(config, config.gvm, "gvm").architecture().parameters == VALUE_PARAMETERS - LAYER
+    assert critic_plan(config).architecture().parameters == VALUE_PARAMETERS
+    assert value_plan(config, config.gvm, "gvm").architecture().vocabulary == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_bytes_are_those_of_a_real_forward_pass(tiny_model, dtype):
+    config = config_of(tiny_model, model={"dtype": dtype})
+    model = load_policy(config.model).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model(input_ids=torch.zeros(3, 20, dtype=torch.long), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert output is not None
+    assert policy_plan(config, trained=True).saved_bytes(3, 20) == pytest.approx(real, rel=0.15)
+
+
+def test_a_frozen_half_keeps_no_activations(tiny_model):
+    whole = policy_plan(config_of(tiny_model), trained=True).saved_bytes(3, 20)
+    half = policy_plan(config_of(tiny_model, policy={"trainable_layers": 1}), trained=True).saved_bytes(3, 20)
+    assert 0.4 * whole < half < 0.7 * whole
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+SIZES = Architecture(1000, 1000, 40, 800, 2, 2, 8, 8, 16, 10)
+
+
+@pytest.mark.parametrize(
+    ("element_bytes", "stage", "ranks", "parameters", "gradients", "optimizer"),
+    [
+        (4, 0, 1, 4000, 4000, 8000),  # float32: moments only
+        (4, 0, 4, 4000, 4000, 8000),  # nothing is sharded
+        (4, 1, 1, 4000, 4000, 12000),  # DeepSpeed keeps master weights beside float32 weights too
+        (2, 0, 1, 2000, 6000, 12000),  # gradients in bfloat16 and their float32 copy
+        (2, 1, 4, 2000, 2000, 3000),  # whole bfloat16 gradients outweigh a quarter in float32
+        (2, 2, 4, 2000, 1000, 3000),
+        (2, 3, 4, 500 + 80, 500 + 1000, 3000),  # small tensors stay whole beside the shards
+        (2, 3, 1, 2000, 6000, 12000),
+    ],
+)
+def test_zero_shards_as_by_hand(element_bytes, stage, ranks, parameters, gradients, optimizer):
+    state = trained_state(SIZES, element_bytes, DeepSpeedConfig(zero_stage=stage), ranks)
+    assert state == ActorMemory(parameters, gradients, optimizer)
+
+
+def test_partial_training_has_gradients_and_moments_of_what_is_trained():
+    adapters = Architecture(1000, 50, 40, 800, 2, 2, 8, 8, 16, 10)
+    assert trained_state(adapters, 2, DeepSpeedConfig(), 1) == ActorMemory(2000, 300, 600)
+
+
+def test_offloaded_state_is_not_on_the_device():
+    state = trained_state(SIZES, 2, DeepSpeedConfig(zero_stage=2, offload_optimizer=True), 2)
+    assert (state.optimizer, state.gradients, state.offloaded) == (6000, 3000, 9000)
+    assert state.peak == 2000
+
+
+@given(stage=st.sampled_from([1, 2, 3]), ranks=st.integers(1, 64), element_bytes=st.sampled_from([2, 4]))
+def test_more_ranks_never_take_more_each(stage, ranks, element_bytes):
+    large = Architecture(10**7, 10**7, 0, 10**7, 2, 2, 8, 8, 16, 10)
+    fewer, more = (trained_state(large, element_bytes, DeepSpeedConfig(zero_stage=stage), n) for n in (ranks, 2 * ranks))
+    assert more.model_state < fewer.model_state
+
+
+def test_activations_by_hand():
+    # 2 rows of 10 tokens, 4 of them responses; a forward pass that keeps 6,000 bytes, 3,000 a layer.
+    logits = 20 * 2 * 4 * 10
+    assert training_activations(6000, SIZES, 4, rows=2, length=10, responses=4, checkpointing=False) == 6000 + 3000
+    assert training_activations(600, SIZES, 4, rows=2, length=10, responses=4, checkpointing=False) == 600 + logits
+    assert training_activations(6000, SIZES, 4, rows=2, length=10, responses=4, checkpointing=True) == 2 * 10 * 8 * 4 * 2 + 3000
+    assert scoring_activations(600, SIZES, rows=2, responses=4) == 8 * 2 * 4 * 10
+    assert scoring_activations(600, SIZES, rows=2, responses=0) == 300
+    assert [rows_together(tokens, 10) for tokens in (9, 10, 29)] == [1, 1, 2]
+
+
+def test_zero_3_gathers_what_it_computes_with():
+    assert communication_buffers(SIZES, 2, DeepSpeedConfig()) == 0
+    assert communication_buffers(SIZES, 2, DeepSpeedConfig(zero_stage=2)) == 10**9
+    assert communication_buffers(SIZES, 2, DeepSpeedConfig(zero_stage=3)) == 10**9 + 2000
+
+
+def test_every_role_of_an_algorithm_is_predicted(llama):
+    ppo = predict_roles(config_of(llama, algorithm="ppo", critic={"num_actors": 2, "deepspeed": {"zero_stage": 1}}))
+    assert list(ppo) == ["rollout", "reward_model", "reference", "learner", "critic"]
+    assert ppo["learner"].memory.model_state == 16 * PARAMETERS
+    assert ppo["reward_model"].memory.model_state == 4 * VALUE_PARAMETERS
+    assert ppo["critic"].memory.optimizer == pytest.approx(12 * VALUE_PARAMETERS, abs=2)  # two halves
+    assert list(predict_roles(config_of(llama))) == ["rollout", "scorer", "reference", "learner"]
+
+
+def test_an_engine_takes_its_share_of_a_gpu(llama):
+    config = config_of(llama, rollout={"backend": "vllm", "gpus_per_actor": 1, "gpu_memory_utilization": 0.5})
+    engine = predict_roles(config, gpu_memory_gib=10)["rollout"].memory
+    assert engine.peak + engine.cache == 5 * GIB
+
+
+# -------------------------------------------------------------------------------------------------------- times
+
+SLOW = Device("slow", None, 1000.0, 500.0, 100.0)
+
+
+def test_stage_seconds_by_hand(llama):
+    config = config_of(llama, policy={"old_log_probs": "rollout"})
+    models = {name: role.model for name, role in predict_roles(config).items()}
+    seconds = stage_seconds(config, models, SLOW)
+    layers, logits = 10 * (2 * MATRICES + 2 * 2 * 10 * 8), 4 * 160  # of a row of 10 tokens with 4 logits
+    assert seconds["score"] == pytest.approx(8 * layers / 500)
+    assert seconds["reference"] == pytest.approx(8 * (layers + logits) / 500)
+    adam = 28 * PARAMETERS / 100
+    assert seconds["update"] == pytest.approx(8 * 3 * (layers + logits) / 1000 + adam)
+    assert seconds["step"] == pytest.approx(sum(value for name, value in seconds.items() if name != "step"))
+
+
+def test_a_step_of_ppo_takes_longer_and_checkpointing_and_epochs_cost(llama):
+    def step(**sections):
+        config = config_of(llama, **sections)
+        return stage_seconds(config, {name: role.model for name, role in predict_roles(config).items()}, SLOW)
+
+    plain = step()
+    assert step(algorithm="ppo")["update"] > 1.7 * plain["update"]
+    assert step(policy={"deepspeed": {"gradient_checkpointing": True}})["update"] > plain["update"]
+    assert step(batch={"update_epochs": 2})["update"] > 2 * plain["update"]  # and the old log-probs
+    assert step(policy={"trainable_layers": 1})["update"] < 0.8 * plain["update"]
+    assert step(algorithm="remax")["generate"] > plain["generate"]
+
+
+def test_calibration_measures_this_machine(tiny_model):
+    device = calibrate(config_of(tiny_model, batch={"micro_batch_tokens": 200}))
+    assert device.measured and not device.is_gpu
+    assert min(device.training_flops, device.scoring_flops, device.bytes_per_second) > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- fit
+
+
+def _role(size: int) -> RolePlan:
+    return RolePlan(SIZES, 1, ActorMemory(parameters=size))
+
+
+def test_fractions_of_a_gpu_share_it():
+    bundles = [Bundle("rollout", 0, 1, 2), Bundle("scorer", 0, 1, 0.5), Bundle("reference", 0, 1, 0.5), Bundle("learner", 0, 1, 1)]
+    roles = {"rollout": _role(8 * GIB), "scorer": _role(2 * GIB), "reference": _role(3 * GIB), "learner": _role(9 * GIB)}
+    places = on_gpus(bundles, roles, gpu_memory_gib=8)
+    own = PROCESS_BYTES["gpu"]
+    assert [p.contents for p in places] == [
+        {"rollout-0": 4 * GIB + own},
+        {"rollout-0": 4 * GIB + own},
+        {"scorer-0": 2 * GIB + own, "reference-0": 3 * GIB + own},
+        {"learner-0": 9 * GIB + own},
+    ]
+    assert [p.fits for p in places] == [True, True, True, False]
+
+
+def test_host_memory_holds_all_on_a_cpu_and_what_is_offloaded_from_a_gpu():
+    offloading = RolePlan(SIZES, 1, ActorMemory(parameters=5 * GIB, optimizer=2 * GIB, offloaded=2 * GIB))
+    place = in_host_memory([Bundle("learner", 0, 1, 1), Bundle("scorer", 0, 1, 0)], {"learner": offloading, "scorer": _role(3 * GIB)}, 4)
+    own = PROCESS_BYTES["cpu"]
+    assert place.contents == {"learner-0": 2 * GIB + own, "scorer-0": 3 * GIB + own}
+    assert not place.fits
+
+
+# ------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def run_plan(llama, tmp_path, capsys):
+    def run_plan(*argv: str) -> tuple[int, str, str]:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config_of(llama).model_dump(mode="json")), encoding="utf-8")
+        status = cli.main(["plan", str(path), *argv])
+        return status, *capsys.readouterr()
+
+    return run_plan
+
+
+def test_plan_prints_roles_places_and_times(run_plan, tmp_path):
+    status, out, _ = run_plan("--json", str(tmp_path / "plan.json"), "--node-memory-gib", "64")
+    assert status == 0
+    for word in ("rollout", "scorer", "reference", "learner", "host memory", "fits", "update", "from a table"):
+        assert word in out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["roles"]["learner"]["bytes_per_actor"]["optimizer"] == 8 * PARAMETERS
+
+
+def test_what_does_not_fit_is_said_with_what_to_change(run_plan):
+    status, out, _ = run_plan("--node-memory-gib", "0.5", "batch.micro_batch_tokens=2000", "batch.prompts_per_step=128")
+    assert status == 0
+    assert "DOES NOT FIT" in out
+    assert "GiB too much on host memory: learner-0 takes most, lower batch.micro_batch_tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["model.path=./nowhere"], "dvpo: ./nowhere: no such checkpoint folder"),
+        (["gvm.num_layers=5"], "dvpo: gvm.num_layers is 5, but"),
+        (["--device", "a100-80gb"], "dvpo: --device is a100-80gb, but policy.gpus_per_actor is 0"),
+        (["--device", "abacus", "policy.gpus_per_actor=1"], "dvpo: --device is abacus; expected one of h200,"),
+        (["--device", "l4", "--calibrate"], "dvpo: --calibrate measures this machine and --device l4 names another"),
+        (["--node-memory-gib", "0"], "dvpo: --node-memory-gib is 0; expected more than 0"),
+        (["batch.prompts_per_step=7", "batch.minibatches_per_epoch=2"], "dvpo: batch.prompts_per_step 7"),
+    ],
+)
+def test_bad_input_is_one_line(run_plan, argv, line):
+    status, out, err = run_plan(*argv)
+    assert (status, out) == (2, "")
+    assert err.startswith(line) and err.count("\n") == 1
