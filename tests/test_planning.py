@@ -27,6 +27,7 @@ from dvpo_ray.planning.times import forward_flops, logit_flops, stage_seconds
 #   the rest  embedding and output 10*8 each, final norm 8
 MATRICES, LAYER, OUTPUT, NORM = 2 * 480, 480 + 16, 80, 8
 PARAMETERS = 2 * LAYER + 2 * OUTPUT + NORM
+PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 VALUE_PARAMETERS = 2 * LAYER + OUTPUT + NORM + 9  # head: 8 weights and a bias in place of the output
 
 
@@ -88,7 +89,7 @@ def test_a_llama_is_counted_as_by_hand(llama):
 def test_partial_training_counts_what_is_trained(llama):
     last = policy_plan(config_of(llama, policy={"trainable_layers": 1}), trained=True).architecture()
     assert (last.parameters, last.trained, last.trained_layers) == (PARAMETERS, LAYER + NORM, 1)
-    lora = policy_plan(config_of(llama, policy={"lora": {"rank": 2, "layers": [1]}}), trained=True).architecture()
+    lora = policy_plan(config_of(llama, policy={"lora": {"rank": 2, "layers": [1], "target_modules": PROJECTIONS}}), trained=True).architecture()
     adapters = 2 * ((8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 12))  # rank times in + out of q, k and v, o, MLP
     assert (lora.parameters, lora.trained, lora.trained_layers) == (PARAMETERS + adapters, adapters, 1)
     assert lora.layer_matrices == MATRICES
@@ -156,7 +157,9 @@ def test_partial_training_has_gradients_and_moments_of_what_is_trained():
 
 def test_offloaded_state_is_not_on_the_device():
     state = trained_state(SIZES, 2, DeepSpeedConfig(zero_stage=2, offload_optimizer=True), 2)
-    assert (state.optimizer, state.gradients, state.offloaded) == (6000, 3000, 9000)
+    staging = 1000  # this rank's half of the weights, on their way back to the device
+    assert (state.parameters, state.gradients, state.optimizer) == (2000 + staging, 3000, 6000)
+    assert state.offloaded == 9000 + staging
     assert state.peak == 2000
 
 

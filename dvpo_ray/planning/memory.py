@@ -47,8 +47,10 @@ def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedC
     optimizer, offloaded = round((MASTER + MOMENTS) * share), 0
     if deepspeed.offload_optimizer:
         gradients = (element_bytes + FULL) * share
-        offloaded = optimizer + round(gradients)
-    if deepspeed.offload_parameters:
+        staging = round(element_bytes * share) if stage < 3 else 0  # updated weights on their way back
+        parameters += staging
+        offloaded = optimizer + round(gradients) + staging
+    if deepspeed.offload_parameters:  # with ZeRO 3 alone
         offloaded += parameters
     return ActorMemory(parameters, round(gradients), optimizer, offloaded=offloaded)
 
