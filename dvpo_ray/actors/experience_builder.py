@@ -14,10 +14,15 @@ from dvpo_ray.actors.process import Actor
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.batch import RaggedBatch, balanced_shards
 from dvpo_ray.config.schema import Config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.evaluation.judges import make_judge
-from dvpo_ray.models.loading import load_tokenizer
+from dvpo_ray.health.diagnostics import health_statistics
+from dvpo_ray.health.disagreement import confidence
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
 from dvpo_ray.policy.advantages import compute_advantages, row_rewards, value_targets
 from dvpo_ray.policy.statistics import batch_statistics, sequence_kl
+from dvpo_ray.refresh.samples import usable_samples, write_samples
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,19 @@ class ExperienceBuilder(Actor):
                 samples_per_prompt=self.config.batch.samples_per_prompt,
                 greedy_rewards=row_rewards(_gather(greedy_chunks)) if greedy_chunks else None,
             )
-            self.batch = batch.with_fields(advantages=result.advantages, loss_mask=result.loss_mask.astype(np.float32))
+            trusted = self._trusted(batch, result.advantages)
+            self.batch = batch.with_fields(advantages=trusted, loss_mask=result.loss_mask.astype(np.float32))
             self.gold = self._judge(self.batch)
             shards = self._shards(self.config.policy.num_actors, ("advantages", "loss_mask", "log_probs", "reference_log_probs"))
             if ALGORITHMS[self.config.algorithm].has_critic:
                 self.batch = self.batch.with_fields(returns=value_targets(batch, result.unwhitened))
                 shards += self._shards(self.config.critic.num_actors, ("values", "returns", "loss_mask"))
-            return (batch_statistics(self.batch, self.gold), *shards)
+            return (batch_statistics(self.batch, self.gold) | health_statistics(self.batch, self.gold), *shards)
+
+    def _trusted(self, batch: RaggedBatch, advantages: np.ndarray) -> np.ndarray:
+        """The advantages, after whitening, with less weight where the value models of an ensemble disagree; float32 [N]."""
+        coefficient = self.config.advantage.disagreement_coefficient
+        return advantages if coefficient == 0 else (advantages * confidence(batch, coefficient)).astype(np.float32)
 
     def _shards(self, count: int, fields: tuple[str, ...]) -> list[RaggedBatch]:
         """The batch in `count` parts that hold what their reader needs."""
@@ -98,6 +109,27 @@ class ExperienceBuilder(Actor):
         """The rows of some chunks as one batch, in the order of their ids."""
         with self.clock.busy():
             return _gather(chunks)
+
+    def write_samples(self, chunks: list[ScoredChunk], prompts: list[Prompt], path: str) -> int:
+        """Write the usable responses of some rollouts for a refresh of the value model, judged where the judge is its source.
+
+        Args:
+            chunks: references to `gvm.refresh.samples_per_prompt` rollouts of each prompt.
+            prompts: as they stand in the data.
+
+        Returns:
+            Usable responses.
+        """
+        with self.clock.busy():
+            config, settings = self.config, self.config.gvm.refresh
+            # A text that encodes to more tokens than were sampled is left out like every other that does not give its tokens again.
+            data = config.data.model_copy(update={"long_response": "drop"})
+            context = context_tokens(config.model.path, config.model.trust_remote_code)
+            encoder = Encoder(self.tokenizer, data, config.model.chat_template, context)
+            judge = self.judge if settings.source == "judge" else None
+            samples = usable_samples(_gather(chunks), prompts, settings.samples_per_prompt, encoder, judge)
+            write_samples(Path(path), prompts, samples)
+            return sum(map(len, samples))
 
     def write_rollouts(self, step: int) -> None:
         """Write the batch built last to rollouts/step_*.jsonl, one row per rollout."""

@@ -10,9 +10,11 @@ from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.process import Actor
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
-from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.gvm.artifact import GVMManifest, load_gvm
 from dvpo_ray.gvm.context import rollout_values
-from dvpo_ray.models.forward import batch_log_probs
+from dvpo_ray.gvm.trajectories import Trajectories
+from dvpo_ray.health.disagreement import ensemble_std
+from dvpo_ray.models.forward import batch_log_probs, batch_values
 from dvpo_ray.models.loading import default_device, load_policy, torch_dtype
 from dvpo_ray.models.memory import parameter_bytes
 
@@ -35,8 +37,11 @@ class ValueScorer(FrozenModel):
         super().__init__(index, run_folder)
         self.max_tokens = config.scorer.micro_batch_tokens
         self.seed = config.seed
-        model, self.manifest = load_gvm(self._artifact(config), torch_dtype(config.model.dtype), config.model.attention)
-        self.model = model.to(default_device())
+        self.model, self.manifest = self._load(config, self._artifact(config))
+        self.others = [self._load(config, path)[0] for path in config.scorer.ensemble]
+
+    def _load(self, config: Config, path: str) -> tuple[PreTrainedModel, GVMManifest]:
+        return load_gvm(path, torch_dtype(config.model.dtype), config.model.attention, device=default_device())
 
     def _artifact(self, config: Config) -> str:
         return config.gvm.path
@@ -49,7 +54,28 @@ class ValueScorer(FrozenModel):
             examples: other rollouts of the current policy, of which a model with a context puts some before each row.
         """
         with self.clock.busy():
-            return rollout_values(self.model, batch, self.max_tokens, self.manifest.context, examples, self.seed)
+            return self._values(self.model, batch, examples)
+
+    @torch.inference_mode()
+    def disagreement(self, batch: RaggedBatch, values: np.ndarray, examples: RaggedBatch | None = None) -> np.ndarray:
+        """Standard deviation of the value after every token over this model and those of `scorer.ensemble`, float32 [N].
+
+        Args:
+            values: what `score` returned for the batch and the examples.
+        """
+        with self.clock.busy():
+            return ensemble_std([values, *(self._values(model, batch, examples) for model in self.others)])
+
+    @torch.inference_mode()
+    def accuracy(self, pairs: Trajectories) -> float:
+        """Share of preference pairs whose chosen response has the higher last value; a tie counts half."""
+        with self.clock.busy():
+            values = batch_values(self.model, pairs.batch, self.max_tokens)
+            chosen, rejected = values[pairs.batch.offsets[1:] - 1].reshape(-1, 2).T
+            return float(np.mean((chosen > rejected) + 0.5 * (chosen == rejected)))
+
+    def _values(self, model: PreTrainedModel, batch: RaggedBatch, examples: RaggedBatch | None) -> np.ndarray:
+        return rollout_values(model, batch, self.max_tokens, self.manifest.context, examples, self.seed)
 
 
 class RewardScorer(ValueScorer):

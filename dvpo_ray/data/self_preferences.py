@@ -26,6 +26,7 @@ from dvpo_ray.evaluation.judges import Judge, make_judge
 from dvpo_ray.monitoring.console import RunConsole, Stage
 
 if TYPE_CHECKING:  # torch comes with these, and reads its environment when it is imported; see `main`
+    from dvpo_ray.data.encoding import Encoder
     from dvpo_ray.data.prompts import Prompt
 
 
@@ -36,12 +37,12 @@ class Sample:
     Attributes:
         text: the response; encoded after its prompt it gives the sampled token ids again.
         truncated: the length limit ended it.
-        score: by the gold judge.
+        score: by the gold judge; None where nobody has scored it.
     """
 
     text: str
     truncated: bool
-    score: float
+    score: float | None = None
 
 
 def pair_up(samples: Sequence[Sample], pairs: int, min_score_gap: float) -> list[tuple[Sample, Sample]]:
@@ -66,15 +67,22 @@ def pair_row(prompt: Prompt, chosen: Sample, rejected: Sample) -> dict:
     def content(text: str) -> str | list[dict[str, str]]:
         return text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
 
+    scored = chosen.score is not None and rejected.score is not None
     return {
         "prompt": prompt.content,
         "chosen": content(chosen.text),
         "rejected": content(rejected.text),
-        "chosen_score": round(chosen.score, 4),
-        "rejected_score": round(rejected.score, 4),
+        **({"chosen_score": round(chosen.score, 4), "rejected_score": round(rejected.score, 4)} if scored else {}),
         "chosen_truncated": chosen.truncated,
         "rejected_truncated": rejected.truncated,
     }
+
+
+def exact_text(encoder: Encoder, prompt: Prompt, token_ids: list[int], truncated: bool) -> str | None:
+    """Text of a sampled response; None where it is blank, or would not give the sampled tokens again after its prompt."""
+    text = encoder.decode(token_ids)
+    answer = encoder.encode_answer(prompt.content, text, prompt.where, truncated) if text.strip() else None
+    return text if answer is not None and answer[1] == token_ids else None
 
 
 class Sampler:
@@ -112,18 +120,12 @@ class Sampler:
         for response in self._backend.generate(requests, seed):
             progress.advance()
             row = response.index // samples
-            text = self.encoder.decode(response.token_ids)
-            if self._is_exact(encoded[row][0], text, response.token_ids, response.truncated):
-                exact[row].append((text, response.truncated))
-            else:
+            text = exact_text(self.encoder, encoded[row][0], response.token_ids, response.truncated)
+            if text is None:
                 self.inexact += 1
+            else:
+                exact[row].append((text, response.truncated))
         return [(prompt, self._judged(prompt, texts)) for (prompt, _), texts in zip(encoded, exact, strict=True)]
-
-    def _is_exact(self, prompt: Prompt, text: str, token_ids: list[int], truncated: bool) -> bool:
-        if not text.strip():
-            return False
-        answer = self.encoder.encode_answer(prompt.content, text, prompt.where, truncated)
-        return answer is not None and answer[1] == token_ids
 
     def _judged(self, prompt: Prompt, texts: list[tuple[str, bool]]) -> list[Sample]:
         texts = sorted(texts)  # engines finish in any order; the file does not depend on it

@@ -11,7 +11,12 @@ from dvpo_ray.errors import InputError
 
 
 def new_value_model(
-    path: str, num_layers: int | None = None, dtype: torch.dtype = torch.float32, attention: str = "sdpa", trust_remote_code: bool = False
+    path: str,
+    num_layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    keep_head: bool = False,
 ) -> PreTrainedModel:
     """A value model on the trunk of a causal language model, with a zero head and no dropout.
 
@@ -19,6 +24,7 @@ def new_value_model(
 
     Args:
         path: checkpoint folder or hub name of the language model.
+        keep_head: the checkpoint is a value model; go on from its head.
         num_layers: keep only the first so many decoder layers; all of them when None.
 
     Raises:
@@ -36,6 +42,10 @@ def new_value_model(
     missing = sorted(set(report["missing_keys"]) - set(head))
     if missing:
         raise InputError(f"{path}: the checkpoint lacks {len(missing)} weights of the trunk, first {missing[0]}; give a whole checkpoint")
+    if keep_head:
+        if report["missing_keys"]:
+            raise InputError(f"{path}: the checkpoint has no value head to keep; give a GVM artifact, or leave gvm.keep_head out")
+        return model.eval()
     for _, parameter in head_parameters(model):
         nn.init.zeros_(parameter)
     return model.eval()

@@ -43,7 +43,8 @@ class GVMTrainer(DeepSpeedRank):
         self._join(settings.num_actors, master_addr, master_port)
         dtype = torch_dtype(model.dtype)
         self.train = train
-        value_model = new_value_model(settings.init_from or model.path, settings.num_layers, dtype, model.attention, model.trust_remote_code)
+        start = settings.init_from or model.path
+        value_model = new_value_model(start, settings.num_layers, dtype, model.attention, model.trust_remote_code, settings.keep_head)
         facts = head_spec(value_model), value_model.config.get_text_config().num_hidden_layers
         if settings.lora is not None:
             # peft changes the trunk in place; the head outside it stays an ordinary trained layer.

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import remove_placement_group
 
 from dvpo_ray.actors.process import environment
 from dvpo_ray.config import Config, dump_config
@@ -29,16 +28,17 @@ from dvpo_ray.monitoring.summary import write_summary
 from dvpo_ray.orchestration import checkpoints
 from dvpo_ray.orchestration.cluster import connect, get
 from dvpo_ray.orchestration.placement import plan_gvm_placement
-from dvpo_ray.orchestration.roles import reserve, spawn, wait_until_ready
+from dvpo_ray.orchestration.roles import Room, reserved, spawn, wait_until_ready
 
 
-def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConsole | None = None) -> Path:
+def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConsole | None = None, room: Room | None = None) -> Path:
     """Train a Global Value Model on the config's preference pairs.
 
     Args:
         out: run folder. The artifact goes to its `final/`, the held-out evaluation to `evaluation/`.
         resume: continue the run in that folder from its last whole checkpoint.
         console: of a larger run that this is a part of; otherwise the run opens its own.
+        room: of a larger run that lends it; has a free bundle for each of `gvm.num_actors`. Otherwise the run reserves its own.
 
     Returns:
         The artifact's folder.
@@ -52,17 +52,18 @@ def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConso
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     with nullcontext(console) if console is not None else RunConsole() as console:
-        return GVMRun(config, out, data, console).train(checkpoint)
+        return GVMRun(config, out, data, console, room).train(checkpoint)
 
 
 class GVMRun:
     """One training run in its folder: steps, checkpoints, the held-out evaluation, the artifact and the summary."""
 
-    def __init__(self, config: Config, out: Path, data: GVMData, console: RunConsole) -> None:
+    def __init__(self, config: Config, out: Path, data: GVMData, console: RunConsole, room: Room | None = None) -> None:
         self.config = config
         self.out = out
         self.data = data
         self.console = console
+        self.room = room
         self.memory = PeakMemory()
         self.steps_per_epoch = -(-data.train.num_pairs // config.gvm.pairs_per_step)
         self.total_steps = max(1, round(config.gvm.epochs * self.steps_per_epoch))
@@ -98,19 +99,19 @@ class GVMRun:
     @contextmanager
     def _trainers(self) -> Iterator[list[ActorHandle]]:
         """All ranks of the trainer, ready, for the time of a `with` block."""
-        config, bundles = self.config, plan_gvm_placement(self.config)
-        group = reserve(bundles, config.ray)
+        config, env = self.config, environment(self.config.gvm)
         trainers: list[ActorHandle] = []
-        try:
-            for bundle in bundles:
-                trainers.append(spawn(GVMTrainer, bundle, group, bundles, environment(config.gvm), config, bundle.index, str(self.out)))
-            pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds)
-            self.memory.add_pids(pids[GVMTrainer.role])
-            yield trainers
-        finally:
-            for trainer in trainers:
-                ray.kill(trainer)
-            remove_placement_group(group)
+        with reserved(plan_gvm_placement(config), config.ray) if self.room is None else nullcontext(self.room) as room:
+            try:
+                for index, bundle in enumerate(room.free):
+                    spawned = spawn(GVMTrainer, bundle, room.group, room.bundles, env, config, index, str(self.out), role=GVMTrainer.role)
+                    trainers.append(spawned)
+                pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds)
+                self.memory.add_pids(pids[GVMTrainer.role])
+                yield trainers
+            finally:
+                for trainer in trainers:
+                    ray.kill(trainer)
 
     def _run(self, trainers: list[ActorHandle], checkpoint: tuple[Path, dict] | None) -> Path:
         address = get(trainers[0].rendezvous.remote(), what="the meeting of the GVM trainers")

@@ -96,6 +96,12 @@ class Curves:
             | {"health/value_drift": "drift from prompt to end"},
             "How far values before the end are from the final estimate. It grows as the policy leaves the texts that the GVM was trained on.",
         )
+        yield from self._lines(
+            "Refreshed GVM",
+            "fraction",
+            {"refresh/heldout_accuracy": "new", "refresh/heldout_accuracy_before": "the one it replaced"},
+            "Held-out pairs of the last refresh that the value model orders correctly by the last value.",
+        )
         yield from self._lines("Disagreement", "value", {"health/disagreement": "standard deviation over the ensemble"}, "Mean over all states.")
 
     def update(self) -> Iterator[str]:

@@ -15,6 +15,7 @@ from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_tokenizer, read_manifest
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.refresh.pairs import old_pairs
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Inputs:
 
     Attributes:
         prompts: training prompts.
+        texts: the same prompts as they stand in the data.
         heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
         stop_token_ids: tokens that end a response.
         manifest: of the GVM, or of a baseline's reward model.
@@ -30,6 +32,7 @@ class Inputs:
     """
 
     prompts: list[list[int]]
+    texts: list[Prompt]
     heldout: list[list[int]]
     stop_token_ids: frozenset[int]
     manifest: GVMManifest
@@ -52,14 +55,18 @@ def load_inputs(config: Config) -> Inputs:
         )
     manifest = _scoring_manifest(config, tokenizer)
     _check_examples(config, manifest.context, longest)
+    _check_ensemble(config, manifest, tokenizer)
+    if config.gvm.refresh.source is not None:
+        old_pairs(config.data, [])  # read again at each refresh; a mistake in them shows now
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
-    prompts, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
-    if not prompts:
+    train, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
+    if not train:
         raise InputError(f"{config.data.prompts.path}: no prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
     return Inputs(
-        prompts=prompts,
-        heldout=_sample(heldout, config.evaluation.prompts, config.seed),
+        prompts=[ids for _, ids in train],
+        texts=[prompt for prompt, _ in train],
+        heldout=_sample([ids for _, ids in heldout], config.evaluation.prompts, config.seed),
         stop_token_ids=frozenset(encoder.stop_token_ids),
         manifest=manifest,
         notes=[*sets.skipped, *(f"{row}: dropped, {reason}" for reason, rows in encoder.dropped.items() for row in rows)],
@@ -79,6 +86,16 @@ def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVM
     return manifest
 
 
+def _check_ensemble(config: Config, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse value models whose values cannot be compared with those of `gvm.path`."""
+    for path in map(Path, config.scorer.ensemble):
+        other = read_manifest(path)
+        check_tokenizer(path, other, tokenizer, config.model.chat_template)
+        for name in ("outcome", "context"):
+            if getattr(other, name) != getattr(manifest, name):
+                raise InputError(f"scorer.ensemble: {path} was trained with another {name} than {config.gvm.path}; train both alike")
+
+
 def _check_examples(config: Config, context: ContextSpec, longest: int) -> None:
     """Refuse a GVM whose examples would not fit before the longest row, or would run out."""
     if not context.examples:
@@ -95,11 +112,17 @@ def _check_examples(config: Config, context: ContextSpec, longest: int) -> None:
             f"{config.gvm.path}: {context.examples} examples of at most {context.max_tokens} tokens before rows of {longest} = {needed} tokens, "
             f"but the GVM has a context of {room}; lower data.max_prompt_tokens or rollout.max_response_tokens, or use a GVM with a shorter context"
         )
+    refresh = config.gvm.refresh
+    if refresh.source is not None and int(refresh.prompts * refresh.heldout_fraction) <= context.examples:
+        raise InputError(
+            f"gvm.refresh.prompts {refresh.prompts} x gvm.refresh.heldout_fraction {refresh.heldout_fraction:g} leaves too few held-out prompts to "
+            f"draw {context.examples} examples from; raise one of them"
+        )
 
 
-def _encode(encoder: Encoder, prompts: list[Prompt]) -> list[list[int]]:
-    encoded = (encoder.encode_prompt(prompt) for prompt in prompts)
-    return [ids for ids in encoded if ids is not None]
+def _encode(encoder: Encoder, prompts: list[Prompt]) -> list[tuple[Prompt, list[int]]]:
+    encoded = ((prompt, encoder.encode_prompt(prompt)) for prompt in prompts)
+    return [(prompt, ids) for prompt, ids in encoded if ids is not None]
 
 
 def _sample(prompts: list[list[int]], count: int, seed: int) -> list[list[int]]:

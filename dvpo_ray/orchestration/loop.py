@@ -28,6 +28,7 @@ from dvpo_ray.policy.kl_controller import AdaptiveKLController
 from dvpo_ray.policy.mismatch import check_mismatch
 
 EXAMPLES_STREAM = 1
+REFRESH_STREAM = 2
 REFERENCE = SCORE_FIELDS["reference"]
 
 
@@ -53,7 +54,7 @@ class Loop:
         self._samples = derive_batch(config).samples_per_step
         self._seconds: dict[str, float] = {}
         self.algorithm = ALGORITHMS[config.algorithm]
-        self._next = {role: itertools.cycle(handles) for role, handles in roles.frozen.items()}
+        self._turns = itertools.count()
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and the update on it. Returns the step's metrics."""
@@ -88,6 +89,12 @@ class Loop:
         result = get(self.roles.builder.evaluate.remote(step, chunks), what="evaluation")
         self._role_statistics()  # what was spent here is no part of the next step
         return result
+
+    def sample(self, prompts: Sequence[list[int]], step: int) -> list[ScoredChunk]:
+        """Rollouts of the current policy that nothing scores, for a refresh of the value model."""
+        chunks = self._rollout(prompts, step, scored_by=(), stream=REFRESH_STREAM)
+        self._role_statistics()  # what was spent here is no part of the next step
+        return chunks
 
     # ------------------------------------------------------------------------------------------------ the stages
 
@@ -132,8 +139,13 @@ class Loop:
         return chunks
 
     def _score(self, rollouts: ObjectRef, scored_by: Sequence[str], examples: ObjectRef | None) -> ScoredChunk:
-        inputs = {role: (rollouts, examples) if role == "scorer" else (rollouts,) for role in scored_by}
-        return ScoredChunk(rollouts, {SCORE_FIELDS[role]: next(self._next[role]).score.remote(*refs) for role, refs in inputs.items()})
+        scores, turn = {}, next(self._turns)
+        for role, handles in ((role, self.roles.frozen[role]) for role in scored_by):
+            model = handles[turn % len(handles)]
+            scores[SCORE_FIELDS[role]] = model.score.remote(rollouts, examples) if role == "scorer" else model.score.remote(rollouts)
+            if role == "scorer" and self.config.scorer.ensemble:
+                scores["disagreement"] = model.disagreement.remote(rollouts, scores[SCORE_FIELDS[role]], examples)
+        return ScoredChunk(rollouts, scores)
 
     def _examples(self, step: int) -> ObjectRef:
         """Fresh rollouts of the current policy to distinct prompts, for the value model to know the policy by."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -31,16 +33,35 @@ FROZEN = ("scorer", "reward_model", "reference")
 
 
 @dataclass(frozen=True)
+class Room:
+    """Reserved resources that actors can be started in.
+
+    Attributes:
+        group: the placement group.
+        bundles: all that it was made of.
+        free: those of them that new actors may take.
+    """
+
+    group: PlacementGroup
+    bundles: list[Bundle]
+    free: list[Bundle]
+
+
+@dataclass(frozen=True)
 class Roles:
     """Handles of the actors of a run.
 
     Attributes:
         by_role: all of them under the names that metrics and logs use.
         local_pids: process ids of those on the driver's node.
+        room: what they occupy.
+        run_folder: where their logs go.
     """
 
     by_role: dict[str, list[ActorHandle]]
     local_pids: list[int]
+    room: Room
+    run_folder: str
 
     @property
     def engines(self) -> list[ActorHandle]:
@@ -80,17 +101,15 @@ def start_roles(config: Config, run_folder: str, stop_token_ids: frozenset[int],
     bundles = plan_placement(config)
     transport = choose_transport(config)
     group = reserve(bundles, config.ray)
+    room = Room(group, bundles, [])
     actors: dict[str, list[ActorHandle]] = {}
-    settings = {"rollout": config.rollout, "reference": config.reference, "learner": config.policy, "critic": config.critic}
     try:
         for bundle in bundles:
-            env = environment(RoleConfig() if bundle.role == "experience" else settings.get(bundle.role, config.scorer))
             more = (stop_token_ids, transport, max_sequence_tokens) if bundle.role == "rollout" else ()
-            actor = spawn(CLASSES[bundle.role], bundle, group, bundles, env, config, bundle.index, run_folder, *more)
-            actors.setdefault(bundle.role, []).append(actor)
+            actors.setdefault(bundle.role, []).append(_start(config, bundle, room, run_folder, *more))
         patience = config.rollout.start_timeout_seconds
         pids = wait_until_ready(actors, patience)
-        roles = Roles(actors, [pid for role in pids.values() for pid in role])
+        roles = Roles(actors, [pid for role in pids.values() for pid in role], room, run_folder)
         for role, ranks in roles.trained.items():
             address = get(ranks[0].rendezvous.remote(), what=f"{role} rendezvous")
             channel = (roles.engines, transport) if role == "learner" else ()
@@ -99,6 +118,52 @@ def start_roles(config: Config, run_folder: str, stop_token_ids: frozenset[int],
     finally:
         for handle in [handle for handles in actors.values() for handle in handles]:
             ray.kill(handle)
+        remove_placement_group(group)
+
+
+def _start(config: Config, bundle: Bundle, room: Room, run_folder: str, *more) -> ActorHandle:
+    settings = {"rollout": config.rollout, "reference": config.reference, "learner": config.policy, "critic": config.critic}
+    env = environment(RoleConfig() if bundle.role == "experience" else settings.get(bundle.role, config.scorer))
+    return spawn(CLASSES[bundle.role], bundle, room.group, room.bundles, env, config, bundle.index, run_folder, *more)
+
+
+def retire(roles: Roles, role: str) -> Room:
+    """Stop the actors of a frozen role, and return the room that they leave."""
+    handles = roles.by_role[role]
+    for handle in handles:
+        ray.kill(handle)
+    for handle in handles:
+        _wait_until_dead(handle)  # only then are its name and its resources free
+    return replace(roles.room, free=[bundle for bundle in roles.room.bundles if bundle.role == role])
+
+
+def _wait_until_dead(handle: ActorHandle) -> None:
+    while True:
+        try:
+            ray.get(handle.ready.remote())
+        except RayActorError:
+            return
+        time.sleep(0.05)
+
+
+def restart(roles: Roles, role: str, config: Config) -> list[int]:
+    """Start the actors of a retired role again, with another config; returns the process ids of those on this node."""
+    bundles = [bundle for bundle in roles.room.bundles if bundle.role == role]
+    roles.by_role[role] = [_start(config, bundle, roles.room, roles.run_folder) for bundle in bundles]
+    return wait_until_ready({role: roles.by_role[role]}, config.rollout.start_timeout_seconds)[role]
+
+
+@contextmanager
+def reserved(bundles: list[Bundle], settings: RayConfig) -> Iterator[Room]:
+    """Room for the bundles, for the time of a `with` block.
+
+    Raises:
+        ResourceError: as in `reserve`.
+    """
+    group = reserve(bundles, settings)
+    try:
+        yield Room(group, bundles, bundles)
+    finally:
         remove_placement_group(group)
 
 
@@ -135,10 +200,17 @@ def _resources(bundle: Bundle) -> dict[str, float]:
     return {name: amount for name, amount in (("CPU", bundle.cpus), ("GPU", bundle.gpus)) if amount > 0}
 
 
-def spawn(cls: type[Actor], bundle: Bundle, group: PlacementGroup, bundles: list[Bundle], env: dict[str, str], *args) -> ActorHandle:
-    """Create one named actor in its bundle. It works in this process's folder, so that relative paths mean the same to both."""
+def spawn(
+    cls: type[Actor], bundle: Bundle, group: PlacementGroup, bundles: list[Bundle], env: dict[str, str], *args, role: str | None = None
+) -> ActorHandle:
+    """Create one named actor in its bundle. It works in this process's folder, so that relative paths mean the same to both.
+
+    Args:
+        role: for the actor's name, where it is not the bundle's own.
+    """
     env = env | {WORKING_FOLDER: os.getcwd()}
-    options: dict = {"name": f"{bundle.role}-{bundle.index}", "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "runtime_env": {"env_vars": env}}
+    name = f"{role or bundle.role}-{bundle.index}"
+    options: dict = {"name": name, "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "runtime_env": {"env_vars": env}}
     if _resources(bundle):
         place = [b for b in bundles if _resources(b)].index(bundle)
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.config import Config, dump_config
 from dvpo_ray.evaluation.gain import gold_gain
 from dvpo_ray.files import whole_folder
+from dvpo_ray.health.alarms import Alarm, HealthMonitor
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
@@ -20,6 +22,7 @@ from dvpo_ray.orchestration import checkpoints
 from dvpo_ray.orchestration.cluster import connect, get
 from dvpo_ray.orchestration.inputs import Inputs, load_inputs
 from dvpo_ray.orchestration.loop import Loop
+from dvpo_ray.orchestration.refresh import Refresher
 from dvpo_ray.orchestration.roles import Roles, start_roles
 
 
@@ -54,6 +57,9 @@ class Run:
         self.memory = PeakMemory()
         self.evaluations: dict[int, dict[str, float]] = {}
         self.last_step = 0
+        self.health = HealthMonitor(config.health)
+        self.refresher = Refresher(config, run_folder, inputs, console, self.memory)
+        self.refresh_is_due = False
         self.uses_rewards = ALGORITHMS[config.algorithm].scorer == "reward_model"
 
     @property
@@ -70,10 +76,11 @@ class Run:
         for note in self.inputs.notes:
             self.console.warn(note)
         state = "failed"
+        if checkpoint is not None:
+            self.refresher.load_state_dict(checkpoint[1]["refresh"])
         try:
             with connect(self.config.ray), self.memory, self._roles() as roles:
-                self._optimise(roles, checkpoint)
-            state = "finished"
+                state = self._optimise(roles, checkpoint)
         except KeyboardInterrupt:
             state = "interrupted"
             raise
@@ -99,11 +106,12 @@ class Run:
         longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
         with ExitStack() as stack:
             with self.console.stage("start of the actors"):
-                roles = stack.enter_context(start_roles(self.config, str(self.run_folder), self.inputs.stop_token_ids, longest))
+                roles = stack.enter_context(start_roles(self.refresher.scoring_config, str(self.run_folder), self.inputs.stop_token_ids, longest))
                 self.memory.add_pids(roles.local_pids)
             yield roles
 
-    def _optimise(self, roles: Roles, checkpoint: tuple[Path, dict] | None) -> None:
+    def _optimise(self, roles: Roles, checkpoint: tuple[Path, dict] | None) -> str:
+        """All steps and what comes after them. Returns how it ended: `finished`, or `stopped` by an alarm."""
         takes_examples = self.inputs.manifest.context.examples > 0
         loop = Loop(self.config, roles, self.inputs.prompts, self.inputs.heldout, takes_examples)
         first = 1
@@ -117,17 +125,38 @@ class Run:
             self.console.stage("policy optimisation", total=self.config.train.steps, done=first - 1, unit="steps") as progress,
         ):
             for step in range(first, self.config.train.steps + 1):
+                refresh = self._refresh(loop, roles) if self.refresh_is_due else {}
                 metrics = loop.step(step)
-                log.write(step, metrics)
+                health, alarms = self.health.observe(step, metrics)
+                log.write(step, metrics | health | refresh | self.refresher.state.metrics)
                 progress.step(step, metrics)
                 self.last_step = step
+                stops = self._heed(alarms)
                 if self._is_due(step, self.config.evaluation.every_steps):
                     self._evaluate(loop, step)
-                if self._is_due(step, self.config.checkpoint.every_steps):
+                if stops or self.refresh_is_due or self._is_due(step, self.config.checkpoint.every_steps):
                     self._save(loop, roles, step)
-        if self.config.train.steps not in self.evaluations:
-            self._evaluate(loop, self.config.train.steps)
+                if stops:
+                    break
+        if self.last_step not in self.evaluations:
+            self._evaluate(loop, self.last_step)
         self._save_final(roles)
+        return "stopped" if self.last_step < self.config.train.steps else "finished"
+
+    def _refresh(self, loop: Loop, roles: Roles) -> dict[str, float]:
+        """Refresh the GVM between two steps. The checkpoint before it says so: a run that dies waiting for labels goes on here."""
+        metrics = self.refresher.refresh(self.last_step, loop, roles)
+        self.health.restart()
+        self.refresh_is_due = False
+        return metrics
+
+    def _heed(self, alarms: list[Alarm]) -> bool:
+        """Tell the user of the alarms of the last step, and decide what follows it. Returns whether the run stops here."""
+        for alarm in alarms:
+            self.console.warn(f"ALARM {alarm.name} at {alarm}")
+        goes_on = self.last_step < self.config.train.steps
+        self.refresh_is_due = goes_on and self.refresher.is_due(self.last_step, alarmed=bool(alarms))
+        return goes_on and bool(alarms) and self.config.health.on_alarm == "stop"
 
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
@@ -148,7 +177,14 @@ class Run:
         get(saved, what="saving a checkpoint")
         if self.config.checkpoint.save_pretrained:
             self._save_policy(roles, draft / "policy")
-        state = {"step": step, "kl": loop.kl.state_dict(), "evaluations": {str(k): v for k, v in self.evaluations.items()}}
+        state = {
+            "step": step,
+            "kl": loop.kl.state_dict(),
+            "health": self.health.state_dict(),
+            "refresh": self.refresher.state_dict(),
+            "refresh_is_due": self.refresh_is_due,
+            "evaluations": {str(k): v for k, v in self.evaluations.items()},
+        }
         checkpoints.commit(draft, state, self.config.checkpoint.keep)
 
     def _restore(self, loop: Loop, roles: Roles, folder: Path, state: dict) -> int:
@@ -156,6 +192,8 @@ class Run:
         loaded = [rank.load_checkpoint.remote(str(folder / role)) for role, ranks in roles.trained.items() for rank in ranks]
         get(loaded, what="loading a checkpoint")
         loop.kl.load_state_dict(state["kl"])
+        self.health.load_state_dict(state["health"])
+        self.refresh_is_due = state["refresh_is_due"] and state["step"] < self.config.train.steps
         self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
         self.last_step = state["step"]
         loop.sync(state["step"])
@@ -187,7 +225,10 @@ class Run:
             "duration_seconds": round(time.time() - self.started, 1),
             "peak_memory_gib": round(self.memory.peak_gib, 3),
             "notes": self.inputs.notes,
+            "alarms": [asdict(alarm) for alarm in self.health.alarms],
         }
+        if self.refresher.state.steps:
+            summary["refresh"] = asdict(self.refresher.state)
         summary["evaluations"] = {str(step): result for step, result in sorted(self.evaluations.items())}
         if last > 0:
             summary["kl"] = {"after_mean": self.evaluations[last]["kl"]}

@@ -1,0 +1,73 @@
+"""The preference files of one refresh: new pairs to train on and to hold out, and old ones mixed in."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dvpo_ray.config.schema import DataConfig
+from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
+from dvpo_ray.data.reading import read_rows
+from dvpo_ray.data.rows import parse_rows
+from dvpo_ray.data.splitting import split_by_prompt
+from dvpo_ray.errors import InputError
+from dvpo_ray.files import whole_file
+
+NEW, HELDOUT, TRAINING = "pairs.train.jsonl", "pairs.heldout.jsonl", "training.jsonl"
+
+
+def write_pairs(
+    folder: Path, rows: Sequence[dict], source: str, heldout_fraction: float, old: Sequence[PreferencePair], share: float, seed: int
+) -> None:
+    """Write the three files of a refresh: its new pairs by side of the split, and the new training pairs with old ones.
+
+    Args:
+        rows: of a preference file, all by the current policy.
+        source: what the policy is called in their `source_model`.
+        old: pairs to draw from; those of a prompt that is held out now are left out.
+        share: old pairs for each new one.
+
+    Raises:
+        InputError: too few pairs or prompts to train on some and to hold out others.
+    """
+    pairs = [parse_pair(row | {"source_model": source}, str(folder)) for row in rows]
+    try:
+        train, heldout = split_by_prompt(pairs, heldout_fraction)
+    except InputError as error:
+        raise InputError(
+            f"{folder}: {len(pairs)} new pairs on {len({pair.key for pair in pairs})} prompts are too few to train on some and hold out "
+            f"{heldout_fraction:g}; raise gvm.refresh.prompts or gvm.refresh.samples_per_prompt, or lower gvm.refresh.min_score_gap"
+        ) from error
+    heldout_prompts = {pair.key for pair in heldout}
+    usable = [pair for pair in old if pair.key not in heldout_prompts]
+    mixed = random.Random(seed).sample(usable, min(len(usable), round(share * len(train))))
+    for name, content in ((NEW, train), (HELDOUT, heldout), (TRAINING, [*train, *mixed])):
+        with whole_file(folder / name) as file:
+            file.writelines(json.dumps(as_row(pair), ensure_ascii=False) + "\n" for pair in content)
+
+
+def old_pairs(data: DataConfig, earlier: Iterable[Path]) -> list[PreferencePair]:
+    """The training pairs of `data.preferences`, where set, and those that earlier refreshes collected in their folders."""
+    pairs = load_preferences(data.preferences, data.on_bad_row).train if data.preferences is not None else []
+    for folder in earlier:
+        path = str(folder / NEW)
+        pairs = [*pairs, *parse_rows(path, read_rows(path, "train"), parse_pair, "error")[0]]
+    return pairs
+
+
+def as_row(pair: PreferencePair) -> dict:
+    """A pair as a row that the readers of `dvpo_ray.data` read back to an equal one."""
+    row = {
+        "prompt": pair.prompt,
+        "chosen": pair.chosen,
+        "rejected": pair.rejected,
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+        "chosen_truncated": pair.chosen_truncated,
+        "rejected_truncated": pair.rejected_truncated,
+        "source_model": pair.source_model,
+        "rejected_model": pair.rejected_model,
+    }
+    return {name: value for name, value in row.items() if value is not None}

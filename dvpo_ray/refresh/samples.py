@@ -1,0 +1,54 @@
+"""The current policy's answers to some prompts, in the file that a refresh of the value model starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.prompts import Prompt
+from dvpo_ray.data.self_preferences import Sample, exact_text
+from dvpo_ray.evaluation.judges import Judge
+from dvpo_ray.files import whole_file
+from dvpo_ray.monitoring.run_files import read_json_lines
+
+
+def usable_samples(
+    batch: RaggedBatch, prompts: Sequence[Prompt], samples_per_prompt: int, encoder: Encoder, judge: Judge | None
+) -> list[list[Sample]]:
+    """The different responses to each prompt whose text gives their tokens again, scored by the judge where there is one.
+
+    Args:
+        batch: rows in the order of their ids; row i answers prompt i // samples_per_prompt.
+    """
+    answers: list[dict[str, bool]] = [{} for _ in prompts]
+    for r in range(batch.num_rows):
+        p = int(batch.row_ids[r]) // samples_per_prompt
+        truncated = bool(batch.truncated[r])
+        text = exact_text(encoder, prompts[p], batch.tokens[batch.response(r)].tolist(), truncated)
+        if text is not None:
+            answers[p].setdefault(text, truncated)
+    return [_scored(prompt, texts, judge) for prompt, texts in zip(prompts, answers, strict=True)]
+
+
+def _scored(prompt: Prompt, texts: dict[str, bool], judge: Judge | None) -> list[Sample]:
+    if judge is None or not texts:
+        return [Sample(text, truncated) for text, truncated in texts.items()]
+    scores = judge.score([prompt.text] * len(texts), list(texts)).tolist()
+    return [Sample(text, truncated, score) for (text, truncated), score in zip(texts.items(), scores, strict=True)]
+
+
+def write_samples(path: Path, prompts: Sequence[Prompt], samples: Sequence[list[Sample]]) -> None:
+    """One row per prompt: `prompt`, its `where`, and `responses` with `text`, `truncated` and `score`."""
+    with whole_file(path) as file:
+        for prompt, answers in zip(prompts, samples, strict=True):
+            responses = [{"text": sample.text, "truncated": sample.truncated, "score": sample.score} for sample in answers]
+            file.write(json.dumps({"prompt": prompt.content, "where": prompt.where, "responses": responses}, ensure_ascii=False) + "\n")
+
+
+def read_samples(path: Path) -> list[tuple[Prompt, list[Sample]]]:
+    """What `write_samples` wrote."""
+    rows, _ = read_json_lines(path)
+    return [(Prompt(row["prompt"], row["where"]), [Sample(**response) for response in row["responses"]]) for row in rows]
