@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -59,7 +59,14 @@ def training_arguments(config: Config, stage: TRLStageConfig, out: Path) -> dict
 
 
 def run_stage(
-    trainer: Trainer, name: str, metrics: Mapping[str, str], config: Config, tokenizer: PreTrainedTokenizerBase, out: Path, resume: bool
+    trainer: Trainer,
+    name: str,
+    metrics: Mapping[str, str],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    resume: bool,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Train, and save the result as a checkpoint that later stages start from.
 
@@ -69,6 +76,7 @@ def run_stage(
         metrics: what goes to metrics.jsonl: the trainer's names, and ours after `name/`. The first is shown beside the progress bar.
         out: run folder; gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `final/` and `summary.json`.
         resume: continue from the last checkpoint in `out`, if there is one.
+        notes: what the user should know of the data, one line each.
 
     Returns:
         `out/final`, a checkpoint of model and tokenizer in `model.dtype`.
@@ -83,6 +91,8 @@ def run_stage(
     memory = PeakMemory()
     try:
         with memory, RunConsole() as console:
+            for note in notes:
+                console.warn(note)
             trainer.add_callback(_Progress(console, name, metrics, out / "metrics.jsonl"))
             trainer.train(resume_from_checkpoint=_last_checkpoint(out / "checkpoints") if resume else None)
         with whole_folder(final) as folder:
@@ -96,7 +106,7 @@ def run_stage(
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         last = _metrics_entry(name, metrics, history[-1]) if history else {}
         measured = {"duration_seconds": round(time.time() - started, 1), "peak_memory_gib": round(memory.peak_gib, 3)}
-        facts = {"name": config.name, "stage": name, "model": config.model.path, "seed": config.seed, "state": state}
+        facts = {"name": config.name, "stage": name, "model": config.model.path, "seed": config.seed, "notes": list(notes), "state": state}
         write_summary(out, facts | {"steps": trainer.state.global_step, "last_step": last} | measured)
     return final
 

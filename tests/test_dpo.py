@@ -32,7 +32,8 @@ def test_rows_are_the_ids_of_the_value_models_pairs(tiny_chat_model, tmp_path):
 
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS)
     tokenizer = load_tokenizer(str(tiny_chat_model))
-    rows = encode_pairs(settings, tokenizer)
+    rows, notes = encode_pairs(settings, tokenizer)
+    assert notes == []
     values = load_gvm_data(settings).train.batch
     for i, row in enumerate(rows):
         for j, response in enumerate(("chosen_ids", "rejected_ids")):
@@ -41,6 +42,17 @@ def test_rows_are_the_ids_of_the_value_models_pairs(tiny_chat_model, tmp_path):
     assert tokenizer.decode(rows[0]["prompt_ids"]) == "<|im_start|>user\nTell me a story<|im_end|>\n<|im_start|>assistant\n"
     assert rows[1]["chosen_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in rows[1]["rejected_ids"]  # cut off
+
+
+def test_what_becomes_of_long_rows_is_said(tiny_chat_model, tmp_path):
+    from dvpo_ray.baselines.dpo import encode_pairs
+    from dvpo_ray.models.loading import load_tokenizer
+
+    settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS)
+    tokenizer = load_tokenizer(str(tiny_chat_model))
+    settings.data.max_response_tokens, settings.data.long_response = len(tokenizer("A good day")["input_ids"]) + 1, "drop"
+    rows, notes = encode_pairs(settings, tokenizer)
+    assert len(rows) == 1 and notes == [f"dropped 1 rows (long_response), the first is {tmp_path}/path.jsonl:2"]
 
 
 def test_no_pair_left_is_one_line(tiny_chat_model, tmp_path):
@@ -71,7 +83,7 @@ def test_the_first_steps_are_dpos(tiny_model, tmp_path):
     train_dpo(settings, tmp_path / "run", resume=False)
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
-    (pair,) = encode_pairs(settings, load_tokenizer(str(tiny_model)))
+    (pair,), _ = encode_pairs(settings, load_tokenizer(str(tiny_model)))
     policy, reference = load_policy(settings.model), load_policy(settings.model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=0.0)
     losses = []

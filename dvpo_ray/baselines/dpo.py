@@ -12,6 +12,7 @@ from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.dataset import encoding_notes
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer
 from dvpo_ray.trl_stage import OPTIMIZER_METRICS, run_stage, trained_policy, training_arguments
 
@@ -40,7 +41,7 @@ def train_dpo(config: Config, out: Path, resume: bool) -> Path:
         ResourceError: the disk is full.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    rows = encode_pairs(config, tokenizer)
+    rows, notes = encode_pairs(config, tokenizer)
     arguments = DPOConfig(**training_arguments(config, config.dpo, out), beta=config.dpo.beta, max_length=None)
     trainer = EncodedDPOTrainer(
         model=trained_policy(config),
@@ -49,22 +50,26 @@ def train_dpo(config: Config, out: Path, resume: bool) -> Path:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    return run_stage(trainer, "dpo", METRICS, config, tokenizer, out, resume)
+    return run_stage(trainer, "dpo", METRICS, config, tokenizer, out, resume, notes)
 
 
-def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, list[int]]]:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids` of every training pair, under the same limits as in `dvpo gvm train`.
+def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, list[int]]], list[str]]:
+    """The ids of every training pair, under the same limits as in `dvpo gvm train`.
+
+    Returns:
+        Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; and what became of the other rows, one line for each kind.
 
     Raises:
         InputError: anything missing, unreadable or unfit; no pair is left.
     """
-    pairs = load_preferences(config.data.preferences, config.data.on_bad_row).train
+    sets = load_preferences(config.data.preferences, config.data.on_bad_row)
     context = context_tokens(config.model.path, config.model.trust_remote_code)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
-    encoded = [ids for pair in pairs if (ids := encoder.encode_pair(pair)) is not None]
+    encoded = [ids for pair in sets.train if (ids := encoder.encode_pair(pair)) is not None]
     if not encoded:
         raise InputError(f"{config.data.preferences.path}: no training pair is left; raise data.max_prompt_tokens or give more pairs")
-    return [{"prompt_ids": ids.prompt, "chosen_ids": ids.chosen, "rejected_ids": ids.rejected} for ids in encoded]
+    rows = [{"prompt_ids": ids.prompt, "chosen_ids": ids.chosen, "rejected_ids": ids.rejected} for ids in encoded]
+    return rows, [*sets.warnings, *sets.skipped, *encoding_notes(encoder)]
 
 
 class EncodedDPOTrainer(DPOTrainer):

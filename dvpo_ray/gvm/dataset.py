@@ -51,7 +51,7 @@ def load_gvm_data(config: Config) -> GVMData:
     description = TrainingDataSpec(
         path=config.data.preferences.path, fingerprint=dataset_fingerprint(sets.train), pairs=train.num_pairs, heldout_pairs=heldout.num_pairs
     )
-    return GVMData(train, heldout, tokenizer, description, [*sets.warnings, *sets.skipped, *_counts(encoder)])
+    return GVMData(train, heldout, tokenizer, description, [*sets.warnings, *sets.skipped, *encoding_notes(encoder)])
 
 
 def load_heldout(config: Config, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> Trajectories:
@@ -127,7 +127,7 @@ def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outco
     return replace(trajectories, batch=with_peer_examples(trajectories.batch, origins, context, seed, encoder.context_tokens))
 
 
-def _counts(encoder: Encoder) -> Iterator[str]:
+def encoding_notes(encoder: Encoder) -> Iterator[str]:
     """One line for each reason that rows were dropped or shortened for."""
     for verb, reasons in (("dropped", encoder.dropped), ("shortened", encoder.truncated)):
         for reason, rows in reasons.items():
