@@ -65,3 +65,23 @@ def test_dropout_is_off_for_good(model):
     lora.train()
     ids = torch.tensor([[1, 5, 9, 12]])
     assert torch.equal(lora(ids).logits, lora(ids).logits)
+
+
+def test_adapters_on_chosen_layers_only(model):
+    lora = apply_lora(model, LoraConfig(rank=2, layers=[1]))
+    adapted = {name for name, _ in lora.named_parameters() if "lora_A" in name}
+    assert adapted and all(".layers.1." in name for name in adapted)
+    assert {name.split(".lora_A")[0].rpartition(".")[2] for name in adapted} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+
+
+def test_adapters_on_a_layer_that_is_not_there(model):
+    with pytest.raises(InputError, match="lora.layers names layer 2, but the model has the decoder layers 0 to 1"):
+        apply_lora(model, LoraConfig(rank=2, layers=[2]))

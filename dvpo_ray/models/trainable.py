@@ -57,12 +57,23 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str = "CAUSA
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
+            target_modules=_target_modules(model, lora),
             layers_to_transform=lora.layers,
             modules_to_save=modules_to_save,
             task_type=task_type,
         ),
     )
+
+
+def _target_modules(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]:
+    """peft's `target_modules`; it takes no pattern together with a choice of layers, so "all-linear" becomes the names it stands for."""
+    if lora.layers is None or lora.target_modules != "all-linear":
+        return lora.target_modules
+    layers = decoder_layers(model)
+    if unknown := [layer for layer in lora.layers if not 0 <= layer < len(layers)]:
+        raise InputError(f"lora.layers names layer {unknown[0]}, but the model has the decoder layers 0 to {len(layers) - 1}")
+    names = {name for layer in layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(name.rpartition(".")[2] for name in names)
 
 
 def _merged(module: LoraLayer, adapter: str = "default") -> tuple[Callable[[], torch.Tensor], list[nn.Parameter]]:
