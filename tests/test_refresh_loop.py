@@ -52,7 +52,8 @@ def refresh_settings(loop_settings, tiny_model, tmp_path_factory) -> dict:
     loop_settings["model"] = loop_settings["model"] | {"path": str(model)}
     refresh = {"source": "judge", "prompts": 20, "samples_per_prompt": 6, "pairs_per_prompt": 2, "min_score_gap": 0.01, "heldout_fraction": 0.3}
     gvm = loop_settings["gvm"] | {"refresh_every_steps": 2, "refresh": refresh, "learning_rate": 3e-3, "pairs_per_step": 4, "micro_batch_tokens": 512}
-    return loop_settings | {"gvm": gvm, "train": {"steps": 5, "trackers": []}, "checkpoint": {"every_steps": 3, "keep": 10}}
+    rollout = loop_settings["rollout"] | {"cpus_per_actor": 3}  # the run holds every CPU of its cluster
+    return loop_settings | {"gvm": gvm, "rollout": rollout, "train": {"steps": 5, "trackers": []}, "checkpoint": {"every_steps": 3, "keep": 10}}
 
 
 @pytest.fixture(scope="module")
