@@ -23,8 +23,9 @@ def _load(what: str, path: str, load):
     """Call `load()` and turn every way a checkpoint can be missing or broken into one line."""
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         raise InputError(f"{path}: no such checkpoint folder; give a folder with config.json or a hub name")
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, progress_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         return load(str(Path(path).expanduser()) if path.startswith("~") else path)
     except (OSError, ValueError) as error:
@@ -32,6 +33,8 @@ def _load(what: str, path: str, load):
         raise InputError(f"{path}: cannot load the {what}: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if progress_bar:
+            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
