@@ -80,17 +80,21 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     config = load(args)
-    gvm = _gvm_path(args, config)
+    gvm, out = _gvm_path(args, config), args.out or dated_folder(config, "-gvm-eval")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: already there and not empty, and the evaluation would take its place; give another --out")
 
     from dvpo_ray.gvm.evaluation import evaluate_gvm
 
-    print(json.dumps(evaluate_gvm(config, gvm, args.out or dated_folder(config, "-gvm-eval")), indent=2))
+    print(json.dumps(evaluate_gvm(config, gvm, out), indent=2))
     return 0
 
 
 def _score(args: argparse.Namespace) -> int:
     config = load(args)
     gvm = _gvm_path(args, config)
+    if args.output.resolve() == args.input.resolve() or args.output.is_dir():
+        raise InputError(f"{args.output}: --output would take the place of the input or of a folder; give another file")
 
     from dvpo_ray.gvm.scoring import score_file
 
