@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_fakes import leave_policy, leave_value_model
+from study_fakes import leave_manifest, leave_policy, leave_value_model
 
 from dvpo_ray import cli
 from dvpo_ray.experiments.convergence import compare
@@ -118,4 +118,63 @@ def test_without_ppo_there_is_no_race():
 )
 def test_what_convergence_refuses(argv, line, capsys):
     assert dvpo(*CONVERGENCE, *argv) == 2
+    assert line in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- refresh
+
+REFRESH = ("refresh", STORIES, "evaluation.every_steps=1", "train.steps=4", "gvm.refresh.prompts=8", "gvm.refresh.pairs_per_prompt=1")
+
+
+def leave_refreshing(run):
+    """Value models of as many pairs as they may have; with refreshes every two steps, five new pairs by step 3."""
+    if run.stage == "gvm":
+        leave_value_model(run, {"mean": 0.8, "last": 0.8})
+        leave_manifest(run, pairs=run.config.data.preferences.limit)
+        return
+    refreshed = run.config.gvm.refresh_every_steps > 0
+    new = {"refresh/pairs_total": 5.0, "refresh/heldout_accuracy_before": 0.6, "refresh/heldout_accuracy": 0.7}
+    leave_policy(
+        run,
+        [0.5, 0.6, 0.7, 0.8, 0.9] if refreshed else [0.5, 0.6, 0.6, 0.6, 0.6],
+        [0.0, 2.0, 4.0, 6.0, 8.0],
+        more=lambda step: new | ({"time/refresh_seconds": 9.0} if step == 3 else {}) if refreshed and step >= 3 else {},
+    )
+
+
+def test_refreshed_value_models_stand_beside_frozen_ones_of_fewer_and_of_as_many_pairs(faked, tmp_path):
+    started = faked(leave_refreshing)
+    assert dvpo(*REFRESH, "--pairs", 20, "--every", 2, "--seeds", 0, 1, "--out", tmp_path) == 0
+    assert [run.variant for run in started] == ["gvm-20", "gvm-28", "frozen-20", "every-2", "frozen-28"] * 2  # one refresh of 8 prompts
+    frozen, refreshed = started[2].config, started[3].config
+    assert frozen.gvm.path == refreshed.gvm.path == str(tmp_path / "gvm-20-seed0" / "final")
+    assert (frozen.gvm.refresh_every_steps, refreshed.gvm.refresh_every_steps, refreshed.gvm.refresh.source) == (0, 2, "judge")
+    assert refreshed.data.preferences.limit == 20  # what a refresh mixes in may not be feedback that nobody counts
+    assert started[4].config.gvm.path == str(tmp_path / "gvm-28-seed0" / "final")
+
+    result = result_of(tmp_path)
+    table = {row["value model"]: row for row in result["table"]}
+    assert {name: row["feedback, pairs"]["values"] for name, row in table.items()} == {
+        "frozen-20": [20, 20],
+        "every-2": [25, 25],  # five of the eight prompts gave a pair
+        "frozen-28": [28, 28],
+    }
+    assert table["every-2"]["final gold"]["mean"] == 0.9 and table["every-2"]["refreshing, seconds"]["mean"] == 9.0
+    assert table["every-2"]["accuracy on the last new pairs, before"]["values"] == [0.6, 0.6]
+    assert table["frozen-20"]["and after their refresh"]["mean"] is None
+    # The evaluation after step 2 comes before the refresh between the steps 2 and 3.
+    assert next(c for c in result["curves"] if c["variant"] == "every-2")["pairs"] == [20, 20, 20, 25, 25]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--every", 4], "--every 4: expected less than train.steps, which is 4"),
+        (["--pairs", 0], "'0' is no whole number of at least 1"),
+        (["evaluation.judge=none"], "set evaluation.judge and evaluation.every_steps"),
+        (["data.preferences=null"], "data.preferences.path is not set"),
+    ],
+)
+def test_what_refresh_refuses(argv, line, capsys):
+    assert dvpo(*REFRESH, *argv) == 2
     assert line in capsys.readouterr().err

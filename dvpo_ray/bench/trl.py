@@ -195,7 +195,7 @@ def trl_request(config: Config, prompts: list[list[int]], repeats: int) -> dict:
 
 
 def run_trl(request: dict, python: Path, run_folder: Path, after_step) -> TRLRun:
-    """Run the script in TRL's environment, with the environment variables of our own actors.
+    """Run the script in TRL's environment, alone on the cores: its threads wait as OpenMP has it by default, not passively like those of actors.
 
     Raises:
         ResourceError: it failed; the line names its log.
@@ -205,8 +205,8 @@ def run_trl(request: dict, python: Path, run_folder: Path, after_step) -> TRLRun
     request_file.write_text(json.dumps(request), encoding="utf-8")
     result_file.unlink(missing_ok=True)
     threads = {name: str(request["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | threads
-    variables |= {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+    ours = ("PYTHONPATH", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+    variables = {name: value for name, value in os.environ.items() if name not in ours} | threads | {"TOKENIZERS_PARALLELISM": "false"}
     command = [str(python), "-P", str(SCRIPT), str(request_file), str(result_file)]
     with (
         log.open("w", encoding="utf-8") as errors,

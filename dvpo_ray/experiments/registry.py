@@ -8,9 +8,10 @@ from dvpo_ray.experiments.convergence import Convergence
 from dvpo_ray.experiments.distribution_shift import DistributionShift
 from dvpo_ray.experiments.gvm_quality import GVMQuality
 from dvpo_ray.experiments.gvm_size import GVMSize
+from dvpo_ray.experiments.refresh import Refresh
 from dvpo_ray.experiments.study import Study
 from dvpo_ray.experiments.transfer import Transfer
 
 STUDIES: dict[str, type[Study]] = {
-    study.name: study for study in (GVMQuality, Convergence, Transfer, DistributionShift, Bound, GVMSize, AdvantageModes)
+    study.name: study for study in (GVMQuality, Convergence, Transfer, DistributionShift, Bound, Refresh, GVMSize, AdvantageModes)
 }
