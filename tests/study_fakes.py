@@ -21,7 +21,10 @@ def leave_policy(
     """The folder of a policy run, evaluated every so many steps, each of so many seconds, with more metrics of a step."""
     evaluations = {str(i * every): {"gold": g, "kl": k} for i, (g, k) in enumerate(zip(gold, kl, strict=True))}
     _leave(run, {"evaluations": evaluations})
-    rows = [{"step": step, "time/step_seconds": seconds, "response_length/mean": 60.0 + step} | more(step) for step in range(1, (len(gold) - 1) * every + 1)]
+    rows = [
+        {"step": step, "time/step_seconds": seconds, "response_length/mean": 60.0 + step} | more(step)
+        for step in range(1, (len(gold) - 1) * every + 1)
+    ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
