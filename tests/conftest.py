@@ -24,8 +24,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Fast tests first, then those that start a Ray of their own or none, then those that share one."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, "ray_session" in item.fixturenames))
 
 
 CORPUS = [
@@ -112,9 +112,9 @@ def hh_pairs() -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_session():
-    """A local Ray with room for every role of a small run."""
+    """A local Ray with room for every role of a small run, one for all tests that need no Ray of their own."""
     import ray
 
     ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)

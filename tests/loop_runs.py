@@ -30,6 +30,16 @@ def rollouts(folder: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in (folder / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
 
 
+def gae_by_hand(rows: list[dict]) -> np.ndarray:
+    """Advantages of all rollouts of a step one after the other: GAE with lambda 1 and KL in the reward, whitened over the batch."""
+    raw = []
+    for row in rows:
+        v, kl = np.array(row["values"]), np.array(row["log_probs"]) - np.array(row["reference_log_probs"])
+        raw.append(v[-1] - v[:-1] - 0.05 * np.cumsum(kl[::-1])[::-1])
+    flat = np.concatenate(raw)
+    return (flat - flat.mean()) / flat.std(ddof=1)
+
+
 def values_by_hand(gvm: str, row: dict) -> np.ndarray:
     """The T + 1 values of one rollout by a direct forward pass of that row alone."""
     from dvpo_ray.gvm.artifact import load_gvm

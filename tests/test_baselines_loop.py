@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,25 +25,27 @@ def baseline_settings(loop_settings, tiny_model, tmp_path_factory) -> dict:
     return loop_settings | {"reward_model": {"path": path}, "critic": {"learning_rate": 3e-3}, "train": {"steps": 2, "trackers": []}}
 
 
-ACTORS = {
-    "ppo": {"rollout", "reward_model", "reference", "learner", "critic", "experience"},
-    "grpo": {"rollout", "reward_model", "reference", "learner", "experience"},
-}
+ROLES = {"rollout", "reward_model", "reference", "learner", "experience"}
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "remax", "reinforce"])
-def test_a_baseline_trains_with_its_roles_on_its_rewards(baseline_settings, tmp_path, algorithm):
-    batch = {"prompts_per_step": 8, "samples_per_prompt": 2}
-    metrics = run(baseline_settings | {"algorithm": algorithm}, tmp_path / algorithm, batch=batch)
-    assert {f.stem.rpartition("-")[0] for f in (tmp_path / algorithm / "logs").iterdir()} == ACTORS.get(algorithm, ACTORS["grpo"])
-    rows = rollouts(tmp_path / algorithm, 1)
+def check_roles_and_rewards(folder: Path, metrics: list[dict], settings: dict, roles: set[str]) -> None:
+    """What every run of a baseline leaves: the logs of its roles, rewards of the reward model, a policy that moved."""
+    assert {f.stem.rpartition("-")[0] for f in (folder / "logs").iterdir()} == roles
+    rows = rollouts(folder, 1)
     for row in rows[:3]:
-        assert row["reward"] == pytest.approx(values_by_hand(baseline_settings["reward_model"]["path"], row)[-1], abs=1e-5)
+        assert row["reward"] == pytest.approx(values_by_hand(settings["reward_model"]["path"], row)[-1], abs=1e-5)
     assert metrics[0]["reward/model_mean"] == pytest.approx(np.mean([row["reward"] for row in rows]), abs=1e-5)
-    assert metrics[1]["kl/reference_mean"] != pytest.approx(0.0, abs=1e-4)  # the policy moved
-    assert ("values" in rows[0]) == (algorithm == "ppo") == ("critic/loss" in metrics[0])
-    summary = json.loads((tmp_path / algorithm / "summary.json").read_text())
-    assert summary["state"] == "finished" and summary["algorithm"] == algorithm and "gvm" not in summary
+    assert metrics[1]["kl/reference_mean"] != pytest.approx(0.0, abs=1e-4)
+    assert ("values" in rows[0]) == ("critic/loss" in metrics[0]) == ("critic" in roles)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["state"] == "finished" and summary["algorithm"] == settings["algorithm"] and "gvm" not in summary
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "remax", "reinforce"])  # a group, a greedy response and neither; rloo runs as grpo does
+def test_a_baseline_trains_with_its_roles_on_its_rewards(baseline_settings, tmp_path, algorithm):
+    settings = baseline_settings | {"algorithm": algorithm}
+    metrics = run(settings, tmp_path / "run", batch={"prompts_per_step": 8, "samples_per_prompt": 2})
+    check_roles_and_rewards(tmp_path / "run", metrics, settings, ROLES)
 
 
 def test_ppo_learns_its_values_and_resumes_exactly(baseline_settings, tmp_path):
@@ -50,6 +53,7 @@ def test_ppo_learns_its_values_and_resumes_exactly(baseline_settings, tmp_path):
     critic = {"num_actors": 2, "deepspeed": {"zero_stage": 3}, "init": "policy", "learning_rate": 1e-2, "value_clip": None}
     settings = baseline_settings | {"algorithm": "ppo", "critic": critic, "train": {"steps": 4, "trackers": []}}
     whole = run(settings, tmp_path / "whole")
+    check_roles_and_rewards(tmp_path / "whole", whole, settings, ROLES | {"critic"})
     assert whole[-1]["critic/loss"] < 0.5 * whole[0]["critic/loss"]
     assert whole[0]["value/std"] == 0.0 and whole[1]["value/std"] > 0.0  # a zero head says nothing, and then it does
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")

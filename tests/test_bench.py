@@ -131,7 +131,7 @@ def test_what_is_missing_is_named(tiny_model, tmp_path, capsys, setting, line):
 
 
 @pytest.mark.slow
-def test_bench_step_measures_every_part_and_writes_json(tiny_model, tmp_path, monkeypatch, capsys):
+def test_bench_step_measures_every_part_and_writes_json(ray_session, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, tiny_model)
     assert cli.main(["bench", "step", str(config), "--repeats", "1", "--out", "results"]) == 0

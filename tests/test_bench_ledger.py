@@ -180,7 +180,7 @@ def test_bad_input_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, argv, 
 
 
 @pytest.mark.slow
-def test_the_ledger_of_ppo_and_dvpo(tiny_model, tmp_path, monkeypatch, capsys):
+def test_the_ledger_of_ppo_and_dvpo(ray_session, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, tiny_model, critic={"cpus_per_actor": 0, "deepspeed": {"zero_stage": 1}})
     argv = ["bench", "ledger", str(config), "--algorithms", "ppo,dvpo", "--repeats", "1", "--random-weights", str(tiny_model), "--out", "results"]

@@ -44,7 +44,7 @@ def test_prompts_that_are_all_too_long(tiny_chat_model, prompts, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_heldout_prompt_is_judged_once(tiny_chat_model, prompts, tmp_path):
+def test_every_heldout_prompt_is_judged_once(ray_session, tiny_chat_model, prompts, tmp_path):
     from dvpo_ray.data.prompts import load_prompts
     from dvpo_ray.orchestration.evaluate import evaluate_policy
 

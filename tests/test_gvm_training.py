@@ -37,15 +37,6 @@ def write_pairs(path: Path, count: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    import ray
-
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def settings(tiny_model, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("pairs")
     return {

@@ -83,15 +83,8 @@ class _Engine:
         return self.calls
 
 
-@pytest.fixture
-def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
-def test_phases_reach_every_engine_in_order_and_a_hang_is_named(local_ray):
+def test_phases_reach_every_engine_in_order_and_a_hang_is_named(ray_session):
     engines = [ray.remote(_Engine).remote() for _ in range(2)]
     client = EngineClient(engines, ranks_per_engine=2, timeout_seconds=60)
     client.init_weight_transfer_engine({"rank_offset": 1})

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForTokenClassification, Pretrained
 from transformers.utils import logging as transformers_logging
 
 from dvpo_ray.errors import InputError
+from dvpo_ray.models.cpu_linear import use_fast_linears
 
 
 def new_value_model(
@@ -63,7 +64,7 @@ def load_token_classifier(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForTokenClassification.from_pretrained(
+        model, report = AutoModelForTokenClassification.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -71,6 +72,7 @@ def load_token_classifier(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+        return use_fast_linears(model), report
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be loaded as a value model: {first_line(error)}") from error
     finally:

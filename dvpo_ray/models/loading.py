@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
+from dvpo_ray.models.cpu_linear import use_fast_linears
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,7 +60,7 @@ def load_policy(model: ModelConfig, device: torch.device | str = "cpu") -> PreTr
             p, dtype=torch_dtype(model.dtype), attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
         ),
     )
-    return loaded.eval().to(device)
+    return use_fast_linears(loaded.eval().to(device))
 
 
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:
