@@ -17,7 +17,7 @@ from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
 from dvpo_ray.errors import InputError
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
-from dvpo_ray.trl_stage import OPTIMIZER_METRICS, run_stage, trained_policy, training_arguments
+from dvpo_ray.trl_stage import OPTIMIZER_METRICS, checkpoint_to_resume, run_stage, trained_policy, training_arguments
 
 IGNORED_LABEL = -100
 """Label of tokens that are no part of the loss, as in torch's cross entropy."""
@@ -38,7 +38,7 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
     Args:
         config: `sft`, `model`, `data` and `checkpoint` are used.
         out: run folder; see `run_stage`.
-        resume: continue from the last checkpoint in `out`, if there is one.
+        resume: continue from the last whole checkpoint in `out`.
 
     Returns:
         `out/final`, a checkpoint of model and tokenizer in `model.dtype`.
@@ -47,12 +47,13 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
         InputError: rows or checkpoint are missing or wrong.
         ResourceError: the disk is full.
     """
+    checkpoint = checkpoint_to_resume(out, "sft", config) if resume else None
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows = encode_answers(load_answers(config.data.sft, config.data.on_bad_row), tokenizer, config)
     longest = min(config.sft.max_tokens, context_tokens(config.model.path, config.model.trust_remote_code))
     arguments = SFTConfig(**training_arguments(config, config.sft, out), max_length=longest)
     trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    return run_stage(trainer, "sft", OPTIMIZER_METRICS, config, tokenizer, out, resume)
+    return run_stage(trainer, "sft", OPTIMIZER_METRICS, config, tokenizer, out, checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------------- rows

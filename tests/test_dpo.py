@@ -113,6 +113,7 @@ def test_it_learns_the_preference_and_a_resumed_run_ends_alike(tiny_chat_model, 
     whole = train_dpo(settings, tmp_path / "whole", resume=False)
     (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-4", tmp_path / "stopped" / "checkpoints" / "checkpoint-4")
+    shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "stopped")
     resumed = train_dpo(settings, tmp_path / "stopped", resume=True)
 
     logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]

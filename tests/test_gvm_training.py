@@ -135,6 +135,7 @@ def interrupted(run: Path, out: Path, step: int) -> Path:
     shutil.copytree(
         run / "checkpoints", out / "checkpoints", ignore=lambda _, names: [n for n in names if n.startswith("step_") and int(n[5:]) > step]
     )
+    shutil.copy(run / "config.yaml", out)
     rows = (run / "metrics.jsonl").read_text().splitlines()[: step + 1]
     (out / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     return out
@@ -152,8 +153,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, settings, tmp_path):
 
 
 def test_a_run_is_not_resumed_with_another_length(run, settings, tmp_path):
-    with pytest.raises(InputError, match="the run had 18 steps, this config gives 27"):
-        train(settings, interrupted(run, tmp_path / "gvm", step=8), resume=True, epochs=3)
+    out = interrupted(run, tmp_path / "gvm", step=8)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="gvm.epochs was 2.0 and is 3.0 now"):
+        train(settings, out, resume=True, epochs=3)
+    fewer = settings["data"]["preferences"] | {"path": write_pairs(tmp_path / "train.jsonl", 30, 0)}
+    kept = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(kept.replace(settings["data"]["preferences"]["path"], fewer["path"]))
+    with pytest.raises(InputError, match="the run had 18 steps, .*train.jsonl gives 8 now; resume with the data that it started with"):
+        train(settings | {"data": settings["data"] | {"preferences": fewer}}, out, resume=True)
+    (out / "config.yaml").write_text(kept)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_two_workers_give_the_result_of_one(run, settings, tmp_path):
