@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.termination import keeps_termination
 
 
 @contextmanager
@@ -28,10 +29,11 @@ def connect(config: RayConfig) -> Iterator[None]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": "WARNING"}
-    if address:
-        _join(address, quiet)
-    else:
-        _start_local(config, quiet)
+    with keeps_termination():
+        if address:
+            _join(address, quiet)
+        else:
+            _start_local(config, quiet)
     try:
         yield
     finally:
