@@ -16,6 +16,7 @@ from dvpo_ray.data.prompts import parse_prompt
 from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
 from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 from dvpo_ray.trl_stage import OPTIMIZER_METRICS, checkpoint_to_resume, run_stage, trained_policy, training_arguments
 
@@ -48,6 +49,7 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
         ResourceError: the disk is full.
     """
     checkpoint = checkpoint_to_resume(out, "sft", config) if resume else None
+    refuse_as_policy(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows = encode_answers(load_answers(config.data.sft, config.data.on_bad_row), tokenizer, config)
     longest = min(config.sft.max_tokens, context_tokens(config.model.path, config.model.trust_remote_code))

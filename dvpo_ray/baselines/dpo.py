@@ -12,6 +12,7 @@ from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.gvm.dataset import encoding_notes
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer
 from dvpo_ray.trl_stage import OPTIMIZER_METRICS, checkpoint_to_resume, run_stage, trained_policy, training_arguments
@@ -41,6 +42,7 @@ def train_dpo(config: Config, out: Path, resume: bool) -> Path:
         ResourceError: the disk is full.
     """
     checkpoint = checkpoint_to_resume(out, "dpo", config) if resume else None
+    refuse_as_policy(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows, notes = encode_pairs(config, tokenizer)
     arguments = DPOConfig(**training_arguments(config, config.dpo, out), beta=config.dpo.beta, max_length=None)

@@ -19,6 +19,7 @@ from dvpo_ray.gvm.advice import heldout_warning
 from dvpo_ray.gvm.artifact import GVMManifest
 from dvpo_ray.gvm.dataset import GVMData, load_gvm_data, manifest_entries
 from dvpo_ray.gvm.evaluation import heldout_report, write_evaluation
+from dvpo_ray.gvm.start import training_section
 from dvpo_ray.gvm.trainer import SHARES, GVMTrainer
 from dvpo_ray.gvm.trajectories import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
@@ -27,7 +28,7 @@ from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.summary import write_summary
 from dvpo_ray.orchestration import checkpoints
-from dvpo_ray.orchestration.cluster import connect, get
+from dvpo_ray.orchestration.cluster import check_gpus, connect, get
 from dvpo_ray.orchestration.placement import plan_gvm_placement
 from dvpo_ray.orchestration.roles import Room, reserved, spawn, wait_until_ready
 from dvpo_ray.run_folder import begin, check_resume
@@ -52,6 +53,8 @@ def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConso
     stage = "rm" if config.gvm.objective == "bradley_terry" else "gvm"
     if resume:
         check_resume(out, stage, config)
+    if room is None:
+        check_gpus({f"{training_section(config)}.gpus_per_actor": config.gvm.gpus_per_actor}, config.ray)
     data = load_gvm_data(config)
     checkpoint = _checkpoint(out, config, data) if resume else None
     begin(out, stage, config, resumed=resume)
@@ -94,7 +97,7 @@ class GVMRun:
         self.total_steps = total_steps(config, data)
         self.last_step = 0
         self.accuracies: list[float] = []
-        self.section = "reward_model" if stage == "rm" else "gvm"
+        self.section = training_section(config)
         model = config.gvm.init_from or config.model.path
         self.summary: dict = {"name": config.name, "stage": stage, "model": model, "seed": config.seed, "notes": data.notes}
 
