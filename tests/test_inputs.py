@@ -19,6 +19,17 @@ from dvpo_ray.orchestration.run import train
 REWARD_MODEL = ObjectiveSpec(name="bradley_terry", td_lambda=0.95, bradley_terry_weight=0.0, bradley_terry_value="last")
 
 
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    """What is not refused ends here, before Ray."""
+
+    def start(*args, **kwargs):
+        raise AssertionError("not refused")
+
+    for place in ("orchestration.run.begin", "gvm.training.begin", "trl_stage.begin", "orchestration.evaluate.connect"):
+        monkeypatch.setattr(f"dvpo_ray.{place}", start)
+
+
 @pytest.fixture(scope="module")
 def gvm(tiny_model, tmp_path_factory) -> Path:
     return make_gvm(tmp_path_factory.mktemp("gvm") / "final", tiny_model)
@@ -71,7 +82,7 @@ def refused(run, folder: Path) -> str:
         ({"lora": {"target_modules": ".*qkv"}}, "policy.lora.target_modules: '.*qkv' fits no module of the model"),
         ({"lora": {"target_modules": "(q"}}, "policy.lora.target_modules: '(q' is no regular expression"),
         ({"lora": {"target_modules": ["mlp"]}}, "policy.lora.target_modules: 'mlp' fits model.layers.0.mlp, which is no linear layer"),
-        ({"lora": {"target_modules": ["lm_head"], "layers": [0]}}, "policy.lora: "),
+        ({"lora": {"layers": [0], "target_modules": ".*q_proj"}}, "policy.lora: "),
         ({"gpus_per_actor": 1}, "policy.gpus_per_actor is 1, but this machine has no GPU that torch can use; set policy.gpus_per_actor=0"),
     ],
 )
