@@ -78,7 +78,10 @@ def refused(run, folder: Path) -> str:
         ({"trainable_layers": 3}, "policy.trainable_layers is 3, but the model has 2 decoder layers"),
         ({"lora": {"layers": [0, 2]}}, "policy.lora.layers names layer 2, but the model has the decoder layers 0 to 1"),
         ({"lora": {"layers": [5], "target_modules": ["q_proj"]}}, "policy.lora.layers names layer 5"),
-        ({"lora": {"target_modules": ["q_proj", "qkv"]}}, "policy.lora.target_modules: 'qkv' fits no module of the model; its linear layers are down_"),
+        (
+            {"lora": {"target_modules": ["q_proj", "qkv"]}},
+            "policy.lora.target_modules: 'qkv' fits no module of the model; its linear layers are down_",
+        ),
         ({"lora": {"target_modules": ".*qkv"}}, "policy.lora.target_modules: '.*qkv' fits no module of the model"),
         ({"lora": {"target_modules": "(q"}}, "policy.lora.target_modules: '(q' is no regular expression"),
         ({"lora": {"target_modules": ["mlp"]}}, "policy.lora.target_modules: 'mlp' fits model.layers.0.mlp, which is no linear layer"),
