@@ -32,4 +32,4 @@ def diverged(finding: str, section: str) -> ResourceError:
         finding: which number is not finite, and when.
         section: of the config, whose `learning_rate` it is.
     """
-    return ResourceError(f"training has diverged: {finding}; lower {section}.learning_rate, then start anew or from an earlier checkpoint")
+    return ResourceError(f"training has diverged: {finding}; lower {section}.learning_rate and start anew")

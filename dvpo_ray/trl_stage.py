@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
@@ -21,6 +22,7 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
 from dvpo_ray.models.loading import load_policy, torch_dtype
 from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.logs import LibraryOutput
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.run_files import finite
 from dvpo_ray.monitoring.summary import write_summary
@@ -75,6 +77,7 @@ def run_stage(
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
     checkpoint: Path | None,
+    output: LibraryOutput,
     notes: Sequence[str] = (),
 ) -> Path:
     """Train, and save the result as a checkpoint that later stages start from.
@@ -85,6 +88,7 @@ def run_stage(
         metrics: what goes to metrics.jsonl: the trainer's names, and ours after `name/`. The first is shown beside the progress bar.
         out: run folder; gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `final/` and `summary.json`.
         checkpoint: of `checkpoint_to_resume`, to continue from; None starts anew.
+        output: of the libraries; goes to `logs/<name>.log`.
         notes: what the user should know of the data, one line each.
 
     Returns:
@@ -94,11 +98,12 @@ def run_stage(
         ResourceError: the disk is full, or training has diverged.
     """
     begin(out, name, config, resumed=checkpoint is not None)
+    output.keep(out / "logs" / f"{name}.log")
     trainer.remove_callback(PrinterCallback)
     started, state, final = time.time(), "failed", out / "final"
     memory = PeakMemory()
     try:
-        with memory, RunConsole() as console:
+        with memory, RunConsole(Console(file=output.terminal, highlight=False)) as console:
             for note in notes:
                 console.warn(note)
             trainer.add_callback(_Progress(console, name, metrics, out / "metrics.jsonl", config.model.dtype))
