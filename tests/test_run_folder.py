@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dvpo_ray import cli
 from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.resuming import MAY_CHANGE, STAGES, forbidden_changes
 from dvpo_ray.errors import InputError
@@ -202,3 +203,23 @@ def test_an_empty_folder_and_none_are_new(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: already there and no folder"):
         check_new(tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------------------ by the commands
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_a_command_refuses_before_it_loads_anything(stage, tmp_path, capsys, monkeypatch):
+    """The model and the data of the config do not exist."""
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    (tmp_path / "config.yaml").write_text(dump_config(config_with()))
+    checkpoint = {"train": "step_000004/learner", "sft": "checkpoint-4", "dpo": "checkpoint-4"}.get(stage, "step_000004/trainer")
+    folder = make_run(tmp_path / "run", stage, checkpoint=checkpoint)
+    other = make_run(tmp_path / "other", "gvm" if stage == "train" else "train", checkpoint=None)
+    command = STAGES[stage].command.split()[1:]
+    before = contents(tmp_path)
+    for out, changes, line in ((folder, ["seed=3"], "but seed was 0 and is 3 now"), (other, [], f"which `{STAGES[stage].command}` cannot resume")):
+        assert cli.main([*command, str(tmp_path / "config.yaml"), *changes, "--out", str(out), "--resume"]) == 2
+        printed, error = capsys.readouterr()
+        assert printed == "" and error.startswith(f"dvpo: {out}: ") and line in error and error.count("\n") == 1
+    assert contents(tmp_path) == before
