@@ -96,12 +96,9 @@ def test_a_run_can_be_extended(loop_settings, uninterrupted, tmp_path):
     assert without_times(longer)[:4] == without_times(whole) and [row["step"] for row in longer] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(
-    ("minibatches", "finding"), [(4, r"policy/(loss|grad_norm) is (nan|inf) at step 1"), (1, "the policy's token probabilities are not finite")]
-)
-def test_a_policy_that_diverges_is_stopped(loop_settings, tmp_path, minibatches, finding):
-    with pytest.raises(ResourceError, match=f"diverged: {finding}; lower policy.learning_rate"):
-        run(loop_settings, tmp_path / "run", policy={"learning_rate": 1e30}, train={"steps": 2}, batch={"minibatches_per_epoch": minibatches})
+def test_a_policy_that_diverges_is_stopped(loop_settings, tmp_path):
+    with pytest.raises(ResourceError, match="diverged: policy/(loss|grad_norm) is (nan|inf) at step 1; lower policy.learning_rate"):
+        run(loop_settings, tmp_path / "run", policy={"learning_rate": 1e30}, train={"steps": 2}, batch={"minibatches_per_epoch": 4})
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "failed" and not (tmp_path / "run" / "final").exists()
 
 
