@@ -14,6 +14,7 @@ from dvpo_ray.commands import bench, doctor, dpo, experiment, gvm, plan, quickst
 from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
+from dvpo_ray.termination import Termination
 
 COMMANDS: dict[str, ModuleType] = {
     "quickstart": quickstart,
@@ -31,13 +32,15 @@ COMMANDS: dict[str, ModuleType] = {
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 2 bad input or a missing resource, 130 interrupted.
+    """Run one command and return its exit status: 0 done, 2 bad input or a missing resource, 130 interrupted, 143 ended by SIGTERM.
 
     Every other exception is a defect and keeps its traceback.
     """
+    termination = Termination()
     try:
         args = parse_arguments(argv)
         quiet_libraries()
@@ -52,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dvpo: {error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("dvpo: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        print("dvpo: ended by SIGTERM" if termination.received else "dvpo: interrupted", file=sys.stderr)
+        return EXIT_TERMINATED if termination.received else EXIT_INTERRUPTED
+    finally:
+        termination.close()
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,8 +16,10 @@ from dvpo_ray.data.prompts import parse_prompt
 from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
 from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
-from dvpo_ray.trl_stage import OPTIMIZER_METRICS, run_stage, trained_policy, training_arguments
+from dvpo_ray.monitoring.logs import library_output
+from dvpo_ray.trl_stage import OPTIMIZER_METRICS, checkpoint_to_resume, run_stage, trained_policy, training_arguments
 
 IGNORED_LABEL = -100
 """Label of tokens that are no part of the loss, as in torch's cross entropy."""
@@ -38,21 +40,24 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
     Args:
         config: `sft`, `model`, `data` and `checkpoint` are used.
         out: run folder; see `run_stage`.
-        resume: continue from the last checkpoint in `out`, if there is one.
+        resume: continue from the last whole checkpoint in `out`.
 
     Returns:
         `out/final`, a checkpoint of model and tokenizer in `model.dtype`.
 
     Raises:
         InputError: rows or checkpoint are missing or wrong.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or training has diverged.
     """
+    checkpoint = checkpoint_to_resume(out, "sft", config) if resume else None
+    refuse_as_policy(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows = encode_answers(load_answers(config.data.sft, config.data.on_bad_row), tokenizer, config)
     longest = min(config.sft.max_tokens, context_tokens(config.model.path, config.model.trust_remote_code))
     arguments = SFTConfig(**training_arguments(config, config.sft, out), max_length=longest)
-    trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    return run_stage(trainer, "sft", OPTIMIZER_METRICS, config, tokenizer, out, resume)
+    with library_output() as output:
+        trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        return run_stage(trainer, "sft", OPTIMIZER_METRICS, config, tokenizer, out, checkpoint, output)
 
 
 # ------------------------------------------------------------------------------------------------------- rows

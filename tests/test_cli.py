@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from dvpo_ray import cli
 from dvpo_ray.config import load_config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.experiments.registry import STUDIES
+from dvpo_ray.termination import keeps_termination
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
@@ -158,6 +160,33 @@ def test_full_disk_is_status_2(failing, capsys):
 def test_interrupt_is_status_130(failing, capsys):
     assert cli.main(failing(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "dvpo: interrupted\n"
+
+
+def test_sigterm_is_status_143_and_unwinds_once(monkeypatch, capsys):
+    unwound = []
+
+    def run(args):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # an impatient scheduler does not cut off the unwinding
+            unwound.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli.COMMANDS["report"], "run", run)
+    assert cli.main(["report", "."]) == 143
+    assert capsys.readouterr().err == "dvpo: ended by SIGTERM\n" and unwound
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_library_that_takes_sigterm_gives_it_back(monkeypatch):
+    def run(args):
+        with keeps_termination():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli.COMMANDS["report"], "run", run)
+    assert cli.main(["report", "."]) == 143
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), PermissionError(errno.EACCES, "denied")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dvpo_ray.config import Config
-from dvpo_ray.errors import InputError
+from dvpo_ray.errors import InputError, ResourceError
 
 CHAT_PAIRS = [
     {"prompt": "Tell me a story", "chosen": "A good day", "rejected": "A bad day"},
@@ -113,6 +113,7 @@ def test_it_learns_the_preference_and_a_resumed_run_ends_alike(tiny_chat_model, 
     whole = train_dpo(settings, tmp_path / "whole", resume=False)
     (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-4", tmp_path / "stopped" / "checkpoints" / "checkpoint-4")
+    shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "stopped")
     resumed = train_dpo(settings, tmp_path / "stopped", resume=True)
 
     logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
@@ -123,6 +124,46 @@ def test_it_learns_the_preference_and_a_resumed_run_ends_alike(tiny_chat_model, 
     left, right = (load_policy(settings.model.model_copy(update={"path": str(folder)})) for folder in (whole, resumed))
     for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("epochs", "finding"), [(2, r"dpo/(loss|grad_norm) is (nan|inf) at step 2"), (1, "is not finite after the last step")])
+def test_a_run_that_diverges_is_stopped_and_leaves_no_model(tiny_model, tmp_path, monkeypatch, epochs, finding):
+    from dvpo_ray.baselines.dpo import train_dpo
+    from dvpo_ray.run_folder import check_new
+
+    rows = [{"prompt": "The big dog", "chosen": " was happy", "rejected": " was sad and bad"}]
+    settings = config(tiny_model, tmp_path, rows, dpo={"learning_rate": 3e38, "epochs": epochs, "batch_size": 1}, checkpoint={"every_steps": 1})
+    with pytest.raises(ResourceError, match=f"training has diverged: .*{finding}; lower dpo.learning_rate"):
+        train_dpo(settings, tmp_path / "run", resume=False)
+    assert not (tmp_path / "run" / "final").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert summary["state"] == "failed"
+    (sound,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(sound)["step"] == 1
+    with pytest.raises(InputError):
+        check_new(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_only_whole_checkpoints_are_resumed(tiny_chat_model, tmp_path, caplog):
+    from dvpo_ray.baselines.dpo import train_dpo
+    from dvpo_ray.trl_stage import checkpoint_to_resume
+
+    settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS, dpo={"batch_size": 1}, checkpoint={"every_steps": 1})
+    out = tmp_path / "run"
+    train_dpo(settings, out, resume=False)
+    assert checkpoint_to_resume(out, "dpo", settings).name == "checkpoint-2"
+    weights = out / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert checkpoint_to_resume(out, "dpo", settings).name == "checkpoint-1"
+    assert "checkpoint-2 is not whole (model.safetensors is damaged or truncated); falling back" in caplog.text
+    optimizer = out / "checkpoints" / "checkpoint-1" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    with pytest.raises(InputError, match="no whole checkpoint to resume from"):
+        checkpoint_to_resume(out, "dpo", settings)
+    with pytest.raises(InputError, match="a run of `dvpo dpo`, which `dvpo sft` cannot resume"):
+        checkpoint_to_resume(out, "sft", settings)
 
 
 def test_every_metric_is_in_the_catalogue():

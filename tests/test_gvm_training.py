@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dvpo_ray.config.schema import Config
-from dvpo_ray.errors import InputError
+from dvpo_ray.errors import InputError, ResourceError
 
 pytestmark = pytest.mark.slow
 
@@ -126,6 +126,7 @@ def interrupted(run: Path, out: Path, step: int) -> Path:
     shutil.copytree(
         run / "checkpoints", out / "checkpoints", ignore=lambda _, names: [n for n in names if n.startswith("step_") and int(n[5:]) > step]
     )
+    shutil.copy(run / "config.yaml", out)
     rows = (run / "metrics.jsonl").read_text().splitlines()[: step + 1]
     (out / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     return out
@@ -143,8 +144,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, settings, tmp_path):
 
 
 def test_a_run_is_not_resumed_with_another_length(run, settings, tmp_path):
-    with pytest.raises(InputError, match="the run had 18 steps, this config gives 27"):
-        train(settings, interrupted(run, tmp_path / "gvm", step=8), resume=True, epochs=3)
+    out = interrupted(run, tmp_path / "gvm", step=8)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="gvm.epochs was 2.0 and is 3.0 now"):
+        train(settings, out, resume=True, epochs=3)
+    fewer = settings["data"]["preferences"] | {"path": write_pairs(tmp_path / "train.jsonl", 30, 0)}
+    kept = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(kept.replace(settings["data"]["preferences"]["path"], fewer["path"]))
+    with pytest.raises(InputError, match="the run had 18 steps, .*train.jsonl gives 8 now; resume with the data that it started with"):
+        train(settings | {"data": settings["data"] | {"preferences": fewer}}, out, resume=True)
+    (out / "config.yaml").write_text(kept)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("section", ["gvm", "reward_model"])
+def test_a_run_that_diverges_is_stopped_and_leaves_no_model(ray_session, settings, tmp_path, section):
+    from dvpo_ray.baselines.reward_model import train_reward_model
+    from dvpo_ray.gvm.training import train_gvm
+
+    config = Config.model_validate(settings | {section: settings["gvm"] | {"learning_rate": 1e30}})
+    with pytest.raises(ResourceError, match=rf"training has diverged: gvm/(loss|grad_norm) is (nan|inf) at step \d; lower {section}.learning_rate"):
+        {"gvm": train_gvm, "reward_model": train_reward_model}[section](config, tmp_path / "run")
+    assert not (tmp_path / "run" / "final").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["state"] == "failed" and summary["steps"] == len(metrics(tmp_path / "run")) + 1  # the step that diverged is not written
 
 
 def test_two_workers_give_the_result_of_one(run, settings, tmp_path):

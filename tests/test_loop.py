@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from loop_runs import gae_by_hand, rollouts, run, values_by_hand, without_times
 
+from dvpo_ray.errors import InputError, ResourceError
+
 pytestmark = pytest.mark.slow
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -66,6 +68,32 @@ def test_resuming_repeats_the_remaining_steps_exactly(loop_settings, uninterrupt
     resumed = run(loop_settings, stopped, resume=True)
     assert without_times(resumed) == without_times(whole)
     assert (stopped / "final" / "model.safetensors").read_bytes() == (folder / "final" / "model.safetensors").read_bytes()
+
+
+def test_a_refused_resume_touches_no_file(loop_settings, uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for changes, line in (
+        ({"batch": {"prompts_per_step": 8}}, "batch.prompts_per_step was 16 and is 8 now"),
+        ({"policy": {"num_actors": 2}}, "policy.num_actors was 1 and is 2 now"),
+        ({"train": {"steps": 3}}, "train.steps is 3, but .*step_000004 is at step 4; give 4 or more"),
+    ):
+        with pytest.raises(InputError, match=line):
+            run(loop_settings, folder, resume=True, **changes)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_can_be_extended(loop_settings, uninterrupted, tmp_path):
+    folder, whole = uninterrupted
+    shutil.copytree(folder, tmp_path / "longer")
+    longer = run(loop_settings, tmp_path / "longer", resume=True, train={"steps": 5})
+    assert without_times(longer)[:4] == without_times(whole) and [row["step"] for row in longer] == [1, 2, 3, 4, 5]
+
+
+def test_a_policy_that_diverges_is_stopped(loop_settings, tmp_path):
+    with pytest.raises(ResourceError, match="diverged: policy/(loss|grad_norm) is (nan|inf) at step 1; lower policy.learning_rate"):
+        run(loop_settings, tmp_path / "run", policy={"learning_rate": 1e30}, train={"steps": 2}, batch={"minibatches_per_epoch": 4})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "failed" and not (tmp_path / "run" / "final").exists()
 
 
 @pytest.mark.parametrize(

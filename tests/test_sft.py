@@ -111,6 +111,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_chat_model, tmp_path)
     whole = train_sft(settings, tmp_path / "whole", resume=False)
     (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-4", tmp_path / "stopped" / "checkpoints" / "checkpoint-4")
+    shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "stopped")
     resumed = train_sft(settings, tmp_path / "stopped", resume=True)
 
     logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]

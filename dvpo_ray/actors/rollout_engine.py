@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.process import Actor
 from dvpo_ray.actors.rollout_backend import Response, make_backend
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
+from dvpo_ray.divergence import diverged
 
 
 class RolloutEngine(Actor):
@@ -34,6 +37,9 @@ class RolloutEngine(Actor):
         Yields:
             Finished rollouts with their `log_probs`, `rollout.rollouts_per_chunk` rows together, as they finish. Called
             through Ray this is a stream of object references: a chunk can be scored while the next is being sampled.
+
+        Raises:
+            ResourceError: the policy's weights give no probabilities any more.
         """
         finished: list[Response] = []
         responses = self.backend.generate(prompts, seed, greedy)
@@ -41,6 +47,8 @@ class RolloutEngine(Actor):
             with self.clock.busy():
                 response = next(responses, None)
             if response is not None:
+                if not np.isfinite(response.log_probs).all():
+                    raise diverged(f"the policy of version {self.policy_version} gives log-probs that are not finite", "policy")
                 finished.append(response)
             if finished and (response is None or len(finished) == self.chunk_rows):
                 yield self._chunk(prompts, row_ids, finished)

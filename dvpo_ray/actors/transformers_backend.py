@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.rollout_backend import Response
 from dvpo_ray.config.schema import Config
+from dvpo_ray.divergence import diverged
 from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.models.memory import parameter_bytes
 from dvpo_ray.orchestration.buckets import unpack
@@ -50,7 +51,12 @@ class TransformersBackend:
         padding = [width - len(prompt) for prompt in prompts]
         input_ids = torch.tensor([[self.pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device)
         attention_mask = torch.tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(padding, prompts, strict=True)], device=device)
-        output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=settings)
+        try:
+            output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=settings)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch's words where it cannot sample
+                raise
+            raise diverged("the policy's token probabilities are not finite", "policy") from error
         sampled = output.sequences[:, width:]
         log_probs = torch.stack(
             [

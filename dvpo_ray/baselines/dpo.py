@@ -12,9 +12,11 @@ from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.gvm.dataset import encoding_notes
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer
-from dvpo_ray.trl_stage import OPTIMIZER_METRICS, run_stage, trained_policy, training_arguments
+from dvpo_ray.monitoring.logs import library_output
+from dvpo_ray.trl_stage import OPTIMIZER_METRICS, checkpoint_to_resume, run_stage, trained_policy, training_arguments
 
 METRICS = {
     "rewards/accuracies": "accuracy",
@@ -31,26 +33,29 @@ def train_dpo(config: Config, out: Path, resume: bool) -> Path:
     Args:
         config: `dpo`, `model`, `data` and `checkpoint` are used.
         out: run folder; see `run_stage`.
-        resume: continue from the last checkpoint in `out`, if there is one.
+        resume: continue from the last whole checkpoint in `out`.
 
     Returns:
         `out/final`, a checkpoint of model and tokenizer in `model.dtype`.
 
     Raises:
         InputError: pairs or checkpoint are missing or wrong.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or training has diverged.
     """
+    checkpoint = checkpoint_to_resume(out, "dpo", config) if resume else None
+    refuse_as_policy(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     rows, notes = encode_pairs(config, tokenizer)
     arguments = DPOConfig(**training_arguments(config, config.dpo, out), beta=config.dpo.beta, max_length=None)
-    trainer = EncodedDPOTrainer(
-        model=trained_policy(config),
-        ref_model=load_policy(config.model),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    return run_stage(trainer, "dpo", METRICS, config, tokenizer, out, resume, notes)
+    with library_output() as output:
+        trainer = EncodedDPOTrainer(
+            model=trained_policy(config),
+            ref_model=load_policy(config.model),
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        return run_stage(trainer, "dpo", METRICS, config, tokenizer, out, checkpoint, output, notes)
 
 
 def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, list[int]]], list[str]]:

@@ -11,6 +11,7 @@ from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.trl_stages import TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import Bundle, total_resources
+from dvpo_ray.run_folder import check_new
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = ""
     """The run folder: `--out`, else `out` of the config, else `runs/<name><suffix>-<time>`.
 
     Raises:
-        InputError: the folder holds files and `--resume` isn't given, or there is nothing to resume.
+        InputError: the folder holds another run's files and `--resume` isn't given, or there is nothing to resume.
     """
     named = args.out or (Path(config.out) if config.out else None)
     if args.resume:
@@ -46,8 +47,7 @@ def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = ""
             raise InputError(f"{named}: no run folder to resume")
         return named
     folder = named or dated_folder(config, suffix)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already there and not empty; give another --out, or --resume to continue the run in it")
+    check_new(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.model import first_line, head_parameters, load_token_classifier
 
 FORMAT_VERSION = 1
-MANIFEST = "gvm.json"
+MANIFEST, CONFIG = "gvm.json", "config.json"
 
 
 class _Part(BaseModel):
@@ -88,6 +88,7 @@ class GVMManifest(_Part):
     heldout_accuracy: dict[str, float] = Field(description="Pairwise accuracy on held-out prompts by view of the values.")
     heldout_regression: dict[str, float | None] = Field(description="Mean squared error and explained variance on held-out prompts.")
     weights_sha256: dict[str, str] = Field(default_factory=dict, description="Hash of each weight file; filled in when saved.")
+    config_sha256: str | None = Field(None, description="Hash of config.json; filled in when saved, and not there in older artifacts.")
 
 
 # ---------------------------------------------------------------------------------------------------------- saving
@@ -107,7 +108,7 @@ def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
         model.save_pretrained(draft, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
         tokenizer.save_pretrained(draft)
         hashes = {file.name: _file_hash(file) for file in sorted(draft.glob("*.safetensors"))}
-        whole = manifest.model_copy(update={"weights_sha256": hashes})
+        whole = manifest.model_copy(update={"weights_sha256": hashes, "config_sha256": _file_hash(draft / CONFIG)})
         (draft / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n")
     return folder
 
@@ -156,7 +157,7 @@ def load_gvm(
     manifest = read_manifest(folder)
     if tokenizer is not None:
         check_tokenizer(folder, manifest, tokenizer, chat_template)
-    check_weights(folder, manifest)
+    check_files(folder, manifest)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model, report = load_token_classifier(str(folder), config, dtype, attention, trust_remote_code)
     missing = sorted(report["missing_keys"])
@@ -219,12 +220,35 @@ def check_tokenizer(
         )
 
 
-def check_weights(folder: Path, manifest: GVMManifest) -> None:
-    """Refuse weight files that are missing, truncated or changed, and a head that is not in them.
+def refuse_as_policy(path: str, key: str) -> None:
+    """Refuse a value or reward model where a policy is needed: transformers would give it a new output layer and go on.
+
+    Args:
+        path: checkpoint folder or hub name.
+        key: where the user named it, for the error.
+
+    Raises:
+        InputError: the folder holds gvm.json.
+    """
+    if (Path(path).expanduser() / MANIFEST).is_file():
+        raise InputError(f"{key}: {path} is a value or reward model (it holds {MANIFEST}), no policy; give a causal language model")
+
+
+def check_files(folder: Path, manifest: GVMManifest) -> None:
+    """Refuse files of an artifact that are missing, truncated or changed, and a head that is not in the weights.
 
     Raises:
         InputError: names the file or the head.
     """
+    config = folder / CONFIG
+    if not config.is_file():
+        raise InputError(f"{folder}: {CONFIG} is missing; copy the artifact whole or train the GVM again")
+    if manifest.config_sha256 not in (None, _file_hash(config)):
+        raise InputError(f"{config}: not the model config that was saved (SHA-256 differs from {MANIFEST}); copy the artifact again")
+    _check_weights(folder, manifest)
+
+
+def _check_weights(folder: Path, manifest: GVMManifest) -> None:
     files = sorted(folder.glob("*.safetensors"))
     lost = sorted(set(manifest.weights_sha256) - {file.name for file in files})
     if lost or not files:

@@ -14,6 +14,7 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec
 from dvpo_ray.gvm.context import Origin, with_peer_examples
 from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
+from dvpo_ray.gvm.start import check_start
 from dvpo_ray.gvm.trajectories import Trajectories, build_trajectories
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 
@@ -37,11 +38,12 @@ class GVMData:
 
 
 def load_gvm_data(config: Config) -> GVMData:
-    """Read, check and encode the pairs to train on and to hold out.
+    """Check what the training starts from, and read, check and encode the pairs to train on and to hold out.
 
     Raises:
         InputError: anything missing, unreadable or unfit, in one line.
     """
+    check_start(config)
     tokenizer = _shared_tokenizer(config)
     encoder = make_encoder(config, tokenizer)
     sets = _load_pairs(config)

@@ -12,12 +12,14 @@ import ray
 from ray.actor import ActorHandle
 
 from dvpo_ray.actors.process import environment
-from dvpo_ray.config import Config, dump_config
+from dvpo_ray.config import Config
+from dvpo_ray.divergence import check_finite, diverged
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.advice import heldout_warning
 from dvpo_ray.gvm.artifact import GVMManifest
 from dvpo_ray.gvm.dataset import GVMData, load_gvm_data, manifest_entries
 from dvpo_ray.gvm.evaluation import heldout_report, write_evaluation
+from dvpo_ray.gvm.start import training_section
 from dvpo_ray.gvm.trainer import SHARES, GVMTrainer
 from dvpo_ray.gvm.trajectories import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
@@ -26,9 +28,10 @@ from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.summary import write_summary
 from dvpo_ray.orchestration import checkpoints
-from dvpo_ray.orchestration.cluster import connect, get
+from dvpo_ray.orchestration.cluster import check_gpus, connect, get
 from dvpo_ray.orchestration.placement import plan_gvm_placement
 from dvpo_ray.orchestration.roles import Room, reserved, spawn, wait_until_ready
+from dvpo_ray.run_folder import begin, check_resume
 
 
 def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConsole | None = None, room: Room | None = None) -> Path:
@@ -47,34 +50,60 @@ def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConso
         InputError, ResourceError: in one line; bad input is found before any actor starts.
     """
     out = out.resolve()
+    stage = "rm" if config.gvm.objective == "bradley_terry" else "gvm"
+    if resume:
+        check_resume(out, stage, config)
+    if room is None:
+        check_gpus({f"{training_section(config)}.gpus_per_actor": config.gvm.gpus_per_actor}, config.ray)
     data = load_gvm_data(config)
-    checkpoint = checkpoints.last_whole(out) if resume else None
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    checkpoint = _checkpoint(out, config, data) if resume else None
+    begin(out, stage, config, resumed=resume)
     with nullcontext(console) if console is not None else RunConsole() as console:
-        return GVMRun(config, out, data, console, room).train(checkpoint)
+        return GVMRun(config, stage, out, data, console, room).train(checkpoint)
+
+
+def _checkpoint(out: Path, config: Config, data: GVMData) -> tuple[Path, dict]:
+    """The last whole checkpoint of a run on as many steps as the data of this one gives."""
+    folder, state = checkpoints.last_whole(out)
+    total = total_steps(config, data)
+    if state["total_steps"] != total:
+        raise InputError(
+            f"{folder}: the run had {state['total_steps']} steps, {config.data.preferences.path} gives {total} now; "
+            "resume with the data that it started with"
+        )
+    return folder, state
+
+
+def total_steps(config: Config, data: GVMData) -> int:
+    """Optimizer steps of a run."""
+    return max(1, round(config.gvm.epochs * _steps_per_epoch(config, data)))
+
+
+def _steps_per_epoch(config: Config, data: GVMData) -> int:
+    return -(-data.train.num_pairs // config.gvm.pairs_per_step)
 
 
 class GVMRun:
     """One training run in its folder: steps, checkpoints, the held-out evaluation, the artifact and the summary."""
 
-    def __init__(self, config: Config, out: Path, data: GVMData, console: RunConsole, room: Room | None = None) -> None:
+    def __init__(self, config: Config, stage: str, out: Path, data: GVMData, console: RunConsole, room: Room | None = None) -> None:
         self.config = config
         self.out = out
         self.data = data
         self.console = console
         self.room = room
         self.memory = PeakMemory()
-        self.steps_per_epoch = -(-data.train.num_pairs // config.gvm.pairs_per_step)
-        self.total_steps = max(1, round(config.gvm.epochs * self.steps_per_epoch))
+        self.steps_per_epoch = _steps_per_epoch(config, data)
+        self.total_steps = total_steps(config, data)
         self.last_step = 0
         self.accuracies: list[float] = []
-        self.summary: dict = {"name": config.name, "model": config.gvm.init_from or config.model.path, "seed": config.seed, "notes": data.notes}
+        self.section = training_section(config)
+        model = config.gvm.init_from or config.model.path
+        self.summary: dict = {"name": config.name, "stage": stage, "model": model, "seed": config.seed, "notes": data.notes}
 
     def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
         started, state = time.time(), "failed"
-        is_reward_model = self.config.gvm.objective == "bradley_terry"
-        self.console.header("Reward model" if is_reward_model else "Global Value Model", self._facts())
+        self.console.header("Reward model" if self.summary["stage"] == "rm" else "Global Value Model", self._facts())
         for note in self.data.notes:
             self.console.warn(note)
         try:
@@ -134,6 +163,7 @@ class GVMRun:
             while self.last_step < self.total_steps:
                 metrics = self._step(trainers, self.last_step)
                 self.last_step += 1
+                check_finite(self.last_step, metrics, "gvm", self.section, dtype=self.config.model.dtype)
                 log.write(self.last_step, metrics)
                 self.accuracies.append(metrics["gvm/accuracy"])
                 if self.last_step % self.config.gvm.checkpoint_every_steps == 0:
@@ -169,11 +199,6 @@ class GVMRun:
         checkpoints.commit(draft, {"step": self.last_step, "total_steps": self.total_steps}, self.config.checkpoint.keep)
 
     def _restore(self, trainers: list[ActorHandle], folder: Path, state: dict) -> None:
-        if state["total_steps"] != self.total_steps:
-            raise InputError(
-                f"{folder}: the run had {state['total_steps']} steps, this config gives {self.total_steps}; "
-                "resume with the data, gvm.epochs and gvm.pairs_per_step that it started with"
-            )
         get([trainer.load_checkpoint.remote(str(folder / "trainer")) for trainer in trainers], what="loading a checkpoint")
         self.last_step = state["step"]
         self.console.say(f"resumed after step {self.last_step}")
@@ -185,6 +210,8 @@ class GVMRun:
         heldout = ray.put(self.data.heldout)
         parts = get([trainer.evaluate.remote(heldout) for trainer in trainers], what="the held-out evaluation")
         values = HeldoutValues.from_parts(self.data.heldout, [part for worker in parts for part in worker])
+        if not np.isfinite(values.values).all():
+            raise diverged("the held-out values are not finite after the last step", self.section)
         report = heldout_report(values, self.config.gvm.outcome)
         write_evaluation(self.out / "evaluation", values, report)
         accuracy = report["heldout_accuracy"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from dvpo_ray.config.schema import ModelConfig
@@ -65,8 +65,16 @@ def load_policy(model: ModelConfig, device: torch.device | str = "cpu") -> PreTr
 
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:
     """The longest prompt and response together, in tokens, that a checkpoint's positions allow."""
-    config = _load("model config", path, lambda p: AutoConfig.from_pretrained(p, trust_remote_code=trust_remote_code))
-    return config.get_text_config().max_position_embeddings
+    return load_model_config(path, trust_remote_code).get_text_config().max_position_embeddings
+
+
+def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model config of a checkpoint.
+
+    Raises:
+        InputError: the folder or hub name has none.
+    """
+    return _load("model config", path, lambda p: AutoConfig.from_pretrained(p, trust_remote_code=trust_remote_code))
 
 
 def default_device() -> torch.device:

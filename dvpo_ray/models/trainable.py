@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dvpo_ray.config.schema import LoraConfig
 from dvpo_ray.errors import InputError
@@ -49,8 +51,9 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftModel:
+def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str | None = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftModel:
     """Wrap a model with peft's low-rank adapters; only they (and `modules_to_save`) are trained."""
+    check_lora(model, lora)
     return get_peft_model(
         model,
         PeftLoraConfig(
@@ -65,14 +68,43 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str = "CAUSA
     )
 
 
+def check_lora(model: PreTrainedModel, lora: LoraConfig, key: str = "lora") -> None:
+    """Refuse layers and modules that a model does not have. peft leaves out a name that fits nothing where another one fits.
+
+    Args:
+        key: of the adapters in the config, for the error.
+
+    Raises:
+        InputError: names the layer or the module.
+    """
+    count = len(decoder_layers(model))
+    if unknown := [layer for layer in lora.layers or [] if not 0 <= layer < count]:
+        raise InputError(f"{key}.layers names layer {unknown[0]}, but the model has the decoder layers 0 to {count - 1}")
+    if lora.target_modules == "all-linear":
+        return
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    for wanted in [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules:
+        _check_target(model, linear, wanted, key, is_pattern=isinstance(lora.target_modules, str))
+
+
+def _check_target(model: PreTrainedModel, linear: set[str], wanted: str, key: str, *, is_pattern: bool) -> None:
+    """A pattern is matched with whole dotted names, a name with their end, as in peft."""
+    try:
+        fits = re.compile(wanted if is_pattern else rf"(.*\.)?{re.escape(wanted)}").fullmatch
+    except re.error as error:
+        raise InputError(f"{key}.target_modules: {wanted!r} is no regular expression: {error}; give a list of names, or all-linear") from None
+    matched = [name for name, _ in model.named_modules() if fits(name)]
+    if not matched or (other := [name for name in matched if name not in linear]):
+        problem = f"fits {other[0]}, which is no linear layer" if matched else "fits no module of the model"
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise InputError(f"{key}.target_modules: {wanted!r} {problem}; its linear layers are {names}")
+
+
 def _target_modules(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]:
     """peft's `target_modules`; it takes no pattern together with a choice of layers, so "all-linear" becomes the names it stands for."""
     if lora.layers is None or lora.target_modules != "all-linear":
         return lora.target_modules
-    layers = decoder_layers(model)
-    if unknown := [layer for layer in lora.layers if not 0 <= layer < len(layers)]:
-        raise InputError(f"lora.layers names layer {unknown[0]}, but the model has the decoder layers 0 to {len(layers) - 1}")
-    names = {name for layer in layers for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    names = {name for layer in decoder_layers(model) for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     return sorted(name.rpartition(".")[2] for name in names)
 
 

@@ -51,7 +51,7 @@ def last_whole(run_folder: Path) -> tuple[Path, dict]:
         if problem is None:
             return folder, json.loads((folder / _STATE).read_text(encoding="utf-8"))
         logger.warning("%s is not whole (%s); falling back to the one before it", folder, problem)
-    raise InputError(f"{run_folder}: no whole checkpoint to resume from")
+    raise InputError(f"{run_folder}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
 
 
 def _all(folder: Path) -> list[Path]:

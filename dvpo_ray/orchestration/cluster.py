@@ -6,14 +6,16 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.termination import keeps_termination
 
 
 @contextmanager
@@ -28,10 +30,11 @@ def connect(config: RayConfig) -> Iterator[None]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet = {"log_to_driver": False, "logging_level": "WARNING"}
-    if address:
-        _join(address, quiet)
-    else:
-        _start_local(config, quiet)
+    with keeps_termination():
+        if address:
+            _join(address, quiet)
+        else:
+            _start_local(config, quiet)
     try:
         yield
     finally:
@@ -63,6 +66,25 @@ def _start_local(config: RayConfig, options: dict) -> None:
         if "timed out during startup" not in str(error):
             raise
         raise ResourceError("Ray did not start within the 30 seconds it gives itself; the machine is overloaded, try again") from error
+
+
+def check_gpus(wanted: Mapping[str, float], config: RayConfig) -> None:
+    """Refuse GPUs on a cluster that `connect` would start on a machine without any.
+
+    Args:
+        wanted: GPUs by the key that asks for them.
+
+    Raises:
+        ResourceError: names the first such key.
+    """
+    joins = ray.is_initialized() or config.address or os.environ.get("RAY_ADDRESS")
+    key = next((key for key, gpus in wanted.items() if gpus > 0), None)
+    if joins or key is None or torch.cuda.is_available():
+        return
+    raise ResourceError(
+        f"{key} is {wanted[key]:g}, but this machine has no GPU that torch can use; set {key}=0 (cluster_configs/local-cpu.yaml is for CPUs), "
+        "or ray.address to a cluster with GPUs"
+    )
 
 
 def get(refs, *, what: str, timeout_seconds: float | None = None):

@@ -23,9 +23,10 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.intervals import mean_ci
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.files import whole_file
+from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
-from dvpo_ray.orchestration.cluster import connect
-from dvpo_ray.orchestration.placement import plan_placement
+from dvpo_ray.orchestration.cluster import check_gpus, connect
+from dvpo_ray.orchestration.placement import Bundle, plan_placement, wanted_gpus
 from dvpo_ray.orchestration.roles import reserve, spawn, wait_until_ready
 from dvpo_ray.orchestration.schedule import sampling_seed
 
@@ -49,6 +50,8 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     judge = make_judge(config.evaluation.judge)
     if judge is None:
         raise InputError("evaluation.judge is none; set evaluation.judge=vader")
+    refuse_as_policy(policy, "--policy" if policy != config.model.path else "model.path")
+    check_gpus(wanted_gpus(config, _engine_bundles(config)), config.ray)
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
     tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
@@ -96,6 +99,10 @@ class Sample(Protocol):
         """
 
 
+def _engine_bundles(config: Config) -> list[Bundle]:
+    return [bundle for bundle in plan_placement(config) if bundle.role == RolloutEngine.role]
+
+
 @contextmanager
 def policy_sampler(config: Config, stop_token_ids: frozenset[int], longest: int, out: Path) -> Iterator[Sample]:
     """Rollout engines with the model of `model.path`, for the time of a `with` block.
@@ -107,7 +114,7 @@ def policy_sampler(config: Config, stop_token_ids: frozenset[int], longest: int,
     Raises:
         ResourceError: the cluster has no room for the engines.
     """
-    bundles = [bundle for bundle in plan_placement(config) if bundle.role == RolloutEngine.role]
+    bundles = _engine_bundles(config)
     env = environment(config.rollout)
     with connect(config.ray):
         group = reserve(bundles, config.ray)

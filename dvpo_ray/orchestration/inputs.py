@@ -13,8 +13,12 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_tokenizer, read_manifest
+from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_files, check_tokenizer, read_manifest, refuse_as_policy
+from dvpo_ray.gvm.start import check_trunk
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.models.skeleton import check_partial_training
+from dvpo_ray.orchestration.cluster import check_gpus
+from dvpo_ray.orchestration.placement import plan_placement, wanted_gpus
 from dvpo_ray.refresh.pairs import old_pairs
 
 
@@ -40,11 +44,14 @@ class Inputs:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Read and check the model's tokenizer, the manifest of the scoring model and the prompts.
+    """Check the resources, the models and what is to be trained of them, and read the prompts.
 
     Raises:
-        InputError: anything missing, unreadable or unfit, in one line.
+        InputError, ResourceError: anything missing, unreadable or unfit, in one line.
     """
+    check_gpus(wanted_gpus(config, plan_placement(config)), config.ray)
+    refuse_as_policy(config.model.path, "model.path")
+    check_partial_training(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     context = context_tokens(config.model.path, config.model.trust_remote_code)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
@@ -58,6 +65,7 @@ def load_inputs(config: Config) -> Inputs:
     _check_ensemble(config, manifest, tokenizer)
     if config.gvm.refresh.source is not None:
         old_pairs(config.data, [])  # read again at each refresh; a mistake in them shows now
+        check_trunk(config.gvm.path, None, config.gvm.lora, "gvm", config.model.trust_remote_code)
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
     train, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
@@ -78,19 +86,32 @@ def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVM
     needs_values = ALGORITHMS[config.algorithm].scorer == "scorer"
     path = Path(config.gvm.path if needs_values else config.reward_model.path)
     manifest = read_manifest(path)
-    if needs_values and manifest.objective.name == "bradley_terry":
-        raise InputError(f"{path}: a reward model, of which only the last value was trained; gvm.path needs one made by `dvpo gvm train`")
+    if needs_values:
+        _check_is_value_model(path, manifest, "gvm.path")
     if not needs_values and manifest.context.examples:
         raise InputError(f"{path}: a value model that takes examples before each prompt, which a reward model gets none of; give one without")
     check_tokenizer(path, manifest, tokenizer, config.model.chat_template)
+    check_files(path, manifest)
     return manifest
 
 
+def _check_is_value_model(path: Path, manifest: GVMManifest, key: str) -> None:
+    if manifest.objective.name == "bradley_terry":
+        raise InputError(f"{path}: a reward model, of which only the last value was trained; {key} needs one made by `dvpo gvm train`")
+
+
 def _check_ensemble(config: Config, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse value models whose values cannot be compared with those of `gvm.path`."""
+    """Refuse value models whose values cannot be compared with those of `gvm.path`, or that say the same."""
+    known = {config.gvm.path: manifest}
     for path in map(Path, config.scorer.ensemble):
         other = read_manifest(path)
+        _check_is_value_model(path, other, "scorer.ensemble")
         check_tokenizer(path, other, tokenizer, config.model.chat_template)
+        check_files(path, other)
+        same = next((name for name, earlier in known.items() if earlier.weights_sha256 == other.weights_sha256), None)
+        if same is not None:
+            raise InputError(f"scorer.ensemble: {path} is the same model as {same}, so they never disagree; give models of other seeds or data")
+        known[str(path)] = other
         for name in ("outcome", "context"):
             if getattr(other, name) != getattr(manifest, name):
                 raise InputError(f"scorer.ensemble: {path} was trained with another {name} than {config.gvm.path}; train both alike")

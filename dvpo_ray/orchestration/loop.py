@@ -21,6 +21,7 @@ from dvpo_ray.actors.experience_builder import ScoredChunk
 from dvpo_ray.baselines.algorithms import ALGORITHMS, SCORE_FIELDS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
+from dvpo_ray.divergence import check_finite
 from dvpo_ray.orchestration.cluster import get
 from dvpo_ray.orchestration.roles import Roles
 from dvpo_ray.orchestration.schedule import prompt_indices, sampling_seed
@@ -77,6 +78,8 @@ class Loop:
             with self._timed("update"):
                 update_metrics = self._update(shards, step)
             check_mismatch(update_metrics, self.config.mismatch.max_token_mult_error)
+            for stage in ("policy", *(["critic"] if self.roles.critics else [])):
+                check_finite(step, update_metrics, stage, stage, dtype=self.config.model.dtype)
             with self._timed("sync"):
                 self.sync(step)
         in_force = {"policy_version": step, "kl/coefficient": self.kl.coefficient}

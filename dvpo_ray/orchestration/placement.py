@@ -57,6 +57,16 @@ def plan_gvm_placement(config: Config) -> list[Bundle]:
     return _bundles("gvm_trainer", "gvm", config.gvm)
 
 
+def wanted_gpus(config: Config, bundles: Iterable[Bundle]) -> dict[str, float]:
+    """GPUs of each actor of policy optimisation, by the key that asks for them."""
+    sections = dict.fromkeys(_SECTIONS.get(bundle.role, bundle.role) for bundle in bundles if bundle.gpus)
+    return {f"{section}.gpus_per_actor": getattr(config, section).gpus_per_actor for section in sections}
+
+
+_SECTIONS = {"reward_model": "scorer", "learner": "policy"}
+"""Sections of the config that have another name than the role they set up."""
+
+
 def total_resources(bundles: Iterable[Bundle]) -> tuple[float, float]:
     """CPUs and GPUs that all bundles reserve together; fractions of a GPU add up exactly to a whole one."""
     bundles = list(bundles)

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dvpo_ray.baselines.algorithms import ALGORITHMS
-from dvpo_ray.config import Config, dump_config
+from dvpo_ray.config import Config
+from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.gain import gold_gain
 from dvpo_ray.files import whole_folder
 from dvpo_ray.health.alarms import Alarm, HealthMonitor
@@ -24,6 +25,9 @@ from dvpo_ray.orchestration.inputs import Inputs, load_inputs
 from dvpo_ray.orchestration.loop import Loop
 from dvpo_ray.orchestration.refresh import Refresher
 from dvpo_ray.orchestration.roles import Roles, start_roles
+from dvpo_ray.run_folder import begin, check_resume
+
+STAGE = "train"
 
 
 def train(config: Config, resume: bool = False, console: RunConsole | None = None) -> Path:
@@ -37,12 +41,21 @@ def train(config: Config, resume: bool = False, console: RunConsole | None = Non
         InputError, ResourceError: in one line; bad input is found before any actor starts.
     """
     run_folder = Path(config.out).resolve()
+    if resume:
+        check_resume(run_folder, STAGE, config)
     inputs = load_inputs(config)
-    checkpoint = checkpoints.last_whole(run_folder) if resume else None
-    run_folder.mkdir(parents=True, exist_ok=True)
-    (run_folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    checkpoint = _checkpoint(run_folder, config) if resume else None
+    begin(run_folder, STAGE, config, resumed=resume)
     with nullcontext(console) if console is not None else RunConsole() as console:
         return Run(config, run_folder, inputs, console).train(checkpoint)
+
+
+def _checkpoint(run_folder: Path, config: Config) -> tuple[Path, dict]:
+    """The last whole checkpoint of a run that is not over yet."""
+    folder, state = checkpoints.last_whole(run_folder)
+    if state["step"] > config.train.steps:
+        raise InputError(f"train.steps is {config.train.steps}, but {folder} is at step {state['step']}; give {state['step']} or more to resume")
+    return folder, state
 
 
 class Run:
@@ -212,6 +225,7 @@ class Run:
         last = max(self.evaluations, default=0)
         summary = {
             "name": self.config.name,
+            "stage": STAGE,
             "state": state,
             "steps": self.last_step,
             "algorithm": self.config.algorithm,

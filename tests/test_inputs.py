@@ -1,0 +1,204 @@
+"""What a run would stumble over once its actors are up is refused before: by key or file, in one line, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from gvm_artifacts import make_gvm
+
+from dvpo_ray.config.schema import Config
+from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.gvm.artifact import ObjectiveSpec
+from dvpo_ray.gvm.training import train_gvm
+from dvpo_ray.orchestration.inputs import load_inputs
+from dvpo_ray.orchestration.run import train
+
+REWARD_MODEL = ObjectiveSpec(name="bradley_terry", td_lambda=0.95, bradley_terry_weight=0.0, bradley_terry_value="last")
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch):
+    """What is not refused ends here, before Ray."""
+
+    def start(*args, **kwargs):
+        raise AssertionError("not refused")
+
+    for place in ("orchestration.run.begin", "gvm.training.begin", "trl_stage.begin", "orchestration.evaluate.connect"):
+        monkeypatch.setattr(f"dvpo_ray.{place}", start)
+
+
+@pytest.fixture(scope="module")
+def gvm(tiny_model, tmp_path_factory) -> Path:
+    return make_gvm(tmp_path_factory.mktemp("gvm") / "final", tiny_model)
+
+
+@pytest.fixture
+def settings(tiny_model, gvm, tmp_path) -> dict:
+    """Of a run on a tiny model, ready but for what a test changes."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Tell me story {i}"}) + "\n" for i in range(20)))
+    pairs = [{"prompt": f"Tell me story {i}", "chosen": " a good day", "rejected": " a bad day"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {
+            "prompts": {"path": str(tmp_path / "prompts.jsonl")},
+            "preferences": {"path": str(tmp_path / "pairs.jsonl")},
+            "sft": str(tmp_path / "pairs.jsonl"),
+            "max_prompt_tokens": 24,
+            "max_response_tokens": 24,
+        },
+        "gvm": {"path": str(gvm)},
+        "rollout": {"backend": "transformers", "max_response_tokens": 12},
+        "evaluation": {"judge": "vader"},
+    }
+
+
+def changed(settings: dict, out: Path, **sections) -> Config:
+    merged = settings | {name: settings.get(name, {}) | changes for name, changes in sections.items()}
+    return Config.model_validate(merged | {"out": str(out)})
+
+
+def refused(run, folder: Path) -> str:
+    """The one line of a refusal that leaves no run folder."""
+    with pytest.raises((InputError, ResourceError)) as caught:
+        run()
+    assert "\n" not in str(caught.value) and not folder.exists()
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- dvpo train
+
+
+@pytest.mark.parametrize(
+    ("policy", "line"),
+    [
+        ({"trainable_layers": 3}, "policy.trainable_layers is 3, but the model has 2 decoder layers"),
+        ({"lora": {"layers": [0, 2]}}, "policy.lora.layers names layer 2, but the model has the decoder layers 0 to 1"),
+        ({"lora": {"layers": [5], "target_modules": ["q_proj"]}}, "policy.lora.layers names layer 5"),
+        (
+            {"lora": {"target_modules": ["q_proj", "qkv"]}},
+            "policy.lora.target_modules: 'qkv' fits no module of the model; its linear layers are down_",
+        ),
+        ({"lora": {"target_modules": ".*qkv"}}, "policy.lora.target_modules: '.*qkv' fits no module of the model"),
+        ({"lora": {"target_modules": "(q"}}, "policy.lora.target_modules: '(q' is no regular expression"),
+        ({"lora": {"target_modules": ["mlp"]}}, "policy.lora.target_modules: 'mlp' fits model.layers.0.mlp, which is no linear layer"),
+        ({"lora": {"layers": [0], "target_modules": ".*q_proj"}}, "policy.lora: "),
+        ({"gpus_per_actor": 1}, "policy.gpus_per_actor is 1, but this machine has no GPU that torch can use; set policy.gpus_per_actor=0"),
+    ],
+)
+def test_what_the_policy_does_not_have(settings, tmp_path, monkeypatch, policy, line):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    out = tmp_path / "run"
+    assert refused(lambda: train(changed(settings, out, policy=policy)), out).startswith(line)
+
+
+@pytest.mark.parametrize("policy", [{"trainable_layers": 2}, {"lora": {"rank": 2}}, {"lora": {"target_modules": ".*[qv]_proj"}}])
+def test_what_the_policy_has(settings, tmp_path, policy):
+    assert load_inputs(changed(settings, tmp_path / "run", policy=policy)).prompts
+    assert load_inputs(changed(settings, tmp_path / "run", policy={"lora": {"target_modules": ["q_proj"], "layers": [1]}})).prompts
+
+
+def test_gpus_of_another_cluster_are_its_own_affair(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert load_inputs(changed(settings, tmp_path, policy={"gpus_per_actor": 1}, ray={"address": "ray://somewhere:1"})).prompts
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
+    assert load_inputs(changed(settings, tmp_path, scorer={"gpus_per_actor": 0.5})).prompts
+
+
+def damage(folder: Path, file: str, how: str) -> None:
+    path = folder / file
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_value_model(settings, gvm, tmp_path, file, how):
+    spoiled = shutil.copytree(gvm, tmp_path / "spoiled")
+    damage(spoiled, file, how)
+    out = tmp_path / "run"
+    whole = changed(settings, out)
+    for config in (
+        changed(settings, out, gvm={"path": str(spoiled)}),
+        changed(settings, out, scorer={"ensemble": [str(spoiled)]}),
+        changed(settings, out, reward_model={"path": str(spoiled)}).model_copy(update={"algorithm": "grpo"}),
+    ):
+        line = refused(lambda config=config: train(config), out)
+        assert str(spoiled) in line and file in line and ("copy the artifact" in line or "train the GVM again" in line)
+    start = whole.model_copy(update={"gvm": whole.gvm.model_copy(update={"init_from": str(spoiled)})})
+    assert file in refused(lambda: train_gvm(start, out), out)
+
+
+def test_an_ensemble_of_others_only(settings, gvm, tiny_model, tmp_path):
+    def line(*paths) -> str:
+        return refused(lambda: train(changed(settings, tmp_path / "run", scorer={"ensemble": list(map(str, paths))})), tmp_path / "run")
+
+    reward_model = make_gvm(tmp_path / "rm", tiny_model, bias=0.5, objective=REWARD_MODEL)
+    assert f"{reward_model}: a reward model" in line(reward_model) and "scorer.ensemble needs one made by `dvpo gvm train`" in line(reward_model)
+    copied = shutil.copytree(gvm, tmp_path / "copy")
+    for same in (gvm, copied):
+        assert f"scorer.ensemble: {same} is the same model as {gvm}" in line(same)
+    other = make_gvm(tmp_path / "other", tiny_model, bias=0.75)
+    assert f"{other} is the same model as {other}" in line(other, other)
+    assert load_inputs(changed(settings, tmp_path / "run", scorer={"ensemble": [str(other)]})).prompts
+
+
+# ------------------------------------------------------------------------------------------------ dvpo gvm train
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"num_layers": 3}, "gvm.num_layers is 3, but "),
+        ({"lora": {"layers": [2]}}, "gvm.lora.layers names layer 2"),
+        ({"lora": {"layers": [1]}, "num_layers": 1}, "gvm.lora.layers names layer 1, but the model has the decoder layers 0 to 0"),
+        ({"lora": {"target_modules": ["c_attn"]}}, "gvm.lora.target_modules: 'c_attn' fits no module"),
+        ({"keep_head": True}, "gvm.keep_head goes on from the head of a GVM in gvm.init_from, but it is not set; give a GVM, or keep_head=false"),
+        ({"gpus_per_actor": 1}, "gvm.gpus_per_actor is 1, but this machine has no GPU"),
+    ],
+)
+def test_what_the_trunk_does_not_have(settings, tmp_path, monkeypatch, options, line):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    out = tmp_path / "run"
+    assert refused(lambda: train_gvm(changed(settings, out, gvm=options), out), out).startswith(line)
+
+
+def test_no_head_to_keep(settings, tiny_model, tmp_path):
+    out = tmp_path / "run"
+    line = refused(lambda: train_gvm(changed(settings, out, gvm={"keep_head": True, "init_from": str(tiny_model)}), out), out)
+    assert f"but {tiny_model} is none (it has no gvm.json)" in line
+
+
+def test_a_reward_model_is_told_by_its_own_keys(settings, tmp_path):
+    from dvpo_ray.baselines.reward_model import train_reward_model
+
+    out = tmp_path / "run"
+    config = changed(settings, out, reward_model={"num_layers": 3})
+    assert refused(lambda: train_reward_model(config, out), out).startswith("reward_model.num_layers is 3, but ")
+
+
+# ------------------------------------------------------------------------------------------- a GVM is no policy
+
+
+def test_a_value_model_is_no_policy(settings, gvm, tmp_path):
+    from dvpo_ray.baselines.dpo import train_dpo
+    from dvpo_ray.orchestration.evaluate import evaluate_policy
+    from dvpo_ray.sft import train_sft
+
+    out = tmp_path / "run"
+    config = changed(settings, out, model={"path": str(gvm)})
+    stages = (train, lambda c: train_gvm(c, out), lambda c: train_sft(c, out, False), lambda c: train_dpo(c, out, False))
+    for stage in (*stages, lambda c: evaluate_policy(c, c.model.path, out)):
+        line = refused(lambda stage=stage: stage(config), out)
+        assert line == f"model.path: {gvm} is a value or reward model (it holds gvm.json), no policy; give a causal language model"
+    assert refused(lambda: evaluate_policy(changed(settings, out), str(gvm), out), out).startswith(f"--policy: {gvm} is a value or reward model")
