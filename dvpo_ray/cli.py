@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -50,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dvpo: {_one_line(getattr(error, 'cause', None) or error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"dvpo: {error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume", file=sys.stderr)
+        print(f"dvpo: {_system_refusal(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("dvpo: ended by SIGTERM" if termination.received else "dvpo: interrupted", file=sys.stderr)
@@ -72,8 +72,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
     unknown = [text for text in rest if text not in overrides]
     if unknown or (overrides and not hasattr(args, "overrides")):
-        hint = "; overrides are written without dashes, key=value" if unknown and "=" in unknown[0] else ""
-        raise InputError(f"unknown argument {(unknown or overrides)[0]}{hint}; see `dvpo {args.command} --help`")
+        raise InputError(args.parser.unknown_argument((unknown or overrides)[0]))
     if overrides:
         args.overrides = [*args.overrides, *overrides]
     return args
@@ -96,9 +95,32 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, epilog: str, **kwargs) -> None:
         super().__init__(*args, epilog=f"example:\n  {epilog}", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.set_defaults(parser=self)  # of the command that is chosen; the innermost one's default wins
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
+
+    def unknown_argument(self, argument: str) -> str:
+        """The complaint about an argument that this command does not know, with the nearest option."""
+        option = argument.partition("=")[0]
+        nearest = difflib.get_close_matches(option, self._option_string_actions, n=1) if option.startswith("-") else []
+        if nearest:
+            return f"unknown argument {argument}; did you mean {nearest[0]}? See `{self.prog} --help`"
+        hint = "; overrides are written without dashes, key=value" if option.startswith("-") and "=" in argument else ""
+        return f"unknown argument {argument}{hint}; see `{self.prog} --help`"
+
+
+def _system_refusal(error: OSError) -> str:
+    """What the system said about a path, in words.
+
+    Raises:
+        OSError: the error itself, where it is about no path, so that nobody's input is to blame.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume"
+    if not isinstance(error.filename, str | os.PathLike) or error.strerror is None:
+        raise error
+    return f"{error.filename}: the system refuses it: {error.strerror}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -105,7 +105,7 @@ def _dialogue(value: object, where: str) -> list[Answer]:
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRow("`text` must be text that is not empty")
-    return value
+    return str(checked_content(value, "text"))
 
 
 # ---------------------------------------------------------------------------------------------------- encoding

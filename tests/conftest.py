@@ -147,10 +147,11 @@ def loop_settings(tiny_model, tmp_path_factory, ray_session) -> dict:
 
 @pytest.fixture
 def faked(monkeypatch):
-    """Puts a function of the run in the place of every stage of an experiment, and lists the runs that were started; Ray is left alone."""
+    """Puts a function of the run in the place of every stage of an experiment, and lists the runs that were started. What they read is
+    taken to be there, and Ray is left alone."""
     from contextlib import nullcontext
 
-    from dvpo_ray.experiments import stages
+    from dvpo_ray.experiments import inputs, stages
     from dvpo_ray.orchestration import cluster
 
     def faked(leave) -> list:
@@ -164,4 +165,5 @@ def faked(monkeypatch):
         return started
 
     monkeypatch.setattr(cluster, "connect", lambda config: nullcontext())
+    monkeypatch.setattr(inputs, "input_problems", lambda runs: [])
     return faked

@@ -157,8 +157,8 @@ def test_bytes_are_tokens():
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--repeats", "0"], "--repeats is 0; expected a whole number of at least 1"),
-        (["--group-size", "1"], "--group-size is 1; expected a whole number of at least 2"),
+        (["--repeats", "0"], "argument --repeats: '0' is no whole number of at least 1"),
+        (["--group-size", "1"], "argument --group-size: '1' is no whole number of at least 2"),
         (["--tokenizer", "."], "--tokenizer is for --random-weights CONFIG_JSON"),
         (["--algorithms", "sarsa"], "argument --algorithms: 'sarsa' is no algorithm; expected some of dvpo,ppo,"),
         (["--random-weights", "nowhere"], "nowhere: no config.json there"),
@@ -169,7 +169,7 @@ def test_bytes_are_tokens():
 )
 def test_bad_input_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, argv, line):
     monkeypatch.chdir(tmp_path)
-    config = write_config(tmp_path, tiny_model)
+    config = write_config(tmp_path, tiny_model, critic={"cpus_per_actor": 0})
     assert cli.main(["bench", "ledger", str(config), *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1

@@ -91,10 +91,12 @@ def test_help_ends_with_an_example_that_parses(command, capsys):
         (["trian"], "argument COMMAND: invalid choice: 'trian'"),
         (["train"], "the following arguments are required: CONFIG; see `dvpo train --help`"),
         (["gvm"], "the following arguments are required: COMMAND; see `dvpo gvm --help`"),
-        (["train", "x.yaml", "--dryrun"], "unknown argument --dryrun; see `dvpo train --help`"),
+        (["train", "x.yaml", "--dryrun"], "unknown argument --dryrun; did you mean --dry-run? See `dvpo train --help`"),
+        (["gvm", "eval", "x.yaml", "--gmv", "g"], "unknown argument --gmv; did you mean --gvm? See `dvpo gvm eval --help`"),
         (["train", "x.yaml", "--seed=4"], "unknown argument --seed=4; overrides are written without dashes, key=value; see `dvpo train --help`"),
         (["report", "runs/a", "seed=4"], "unknown argument seed=4; see `dvpo report --help`"),
         (["train", "x.yaml"], "x.yaml: no such file"),
+        (["train", ""], "the CONFIG argument is empty; give a YAML file, for example cluster_configs/local-cpu.yaml"),
         (
             ["train", LOCAL_CPU, "policy.learning_rat=1"],
             "override policy.learning_rat=1: unknown key policy.learning_rat; did you mean policy.learning_rate?",
@@ -162,6 +164,11 @@ def test_interrupt_is_status_130(failing, capsys):
     assert capsys.readouterr().err == "dvpo: interrupted\n"
 
 
+def test_what_the_system_says_of_a_path_is_one_line(failing, capsys):
+    error = PermissionError(errno.EACCES, "Permission denied", "pairs.jsonl")
+    assert refusal(capsys, *failing(error)) == "pairs.jsonl: the system refuses it: Permission denied"
+
+
 def test_sigterm_is_status_143_and_unwinds_once(monkeypatch, capsys):
     unwound = []
 
@@ -189,7 +196,7 @@ def test_a_library_that_takes_sigterm_gives_it_back(monkeypatch):
     assert cli.main(["report", "."]) == 143
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a defect"), PermissionError(errno.EACCES, "denied")])
+@pytest.mark.parametrize("error", [RuntimeError("a defect"), PermissionError(errno.EACCES, "of no path"), OSError(errno.EBADF, "Bad file", 7)])
 def test_defects_keep_their_traceback(failing, error):
     with pytest.raises(type(error)):
         cli.main(failing(error))
@@ -261,6 +268,66 @@ def test_a_folder_with_files_is_kept(command, backend, capsys, tmp_path):
     assert refusal(capsys, *command, LOCAL_CPU, *settings, "--resume") == "--resume needs the run folder to continue: --out DIR"
 
 
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("file/run", "nothing can be written there: a file is in the way at file; give another place"),
+        ("file", ""),
+        ("x" * 300, "File name too long"),
+        ("deep/" + "y" * 300, "File name too long"),
+        ("/proc/run", "No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", LOCAL_CPU, "gvm.path=g"],
+        ["sft", LOCAL_CPU, "data.sft=s.jsonl"],
+        ["gvm", "eval", LOCAL_CPU, "--gvm", "g"],
+        ["eval", LOCAL_CPU],
+        ["bench", "step", LOCAL_CPU, "gvm.path=g"],
+        ["quickstart"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(command, out, reason, capsys, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    line = refusal(capsys, *command, "--out", out)
+    assert line.startswith(out) and reason in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"] and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_that_can_be_made_is_not_there_before_the_command_makes_it(backend, tmp_path):
+    there = []
+    module = ModuleType("dvpo_ray.orchestration.run")
+    module.train = lambda config, resume: there.append(Path(config.out).exists())
+    sys.modules[module.__name__] = module
+    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "a/b/run"]) == 0
+    assert there == [False] and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("command", [["gvm", "eval", LOCAL_CPU, "--gvm", "g"], ["eval", LOCAL_CPU]], ids=lambda words: words[0])
+def test_an_evaluation_replaces_no_folder(command, capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    line = refusal(capsys, *command, "--out", "mine")
+    assert line == "mine: already there and not empty, and the evaluation would take its place; give another --out"
+
+
+def test_scores_replace_no_file(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for output in ("rows.jsonl", ".", "rows.jsonl/x.jsonl"):
+        line = refusal(capsys, "gvm", "score", LOCAL_CPU, "--gvm", "g", "--input", "rows.jsonl", "--output", output)
+        assert line.startswith("rows.jsonl" if "rows" in output else ".: already there, and --output would take its place")
+    assert (tmp_path / "rows.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "-1", "0", "much"])
+def test_numbers_of_options_are_finite(memory, capsys):
+    line = refusal(capsys, "plan", LOCAL_CPU, "--node-memory-gib", memory)
+    assert line == f"argument --node-memory-gib: '{memory}' is no finite number above 0; see `dvpo plan --help`"
+
+
 # ----------------------------------------------------------------------------------------------- what is called
 
 
@@ -324,8 +391,29 @@ def test_report_calls_the_report(backend, capsys, tmp_path):
     calls = backend("dvpo_ray.monitoring.report", "write_report", Path("run/report.html"))
     (tmp_path / "run").mkdir()
     assert cli.main(["report", "run"]) == 0
-    assert calls[0] == ((Path("run"),), {})
+    (folder, _), _ = calls[0]
+    assert folder == Path("run")
     assert capsys.readouterr().out == "run/report.html\n"
+
+
+def test_report_says_what_it_leaves_out(capsys, tmp_path):
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "run" / "rollouts" / "step_000001.jsonl").write_text('{"prompt": "cut o')  # written as a whole, so this is damage
+    (tmp_path / "run" / "rollouts" / "step_000002.jsonl").write_text("")
+    assert cli.main(["report", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "run/report.html\n"
+    assert err.splitlines()[0] == "dvpo: warning: run/rollouts/step_000002.jsonl: no rows; the file is left out"
+    assert err.splitlines()[1].startswith("dvpo: warning: run/rollouts/step_000001.jsonl:1: not valid JSON (")
+
+
+def test_dry_run_of_rm_train_speaks_of_the_reward_model(capsys):
+    assert cli.main(["rm", "train", LOCAL_CPU, "--dry-run", "gvm.epochs=7", "reward_model.epochs=3"]) == 0
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert any("3 epochs x training pairs" in line for line in comments) and any("rm_trainer" in line for line in comments)
+    assert not any("gvm" in line.lower() for line in comments)
+    assert "reward_model.gpus_per_actor 1.5 is 1.5 GPUs" in refusal(capsys, "rm", "train", LOCAL_CPU, "reward_model.gpus_per_actor=1.5")
 
 
 def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
@@ -344,7 +432,9 @@ def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, t
     assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("b"), 2), {})
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "step"}
     assert capsys.readouterr().out == "b/bench.json\n"
-    assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == "--repeats is 0; expected a whole number of at least 1"
+    assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == (
+        "argument --repeats: '0' is no whole number of at least 1; see `dvpo bench step --help`"
+    )
     assert "gvm.path is not set" in refusal(capsys, "bench", "step", LOCAL_CPU)
 
 
@@ -359,10 +449,21 @@ def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys
     assert "arguments are required: --trl-python" in refusal(capsys, "bench", "trl", LOCAL_CPU)
 
 
-def test_bench_trl_reward_calls_the_benchmark_and_keeps_its_results(backend, capsys, tmp_path):
+def test_bench_trl_reward_checks_its_paths_before_it_does_anything(backend, capsys):
+    calls = backend("dvpo_ray.bench.trl_reward", "bench_trl_reward", {})
+    command = ["bench", "trl-reward", LOCAL_CPU, f"data.preferences.heldout_path={LOCAL_CPU}"]
+    given = [f"data.preferences.path={LOCAL_CPU}", "model.path=hub/model"]
+    assert "data.preferences.path p.jsonl: no such file" in refusal(capsys, *command, "model.path=hub/model", "data.preferences.path=p.jsonl")
+    assert "gvm.path g: no such folder; give a GVM artifact" in refusal(capsys, *command, *given, "gvm.path=g")
+    assert "reward_model.path r: no such folder; give a reward model" in refusal(capsys, *command, *given, "reward_model.path=r")
+    assert not calls
+
+
+def test_bench_trl_reward_calls_the_benchmark_and_keeps_its_results(backend, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     calls = backend("dvpo_ray.bench.trl_reward", "bench_trl_reward", {"benchmark": "trl-reward"})
-    assert cli.main(["bench", "trl-reward", LOCAL_CPU, "--out", "b"]) == 0
-    assert calls[0] == ((load_config(LOCAL_CPU), Path("b")), {})
+    assert cli.main(["bench", "trl-reward", LOCAL_CPU, "model.path=hub/model", "--out", str(tmp_path / "b")]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["model.path=hub/model"]), tmp_path / "b"), {})
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl-reward"}
-    assert capsys.readouterr().out == "b/bench.json\n"
+    assert capsys.readouterr().out == f"{tmp_path}/b/bench.json\n"
     assert "data.preferences.path is not set" in refusal(capsys, "bench", "trl-reward", LOCAL_CPU, "data.preferences=null")

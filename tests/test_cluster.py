@@ -25,6 +25,22 @@ def test_nobody_at_the_address(scheme):
         pass
 
 
+def test_a_cluster_in_the_environment_whose_address_is_none(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    with pytest.raises(ResourceError, match="'nonsense' is no address of a Ray cluster; expected HOST:PORT.* in RAY_ADDRESS"), connect(RayConfig()):
+        pass
+
+
+def test_a_node_that_takes_too_long_names_what_gives_it_longer(monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ResourceError, match="within the 30 seconds .*RAY_raylet_start_wait_time_s=120 in the environment"), connect(RayConfig()):
+        pass
+
+
 class Refuses:
     """An actor whose input is bad."""
 

@@ -108,7 +108,7 @@ def test_byte_order_mark_is_no_part_of_the_first_key(write):
 @given(
     rate=st.floats(1e-300, 1e300),
     betas=st.tuples(*[st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)] * 2),
-    path=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs"))),
+    path=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1),
     placement=st.sampled_from(["reward", "loss", "off"]),
 )
 def test_dumped_config_loads_back_equal(tmp_path_factory, rate, betas, path, placement):
@@ -161,7 +161,13 @@ def test_dumped_config_loads_back_equal(tmp_path_factory, rate, betas, path, pla
         ("seed: 1\n\nseed: 2", "x.yaml: not valid YAML at line 4: key seed is there twice"),
         ("seed: 1\x00", "x.yaml: not valid YAML at line 2: special characters are not allowed"),
         ("? [1, 2]\n: 3", "x.yaml: not valid YAML at line 2: found unhashable key"),
-        ("data: &a [*a]", "x.yaml: Circular reference detected"),
+        ("data: &a [*a]", "x.yaml: data.0: the alias stands inside of what it refers to, which has no end; write the value out"),
+        (
+            "gvm: &a {lora: {layers: [1, *a]}}",
+            "x.yaml: gvm.lora.layers.1: the alias stands inside of what it refers to, which has no end; write the value out",
+        ),
+        ("seed: " + "[" * 100_000, "x.yaml: nested too deeply; settings are mappings of at most four levels"),
+        ("seed: " + "5" * 5000, "x.yaml: not valid YAML at line 2: a whole number of 5000 digits"),
     ],
 )
 def test_mistakes_in_the_file(write, text, line):
@@ -169,8 +175,8 @@ def test_mistakes_in_the_file(write, text, line):
 
 
 def test_a_required_key_that_is_missing(write):
-    assert refusal(write("seed: 1")).startswith("x.yaml: model.path is missing; expected text: ")
-    assert refusal(write(MODEL + "data: {preferences: {split: train}}")).startswith("x.yaml: data.preferences.path is missing; expected text: ")
+    assert refusal(write("seed: 1")).startswith("x.yaml: model.path is missing; expected text that is not empty: ")
+    assert refusal(write(MODEL + "data: {preferences: {split: train}}")).startswith("x.yaml: data.preferences.path is missing; expected text")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,17 @@ def test_files_that_are_not_there(tmp_path):
         ("policy.lora.rank=0", "override policy.lora.rank=0: policy.lora.rank is 0; expected a whole number of at least 1"),
         ("seed", "override seed: expected key=value, for example policy.learning_rate=1e-5"),
         ("=3", "override =3: expected key=value, for example policy.learning_rate=1e-5"),
+        ("model.path=''", "override model.path='': model.path is ''; expected text that is not empty"),
+        ("scorer.ensemble=['']", "override scorer.ensemble=['']: scorer.ensemble is [\"\"]; expected a list, each item text that is not empty"),
+        (
+            "ray.address=nonsense",
+            "override ray.address=nonsense: ray.address: 'nonsense' is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto",
+        ),
+        (
+            "gvm.lora=&a {rank: *a}",
+            "override gvm.lora=&a {rank: *a}: the value is not valid YAML: rank: the alias stands inside "
+            "of what it refers to, which has no end; write the value out",
+        ),
         ("seed=[", "override seed=[: the value is not valid YAML: expected the node content, but found '<stream end>'"),
         ("train.steps=3", "override train.steps=3: train is 'long'; expected a mapping of settings (and 1 more)"),
     ],

@@ -146,6 +146,7 @@ BAD_ROWS = [
     ({**GOOD, "chosen_score": 1, "rejected_score": 2}, "`chosen_score` 1 is below `rejected_score` 2"),
     ({**GOOD, "chosen_truncated": "yes"}, "`chosen_truncated` must be true or false, got str 'yes'"),
     ({**GOOD, "source_model": 7}, "`source_model` must be text, got int"),
+    ({**GOOD, "prompt": "a " * 500_001}, "`prompt` has 1,000,002 characters, more than 1,000,000; cut it to what the model can read"),
     ({**GOOD, "chosen": "bad \ud800 text"}, "`chosen` has an unpaired surrogate at character 4"),
     ({"instruction": "q", "completions": ["a"]}, "`completions` must be a list of objects"),
 ]

@@ -1,6 +1,7 @@
 """Reading rows: formats, labels, and the one line that names what is wrong."""
 
 import json
+import os
 
 import datasets
 import pytest
@@ -67,6 +68,10 @@ def test_parquet_file_folder_and_saved_dataset_give_the_same_rows(tmp_path):
         (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15"),
         (b'{"prompt": "a"', "not valid JSON"),
         (b'["a"]', "must be a JSON object with named columns, got list"),
+        (b"[" * 100_000, "lists or objects are nested too deeply"),
+        (b'{"prompt": "a", "chosen_score": ' + b"5" * 5000 + b"}", "a whole number has thousands of digits"),
+        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "the key `prompt` is there twice; keep one of them"),
+        (b'{"prompt": [{"role": "user", "role": "system", "content": "x"}]}', "the key `role` is there twice"),
     ],
 )
 def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, problem):
@@ -88,6 +93,8 @@ def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, pr
             ".json:2: not valid JSON (Extra data at column 1); one object per line belongs in a .jsonl",
         ),
         ("rows.json", b'{"prompt": "a"}', "must be a JSON list of rows, got dict"),
+        ("rows.json", b'[{"prompt": "a", "prompt": "b"}]', "the key `prompt` is there twice"),
+        ("rows.json", b"[" * 100_000, "nested too deeply"),
         ("rows.json", b'[{"prompt": "caf\xe9"}]', "not UTF-8 at byte 16"),
         ("rows.parquet", b"no parquet at all", "could not be read (Parquet magic bytes not found"),
     ],
@@ -100,6 +107,14 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, name, content, m
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(InputError, match=r"rows\.jsonl: a pipe or a device, which can be read only once; give a file"):
+        read_rows(str(tmp_path / "rows.jsonl"), "train")
+    with pytest.raises(InputError, match=r"rows\.jsonl: a pipe, a device or a folder by the name of a data file"):
+        read_rows(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "some/where/deep/pairs"])
@@ -147,11 +162,34 @@ def test_hub_names_and_short_names_reach_the_hub(monkeypatch, path, split, hub):
     assert asked == [hub]
 
 
-def test_an_unreachable_hub_is_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("reachable", "missing"),
+    [
+        (True, "no such file or folder here, and the hub did not give it"),
+        (False, "not on this machine, not in the cache of the hub, and the hub is switched off or cannot be reached"),
+    ],
+)
+def test_an_unreachable_hub_is_one_line(monkeypatch, reachable, missing):
+    monkeypatch.setattr(reading, "prepare_hub", lambda: reachable)
+
     def load_dataset(name, split):
         raise ConnectionError(f"Couldn't reach '{name}' on the Hub\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(InputError) as error:
         read_rows("someone/pairs", "train")
-    assert str(error.value) == ("someone/pairs: no such file or folder here, and the hub did not give it (Couldn't reach 'someone/pairs' on the Hub)")
+    assert str(error.value) == f"someone/pairs: {missing} (Couldn't reach 'someone/pairs' on the Hub)"
+
+
+def test_a_misspelt_path_in_a_folder_of_this_machine_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match="data/pairss: no such file or folder"):
+        read_rows("data/pairss", "train")
+
+
+def test_a_bad_parquet_file_is_said_once(tmp_path, caplog):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing that would be right after it PAR1")
+    with pytest.raises(InputError, match="rows.parquet: could not be read"):
+        list(read_rows(str(tmp_path / "rows.parquet"), "train"))
+    assert not caplog.records

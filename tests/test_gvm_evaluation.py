@@ -209,3 +209,12 @@ def test_weak_models_are_warned_about_with_advice():
     assert "0.55 by mean value (0.58 by last value)" in overfit and "142 training pairs: give more pairs" in overfit
     underfit = heldout_warning({"mean": 0.52, "last": 0.5}, 0.53, 5000)
     assert "raise gvm.learning_rate or gvm.epochs" in underfit
+
+
+def test_weak_reward_models_are_judged_by_their_last_value_and_advised_in_their_own_settings():
+    settings = {"section": "reward_model", "view": "last"}
+    assert heldout_warning({"mean": 0.2, "last": 0.61}, 0.9, 100, **settings) is None
+    warning = heldout_warning({"mean": 0.9, "last": 0.58}, 0.98, 142, **settings)
+    assert warning.startswith("held-out accuracy 0.58 by last value is under 0.60;") and "fewer reward_model.epochs" in warning
+    underfit = heldout_warning({"mean": 0.9, "last": 0.5}, 0.53, 5000, **settings)
+    assert underfit.endswith("raise reward_model.learning_rate or reward_model.epochs") and "gvm" not in underfit

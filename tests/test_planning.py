@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(run_plan):
         (["--device", "a100-80gb"], "dvpo: --device is a100-80gb, but policy.gpus_per_actor is 0"),
         (["--device", "abacus", "policy.gpus_per_actor=1"], "dvpo: --device is abacus; expected one of h200,"),
         (["--device", "l4", "--calibrate"], "dvpo: --calibrate measures this machine and --device l4 names another"),
-        (["--node-memory-gib", "0"], "dvpo: --node-memory-gib is 0; expected more than 0"),
+        (["--node-memory-gib", "0"], "dvpo: argument --node-memory-gib: '0' is no finite number above 0"),
         (["batch.prompts_per_step=7", "batch.minibatches_per_epoch=2"], "dvpo: batch.prompts_per_step 7"),
     ],
 )

@@ -10,9 +10,12 @@ from pathlib import Path
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.commands.common import add_config_arguments, dated_folder, load
 from dvpo_ray.commands.gvm import missing_pairs
+from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import Needed, preference_inputs, problems
 from dvpo_ray.errors import InputError
+from dvpo_ray.options import whole_number
 
 HELP = "measure training steps: against the bare libraries, the algorithms against each other, and against TRL"
 EXAMPLE = "dvpo bench step cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final --repeats 3"
@@ -52,7 +55,7 @@ def _add(benchmarks, name: str, help_text: str, example: str, benchmark: Benchma
 
 
 def _add_repeats(parser: argparse.ArgumentParser, meaning: str, default: int) -> None:
-    parser.add_argument("--repeats", metavar="N", type=int, default=default, help=f"{meaning} (default: {default})")
+    parser.add_argument("--repeats", metavar="N", type=whole_number(at_least=1), default=default, help=f"{meaning} (default: {default})")
 
 
 def _add_ledger(benchmarks) -> None:
@@ -69,7 +72,7 @@ def _add_ledger(benchmarks) -> None:
     ledger.add_argument(
         "--group-size",
         metavar="N",
-        type=int,
+        type=whole_number(at_least=2),
         default=4,
         help="samples of a prompt for grpo and rloo where batch.samples_per_prompt is 1; prompts become as many fewer (default: 4)",
     )
@@ -93,8 +96,6 @@ def _algorithms(names: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    if getattr(args, "repeats", 1) < 1:
-        raise InputError(f"--repeats is {args.repeats}; expected a whole number of at least 1")
     return args.bench_command(args)
 
 
@@ -104,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> int:
     config = load(args)
     out = args.out or dated_folder(config, "-bench")
+    check_writable_folder(out)
     results = args.benchmark(args, config, out)
 
     from dvpo_ray.files import whole_file
@@ -131,7 +133,8 @@ def _trl(args: argparse.Namespace, config: Config, out: Path) -> dict:
 
 
 def _trl_reward(args: argparse.Namespace, config: Config, out: Path) -> dict:
-    for problem in missing_pairs(config):
+    compared = [Needed(f"{kind}.path", path, kind) for kind in ("gvm", "reward_model") if (path := getattr(config, kind).path) is not None]
+    for problem in [*missing_pairs(config), *problems([*preference_inputs(config, "reward_model"), *compared])]:
         raise InputError(f"{args.config}: {problem}")
 
     from dvpo_ray.bench.trl_reward import bench_trl_reward
@@ -144,11 +147,10 @@ def _trl_reward(args: argparse.Namespace, config: Config, out: Path) -> dict:
 
 def _ledger(args: argparse.Namespace) -> int:
     config = load(args)
-    if args.group_size < 2:
-        raise InputError(f"--group-size is {args.group_size}; expected a whole number of at least 2")
     if args.tokenizer is not None and args.random_weights is None:
         raise InputError("--tokenizer is for --random-weights CONFIG_JSON; without it the tokenizer is the model's own")
     out = args.out or dated_folder(config, "-ledger")
+    check_writable_folder(out)
     config = _with_models(args, config, out)
 
     from dvpo_ray.bench.ledger import bench_ledger, config_for

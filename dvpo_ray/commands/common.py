@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
+from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.trl_stages import TRLStageConfig
 from dvpo_ray.errors import InputError
@@ -23,7 +24,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     """CONFIG, overrides, and the options of commands that make a run folder."""
     add_config_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help=f"run folder (default: `out` of the config, else {folder})")
+    parser.add_argument("--out", metavar="DIR", type=Path, help=f"run folder, new or empty (default: `out` of the config, else {folder})")
     parser.add_argument("--resume", action="store_true", help="continue the run in the run folder from its last whole checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
 
@@ -37,7 +38,7 @@ def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = ""
     """The run folder: `--out`, else `out` of the config, else `runs/<name><suffix>-<time>`.
 
     Raises:
-        InputError: the folder holds another run's files and `--resume` isn't given, or there is nothing to resume.
+        InputError: the folder holds another run's files and `--resume` isn't given, nothing can be written there, or there is nothing to resume.
     """
     named = args.out or (Path(config.out) if config.out else None)
     if args.resume:
@@ -48,6 +49,7 @@ def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = ""
         return named
     folder = named or dated_folder(config, suffix)
     check_new(folder)
+    check_writable_folder(folder)
     return folder
 
 

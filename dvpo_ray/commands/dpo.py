@@ -7,6 +7,7 @@ import argparse
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan, rows_per_optimizer_step
 from dvpo_ray.commands.gvm import missing_pairs
 from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import preference_inputs, problems
 from dvpo_ray.errors import InputError
 
 HELP = "fine-tune a model on preference pairs by DPO, as a baseline"
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args)
     missing = missing_pairs(config)
     if args.dry_run:
-        print_plan(config, _arithmetic(config), [], missing)
+        print_plan(config, _arithmetic(config), [], [*missing, *problems(preference_inputs(config, "dpo"))])
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")

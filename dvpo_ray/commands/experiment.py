@@ -8,10 +8,13 @@ from datetime import datetime
 from pathlib import Path
 
 from dvpo_ray.commands.common import add_config_arguments
+from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.commands.train import check_train_config
+from dvpo_ray.experiments.inputs import input_problems
 from dvpo_ray.experiments.registry import STUDIES
 from dvpo_ray.experiments.study import Run, Source, plan_lines, run_study
-from dvpo_ray.orchestration.placement import plan_gvm_placement
+from dvpo_ray.options import whole_number
+from dvpo_ray.orchestration.placement import check_local_cluster, plan_gvm_placement
 
 HELP = "rerun a measurement that a default or a claim rests on"
 EXAMPLE = next(iter(STUDIES.values())).example
@@ -23,10 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = experiments.add_parser(name, help=study.help, description=f"{study.help}.", epilog=study.example)
         add_config_arguments(command)
         command.add_argument(
-            "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="each variant once with every seed (default: 0 1 2)"
+            "--seeds",
+            type=whole_number(at_least=0),
+            nargs="+",
+            default=[0, 1, 2],
+            metavar="SEED",
+            help="each variant once with every seed (default: 0 1 2)",
         )
         command.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs; finished ones in it are kept (default: runs/<name>-<time>)")
-        command.add_argument("--dry-run", action="store_true", help="list the runs; start nothing")
+        command.add_argument("--dry-run", action="store_true", help="list the runs, and what they would miss; start nothing")
         study.add_options(command)
 
 
@@ -34,9 +42,11 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / f"{args.experiment}-{datetime.now():%Y%m%d-%H%M%S}"
     study = STUDIES[args.experiment](Source(args.config, tuple(args.overrides)), args, out)
     runs = study.runs()
+    check_writable_folder(out)
+    study.check_folder()
     _check(args.config, runs)
     if args.dry_run:
-        print(*plan_lines(runs), sep="\n")
+        print(*plan_lines(runs), *(f"note: {problem}" for problem in input_problems(runs)), sep="\n")
         return 0
     print(run_study(study, runs))
     print(out)
@@ -53,5 +63,5 @@ def _check(path: str, runs: Sequence[Run]) -> None:
         if run.stage == "policy":
             check_train_config(path, run.config)
         elif run.stage == "gvm":
-            plan_gvm_placement(run.config)
+            check_local_cluster(run.config, plan_gvm_placement(run.config))
         run.check_kept()

@@ -8,9 +8,12 @@ import math
 from pathlib import Path
 
 from dvpo_ray.commands.common import add_config_arguments, add_run_arguments, choose_run_folder, dated_folder, load, print_plan
+from dvpo_ray.commands.paths import check_new_file, check_new_folder
 from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import preference_inputs, problems
+from dvpo_ray.config.schema import ContextConfig, DataConfig, GVMConfig, PreferenceTraining
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import plan_gvm_placement
+from dvpo_ray.orchestration.placement import Bundle, check_local_cluster, plan_gvm_placement
 
 HELP = "train, evaluate or apply a Global Value Model"
 EXAMPLE = "dvpo gvm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/gvm"
@@ -32,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate = commands.add_parser("eval", help=EVAL_HELP, description=EVAL_HELP, epilog=EVAL_EXAMPLE)
     add_config_arguments(evaluate)
     _add_gvm_argument(evaluate)
-    evaluate.add_argument("--out", metavar="DIR", type=Path, help="folder of the JSON and the plots (default: runs/<name>-gvm-eval-<time>)")
+    evaluate.add_argument("--out", metavar="DIR", type=Path, help="new folder for the JSON and the plots (default: runs/<name>-gvm-eval-<time>)")
     evaluate.set_defaults(gvm_command=_evaluate)
 
     score = commands.add_parser("score", help=SCORE_HELP, description=SCORE_HELP, epilog=SCORE_EXAMPLE)
     add_config_arguments(score)
     _add_gvm_argument(score)
     score.add_argument("--input", metavar="FILE", type=Path, required=True, help="rows with a prompt and responses")
-    score.add_argument("--output", metavar="FILE", type=Path, required=True, help="JSONL to write, one object per row")
+    score.add_argument("--output", metavar="FILE", type=Path, required=True, help="new JSONL file, one object per row")
     score.set_defaults(gvm_command=_score)
 
 
@@ -52,21 +55,22 @@ def missing_pairs(config: Config) -> list[str]:
     return ["data.preferences.path is not set; give the preference pairs to train on"] if config.data.preferences is None else []
 
 
-def print_training_plan(config: Config, missing: list[str], trained: Config | None = None) -> None:
-    """Print what training a value model with this config would be.
+def print_training_plan(config: Config, trained: PreferenceTraining, bundles: list[Bundle], notes: list[str]) -> None:
+    """Print what training on preference pairs with this config would be.
 
     Args:
-        trained: the config whose `gvm` section is trained, where that isn't the user's own.
+        trained: its section that is trained.
+        bundles: the placement of its trainers.
     """
-    trained = trained or config
-    print_plan(config, _arithmetic(trained), plan_gvm_placement(trained), missing)
+    print_plan(config, _arithmetic(config.data, trained), bundles, notes)
 
 
 def _train(args: argparse.Namespace) -> int:
     config = load(args)
-    missing = missing_pairs(config)
+    missing, bundles = missing_pairs(config), plan_gvm_placement(config)
+    check_local_cluster(config, bundles)
     if args.dry_run:
-        print_training_plan(config, missing)
+        print_training_plan(config, config.gvm, bundles, [*missing, *problems(preference_inputs(config))])
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")
@@ -81,8 +85,7 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     config = load(args)
     gvm, out = _gvm_path(args, config), args.out or dated_folder(config, "-gvm-eval")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: already there and not empty, and the evaluation would take its place; give another --out")
+    check_new_folder(out, "the evaluation")
 
     from dvpo_ray.gvm.evaluation import evaluate_gvm
 
@@ -93,8 +96,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     config = load(args)
     gvm = _gvm_path(args, config)
-    if args.output.resolve() == args.input.resolve() or args.output.is_dir():
-        raise InputError(f"{args.output}: --output would take the place of the input or of a folder; give another file")
+    check_new_file(args.output, "--output")
 
     from dvpo_ray.gvm.scoring import score_file
 
@@ -113,15 +115,14 @@ def _gvm_path(args: argparse.Namespace, config: Config) -> Path:
     return args.gvm or Path(config.gvm.path)
 
 
-def _arithmetic(config: Config) -> list[str]:
-    gvm, data = config.gvm, config.data
-    pairs_per_worker = math.ceil(gvm.pairs_per_step / gvm.num_actors)
-    context = gvm.context.examples * gvm.context.max_tokens
-    longest = data.max_prompt_tokens + data.max_response_tokens + context
-    examples = f" + {gvm.context.examples} x {gvm.context.max_tokens} examples" if context else ""
+def _arithmetic(data: DataConfig, trained: PreferenceTraining) -> list[str]:
+    pairs_per_worker = math.ceil(trained.pairs_per_step / trained.num_actors)
+    context = trained.context if isinstance(trained, GVMConfig) else ContextConfig()
+    longest = data.max_prompt_tokens + data.max_response_tokens + context.examples * context.max_tokens
+    examples = f" + {context.examples} x {context.max_tokens} examples" if context.examples else ""
     return [
-        f"pairs per step           {gvm.pairs_per_step}, at most {pairs_per_worker} on each of {gvm.num_actors} workers",
-        f"optimizer steps          {gvm.epochs:g} epochs x training pairs / {gvm.pairs_per_step}",
+        f"pairs per step           {trained.pairs_per_step}, at most {pairs_per_worker} on each of {trained.num_actors} workers",
+        f"optimizer steps          {trained.epochs:g} epochs x training pairs / {trained.pairs_per_step}",
         f"longest row              {longest} tokens = {data.max_prompt_tokens} prompt + "
-        f"{data.max_response_tokens} response{examples}; micro-batches of {gvm.micro_batch_tokens} padded tokens",
+        f"{data.max_response_tokens} response{examples}; micro-batches of {trained.micro_batch_tokens} padded tokens",
     ]

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from dvpo_ray.commands.common import add_config_arguments, load
+from dvpo_ray.commands.paths import check_replaceable_file
 from dvpo_ray.errors import InputError
+from dvpo_ray.options import finite_number
 
 HELP = "predict memory and step time of a run, and whether it fits, without loading weights"
 EXAMPLE = "dvpo plan cluster_configs/single-node-8gpu.yaml --device a100-80gb --node-memory-gib 1000"
@@ -17,16 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--device", metavar="NAME", help="GPU that the run will have, for example a100-80gb (default: this machine's)")
     parser.add_argument("--calibrate", action="store_true", help="measure the speed of this machine on two layers of the model, in seconds")
-    parser.add_argument("--node-memory-gib", metavar="GIB", type=float, help="host memory of a node (default: this machine's)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON")
+    parser.add_argument("--node-memory-gib", metavar="GIB", type=finite_number(above=0), help="host memory of a node (default: this machine's)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON; replaces an older one")
 
 
 def run(args: argparse.Namespace) -> int:
     config = load(args)
     if args.calibrate and args.device is not None:
         raise InputError(f"--calibrate measures this machine and --device {args.device} names another; give one of them")
-    if args.node_memory_gib is not None and args.node_memory_gib <= 0:
-        raise InputError(f"--node-memory-gib is {args.node_memory_gib:g}; expected more than 0")
+    if args.json is not None:
+        check_replaceable_file(args.json)
 
     from dvpo_ray.files import whole_file
     from dvpo_ray.planning.devices import calibrate, choose_device

@@ -8,6 +8,7 @@ from pathlib import Path
 from dvpo_ray.commands.common import choose_run_folder
 from dvpo_ray.commands.train import print_train_plan
 from dvpo_ray.config import load_config
+from dvpo_ray.options import whole_number
 
 HELP = "make a small language model better by DVPO, on two cores and in minutes"
 EXAMPLE = "dvpo quickstart --out runs/quickstart"
@@ -17,7 +18,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "quickstart" / "config.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings that replace those of the quickstart")
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/quickstart-<time>)")
-    parser.add_argument("--steps", metavar="N", type=int, help="steps of policy optimisation; the same as train.steps=N")
+    parser.add_argument("--steps", metavar="N", type=whole_number(at_least=1), help="steps of policy optimisation; the same as train.steps=N")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
     parser.set_defaults(resume=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from dvpo_ray.errors import InputError
@@ -21,5 +22,9 @@ def run(args: argparse.Namespace) -> int:
 
     from dvpo_ray.monitoring.report import write_report
 
-    print(write_report(args.run_folder))
+    print(write_report(args.run_folder, _warn))
     return 0
+
+
+def _warn(note: str) -> None:
+    print(f"dvpo: warning: {note}", file=sys.stderr)

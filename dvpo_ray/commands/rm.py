@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from dvpo_ray.baselines.reward_model import as_value_model, train_reward_model
+from dvpo_ray.baselines.reward_model import train_reward_model
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load
 from dvpo_ray.commands.gvm import missing_pairs, print_training_plan
+from dvpo_ray.config.inputs import preference_inputs, problems
 from dvpo_ray.errors import InputError
+from dvpo_ray.orchestration.placement import check_local_cluster, plan_reward_model_placement
 
 HELP = "train a Bradley-Terry reward model for the baselines"
 EXAMPLE = "dvpo rm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/rm"
@@ -23,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load(args)
-    missing = missing_pairs(config)
+    missing, bundles = missing_pairs(config), plan_reward_model_placement(config)
+    check_local_cluster(config, bundles)
     if args.dry_run:
-        print_training_plan(config, missing, as_value_model(config))
+        print_training_plan(config, config.reward_model, bundles, [*missing, *problems(preference_inputs(config, "reward_model"))])
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")

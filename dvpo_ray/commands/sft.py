@@ -6,6 +6,7 @@ import argparse
 
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan, rows_per_optimizer_step
 from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import problems, sft_inputs
 from dvpo_ray.errors import InputError
 
 HELP = "fine-tune a model on instruction-answer rows, to start the method from"
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args)
     missing = ["data.sft is not set; give the instruction-answer rows to train on"] if config.data.sft is None else []
     if args.dry_run:
-        print_plan(config, _arithmetic(config), [], missing)
+        print_plan(config, _arithmetic(config), [], [*missing, *problems(sft_inputs(config))])
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")

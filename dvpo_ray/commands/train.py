@@ -7,9 +7,11 @@ import argparse
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan
 from dvpo_ray.config import Config
-from dvpo_ray.config.arithmetic import batch_notes, derive_batch
+from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.inputs import policy_inputs, problems
+from dvpo_ray.config.notes import training_notes
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import plan_placement
+from dvpo_ray.orchestration.placement import check_local_cluster, plan_placement
 
 HELP = "optimise the policy with a frozen Global Value Model, or by a baseline (algorithm=ppo)"
 EXAMPLE = "dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learning_rate=1e-5 --out runs/first"
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load(args)
     if args.dry_run:
-        print_train_plan(config, _missing(config))
+        print_train_plan(config, [*_missing(config), *problems(policy_inputs(config))])
         return 0
     check_train_config(args.config, config)
     config = config.model_copy(update={"out": str(choose_run_folder(args, config))})
@@ -40,14 +42,21 @@ def check_train_config(path: str, config: Config) -> None:
         InputError: impossible arithmetic or placement, no GVM or reward model, no prompts.
     """
     derive_batch(config)
-    plan_placement(config)
+    bundles = plan_placement(config)
     for problem in _missing(config):
         raise InputError(f"{path}: {problem}")
+    check_local_cluster(config, bundles)
 
 
 def print_train_plan(config: Config, notes: list[str]) -> None:
-    """Print what a run of policy optimisation with this config would be."""
-    print_plan(config, _arithmetic(config), plan_placement(config), [*notes, *batch_notes(config)])
+    """Print what a run of policy optimisation with this config would be.
+
+    Raises:
+        InputError: impossible arithmetic or placement.
+    """
+    bundles = plan_placement(config)
+    check_local_cluster(config, bundles)
+    print_plan(config, _arithmetic(config), bundles, [*notes, *training_notes(config)])
 
 
 def _missing(config: Config) -> list[str]:

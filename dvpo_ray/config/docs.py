@@ -23,7 +23,7 @@ dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learnin
 
 - Values are YAML 1.2: `1e-5` is a number, `off` is text, `null` unsets, lists are `[a, b]`.
 - An unknown key, a wrong type or impossible batch arithmetic ends the command with one line and exit status 2.
-- `--dry-run` prints the resolved config with every default, the derived batch sizes and the placement, and starts nothing.
+- `--dry-run` prints the resolved config with every default, the derived batch sizes, the placement and notes on what is missing, and starts nothing.
   What it prints is itself a config file.
 - Relative paths are relative to the working directory.
 - A section that is null by default (`lora`, `data.preferences`) comes into being with the first key set in it.

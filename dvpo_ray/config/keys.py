@@ -9,7 +9,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from dvpo_ray.config.schema import Config
@@ -128,5 +128,7 @@ def _bound_in_words(bound) -> str | None:
             return f"below {limit:.12g}"
         case Le(le=limit):
             return f"of at most {limit:.12g}"
+        case MinLen():
+            return "that is not empty"
     pattern = getattr(bound, "pattern", None)
     return f"matching `{pattern}`" if pattern else None

@@ -25,6 +25,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: names the file or the override, the first mistake and what would be right, and how many more there are.
     """
+    if not str(path):
+        raise InputError("the CONFIG argument is empty; give a YAML file, for example cluster_configs/local-cpu.yaml")
     path = Path(path)
     tree = _drop_empty_sections(_read_mapping(path), "")
     problems = []
@@ -32,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for text in overrides:
         problem = _apply_override(tree, text, applied)
         if problem:
-            problems.append(f"override {text}: {problem}")
+            problems.append(f"override {_shortened(text, 120)}: {problem}")
     try:
         # JSON mode in strict form: `true` is no number and '3' is no count, while a list is fine for a tuple.
         config = Config.model_validate_json(json.dumps(tree), strict=True)
@@ -50,6 +52,9 @@ def dump_config(config: Config) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- YAML
+
+
+_TOO_DEEP = "nested too deeply; settings are mappings of at most four levels"
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,7 +80,16 @@ _Loader.add_implicit_resolver(
     list("-+.0123456789"),
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    if len(text) > 1000:  # Python converts no more than 4300 digits
+        raise yaml.constructor.ConstructorError(None, None, f"a whole number of {len(text)} digits", node.start_mark)
+    return int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def _read_mapping(path: Path) -> dict:
@@ -93,6 +107,8 @@ def _read_mapping(path: Path) -> dict:
         raise InputError(f"{path}: {_yaml_problem(error, text)}") from None
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: {_TOO_DEEP}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of settings at the top level, got {_shown(tree)}")
     return tree
@@ -106,8 +122,24 @@ def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
 
 
 def _as_json(value):
-    """The same value with text keys and without sharing, so that an override of one alias leaves the others alone."""
+    """The same value with text keys and without sharing, so that an override of one alias leaves the others alone.
+
+    Raises:
+        ValueError: an alias stands inside of what it refers to; names the key.
+    """
+    _refuse_endless(value, "", ())
     return json.loads(json.dumps(value, default=str))
+
+
+def _refuse_endless(value, path: str, around: tuple) -> None:
+    """Refuse a value that contains itself; `around` holds the mappings and lists that it stands in."""
+    if not isinstance(value, dict | list):
+        return
+    if any(value is outer for outer in around):
+        raise ValueError(f"{path}: the alias stands inside of what it refers to, which has no end; write the value out")
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, part in parts:
+        _refuse_endless(part, f"{path}.{name}" if path else str(name), (*around, value))
 
 
 def _drop_empty_sections(tree: dict, prefix: str) -> dict:
@@ -136,6 +168,8 @@ def _apply_override(tree: dict, text: str, applied: dict[str, str]) -> str | Non
         value = _as_json(yaml.load(value_text, _Loader))
     except (yaml.YAMLError, ValueError) as error:
         return f"the value is not valid YAML: {' '.join((getattr(error, 'problem', None) or str(error)).split())}"
+    except RecursionError:
+        return f"the value is {_TOO_DEEP}"
     *parents, name = path.split(".")
     for depth, parent in enumerate(parents, start=1):
         if tree.get(parent) is None:
@@ -152,7 +186,7 @@ def _source(path: Path, applied: dict[str, str], key: str) -> str:
     """Who set a key: the last override that wrote it or its section, else the file."""
     for overridden, text in reversed(applied.items()):
         if key == overridden or key.startswith(f"{overridden}."):
-            return f"override {text}"
+            return f"override {_shortened(text, 120)}"
     return str(path)
 
 
@@ -217,5 +251,8 @@ def _shown(value) -> str:
     if isinstance(value, dict):
         return "a mapping"
     text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else f"'{value}'"
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _shortened(" ".join(text.split()))
+
+
+def _shortened(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -7,16 +7,18 @@ everything derived from them is computed in `dvpo_ray.config.arithmetic`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dvpo_ray.config.health import HealthConfig, RefreshConfig
 from dvpo_ray.config.pieces import DeepSpeedConfig, LoraConfig, OptimizerConfig, RoleConfig
-from dvpo_ray.config.section import Count, Fraction, NonNegative, Positive, Probability, Section
+from dvpo_ray.config.section import Count, Fraction, NonEmpty, NonNegative, Positive, Probability, Section
 from dvpo_ray.config.trl_stages import DPOConfig, SFTStageConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+RAY_ADDRESS = re.compile(r"auto|local|(ray://)?([^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
 
 # --------------------------------------------------------------------------------------------- models and data
 
@@ -24,7 +26,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ModelConfig(Section):
     """The SFT checkpoint that the policy, the reference and the Global Value Model start from."""
 
-    path: str = Field(description="Checkpoint folder or hub name of the SFT model.")
+    path: NonEmpty = Field(description="Checkpoint folder or hub name of the SFT model.")
     dtype: Dtype = Field("bfloat16", description="Dtype of the weights in every role. Use float32 on CPU.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         "sdpa", description="Attention implementation of transformers in the learner, the reference and the scorer."
@@ -39,10 +41,10 @@ class ModelConfig(Section):
 class PreferenceData(Section):
     """Preference pairs for the Global Value Model."""
 
-    path: str = Field(description="JSONL, JSON or Parquet file, folder, hub name, or `ultrafeedback` / `ultrafeedback_binarized`.")
-    split: str = Field("train", description="Split of a hub data set.")
-    heldout_path: str | None = Field(None, description="Held-out pairs. Without it, `heldout_fraction` of the prompts is held out.")
-    heldout_split: str | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
+    path: NonEmpty = Field(description="JSONL, JSON or Parquet file, folder, hub name, or `ultrafeedback` / `ultrafeedback_binarized`.")
+    split: NonEmpty = Field("train", description="Split of a hub data set.")
+    heldout_path: NonEmpty | None = Field(None, description="Held-out pairs. Without it, `heldout_fraction` of the prompts is held out.")
+    heldout_split: NonEmpty | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
     heldout_fraction: Fraction = Field(0.1, description="Share of the prompts (never of the pairs) held out from `path`.")
     min_score_gap: NonNegative = Field(0.0, description="Drop scored pairs whose two scores are closer than this.")
     limit: Count | None = Field(None, description="Use only the first so many training pairs.")
@@ -51,10 +53,10 @@ class PreferenceData(Section):
 class PromptData(Section):
     """Prompts for policy optimisation and for evaluation."""
 
-    path: str = Field(description="Prompt set, or a preference set whose prompts are used.")
-    split: str = Field("train", description="Split of a hub data set.")
-    heldout_path: str | None = Field(None, description="Prompts for the evaluation before and after. Else a share of `path`.")
-    heldout_split: str | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
+    path: NonEmpty = Field(description="Prompt set, or a preference set whose prompts are used.")
+    split: NonEmpty = Field("train", description="Split of a hub data set.")
+    heldout_path: NonEmpty | None = Field(None, description="Prompts for the evaluation before and after. Else a share of `path`.")
+    heldout_split: NonEmpty | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
     heldout_fraction: Fraction = Field(0.1, description="Share of the distinct prompts held out from `path`.")
     limit: Count | None = Field(None, description="Use only the first so many training prompts.")
 
@@ -64,7 +66,7 @@ class DataConfig(Section):
 
     preferences: PreferenceData | None = None
     prompts: PromptData | None = None
-    sft: str | None = Field(None, description="Instruction-answer rows for `dvpo sft`, in TRL's SFT layouts.")
+    sft: NonEmpty | None = Field(None, description="Instruction-answer rows for `dvpo sft`, in TRL's SFT layouts.")
     max_prompt_tokens: Count = Field(1024, description="Longer prompts are handled by `long_prompt`.")
     max_response_tokens: Count = Field(1024, description="Responses of preference pairs longer than this are handled by `long_response`.")
     long_prompt: Literal["truncate_left", "drop", "error"] = Field(
@@ -92,8 +94,8 @@ class ContextConfig(Section):
 class PreferenceTraining(RoleConfig, OptimizerConfig):
     """Training of a model with a value head on preference pairs, and the artifact that `dvpo train` loads."""
 
-    path: str | None = Field(None, description="Artifact that `dvpo train` freezes.")
-    init_from: str | None = Field(None, description="Checkpoint the trunk starts from; `model.path` when not set. Must share its tokenizer.")
+    path: NonEmpty | None = Field(None, description="Artifact that `dvpo train` freezes.")
+    init_from: NonEmpty | None = Field(None, description="Checkpoint the trunk starts from; `model.path` when not set. Must share its tokenizer.")
     num_layers: Count | None = Field(None, description="Keep only the first so many decoder layers of the trunk.")
     epochs: Positive = Field(1.0, description="Passes over the training pairs.")
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
@@ -106,7 +108,9 @@ class PreferenceTraining(RoleConfig, OptimizerConfig):
 class GVMConfig(PreferenceTraining):
     """Training of the Global Value Model (`dvpo gvm train`) and the artifact that `dvpo train` loads."""
 
-    path: str | None = Field(None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`.")
+    path: NonEmpty | None = Field(
+        None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`."
+    )
     learning_rate: Positive = Field(1.41e-5, description="Peak learning rate (the released code's default).")
     objective: Literal["td0", "td_lambda", "monte_carlo", "bradley_terry"] = Field(
         "monte_carlo",
@@ -129,7 +133,9 @@ class GVMConfig(PreferenceTraining):
 class RewardModelConfig(PreferenceTraining):
     """Training of a Bradley-Terry reward model (`dvpo rm train`), which every algorithm but `dvpo` takes its rewards from."""
 
-    path: str | None = Field(None, description="Reward model that `dvpo train` freezes: made by `dvpo rm train`, or a GVM, whose last value is read.")
+    path: NonEmpty | None = Field(
+        None, description="Reward model that `dvpo train` freezes: made by `dvpo rm train`, or a GVM, whose last value is read."
+    )
     learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
 
 
@@ -161,7 +167,7 @@ class ScorerConfig(RoleConfig):
 class ValueScorerConfig(ScorerConfig):
     """The frozen model that scores finished rollouts: the Global Value Model, or a baseline's reward model."""
 
-    ensemble: list[str] = Field([], description="Further GVM artifacts, whose disagreement with `gvm.path` is measured (`health/disagreement`).")
+    ensemble: list[NonEmpty] = Field([], description="Further GVM artifacts, whose disagreement with `gvm.path` is measured (`health/disagreement`).")
 
 
 class CriticConfig(RoleConfig, OptimizerConfig):
@@ -292,6 +298,13 @@ class RayConfig(Section):
     autoscaling: bool = Field(False, description="The cluster can grow: wait for room even if it has too little in all.")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = Field("PACK", description="How Ray spreads the actors over nodes.")
 
+    @field_validator("address")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        if address is not None and not RAY_ADDRESS.fullmatch(address):
+            raise ValueError(f"'{address}' is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto")
+        return address
+
 
 class TrainConfig(Section):
     """How long policy optimisation runs and what it keeps."""
@@ -306,7 +319,7 @@ class Config(Section):
 
     name: str = Field("dvpo", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, in its folder and in the trackers.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of data order, sampling and initialisation.")
-    out: str | None = Field(None, description="Run folder; not set: `runs/<name>-<time>`.")
+    out: NonEmpty | None = Field(None, description="Run folder; not set: `runs/<name>-<time>`.")
     algorithm: Literal["dvpo", "ppo", "grpo", "rloo", "remax", "reinforce"] = Field(
         "dvpo", description="The method of `dvpo train`: the frozen GVM, or a baseline that takes rewards from `reward_model.path`."
     )

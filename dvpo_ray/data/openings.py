@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
+from dvpo_ray.options import whole_number
 
 
 def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> list[str]:
@@ -45,9 +46,13 @@ def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> list
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dvpo_ray.data.openings", description="Sample openings of texts as prompts.")
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
-    parser.add_argument("--tokens", type=int, default=16, help="length of an opening, without the beginning-of-text token (default 16)")
-    parser.add_argument("--count", type=int, default=2000, help="openings sampled, before repeated ones are left out (default 2000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tokens", type=whole_number(at_least=1), default=16, help="length of an opening, without the beginning-of-text token (default 16)"
+    )
+    parser.add_argument(
+        "--count", type=whole_number(at_least=1), default=2000, help="openings sampled, before repeated ones are left out (default 2000)"
+    )
+    parser.add_argument("--seed", type=whole_number(at_least=0), default=0)
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSONL file of prompts")
     args = parser.parse_args(argv)
     try:

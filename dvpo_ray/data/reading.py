@@ -7,17 +7,20 @@ names go through `datasets`, which keeps them in memory-mapped Arrow files; noth
 from __future__ import annotations
 
 import json
-import re
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow
 
+from dvpo_ray.config.inputs import is_local
+from dvpo_ray.data.strict_json import JSONProblem, parse_json
 from dvpo_ray.errors import InputError
+from dvpo_ray.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,11 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
         return _read_folder(source, split)
     if source.is_file():
         return _read_file(source)
-    if _looks_like_a_file(path):
+    if source.exists():
+        raise InputError(f"{path}: a pipe or a device, which can be read only once; give a file")
+    if is_local(path):
         raise InputError(f"{path}: no such file or folder")
     return _read_hub(path, split)
-
-
-def _looks_like_a_file(path: str) -> bool:
-    return HUB_NAME.fullmatch(path) is None or Path(path).suffix in (*JSONL_SUFFIXES, ".json", ".parquet")
 
 
 # -------------------------------------------------------------------------------------------------- single files
@@ -107,11 +108,13 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _parse_line(where: str, line: bytes) -> Row:
     try:
-        return _as_row(where, json.loads(line.decode("utf-8")))
+        return _as_row(where, parse_json(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         return Row(where, problem=f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
     except json.JSONDecodeError as error:
         return Row(where, problem=f"not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object")
+    except JSONProblem as error:
+        return Row(where, problem=str(error))
 
 
 def _as_row(where: str, value: object) -> Row:
@@ -122,12 +125,14 @@ def _as_row(where: str, value: object) -> Row:
 
 def _read_json(path: Path) -> Iterator[Row]:
     try:
-        value = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        value = parse_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
         raise InputError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}){hint}") from error
+    except JSONProblem as error:
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(value, list):
         raise InputError(f"{path}: must be a JSON list of rows, got {type(value).__name__}")
     return (_as_row(f"{path}[{index}]", row) for index, row in enumerate(value))
@@ -143,6 +148,8 @@ def _read_folder(path: Path, split: str) -> Iterator[Row]:
     if not files:
         raise InputError(f"{path}: a folder without .jsonl, .json or .parquet files, and not one written by save_to_disk")
     for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: a pipe, a device or a folder by the name of a data file; take it out of {path}")
         _check_readable(file)
     return _read_datasets(str(path), str(path), split=split)
 
@@ -167,7 +174,8 @@ def _read_saved(path: Path, split: str) -> Iterator[Row]:
 
 
 def _read_hub(name: str, split: str) -> Iterator[Row]:
-    return _read_datasets(name, name, split=split, missing="no such file or folder here, and the hub did not give it")
+    missing = "no such file or folder here, and the hub did not give it" if prepare_hub() else NEITHER_HERE_NOR_CACHED
+    return _read_datasets(name, name, split=split, missing=missing)
 
 
 def _read_datasets(label: str, path: str, *, missing: str = "could not be read", **options) -> Iterator[Row]:
@@ -175,10 +183,23 @@ def _read_datasets(label: str, path: str, *, missing: str = "could not be read",
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(path, **options)
+        with _only_raising("datasets"):
+            dataset = load_dataset(path, **options)
     except (DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
         raise InputError(f"{label}: {missing} ({_reason(error)})") from error
     return _label(label, dataset)
+
+
+@contextmanager
+def _only_raising(library: str) -> Iterator[None]:
+    """Keep a library from logging the errors that it raises as well."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:

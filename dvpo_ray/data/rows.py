@@ -18,6 +18,10 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+MAX_CHARACTERS = 1_000_000
+"""Of one text. A tokenizer takes seconds for each further million, and no model reads as much."""
+
+
 class BadRow(ValueError):
     """A row that cannot be used; the message says what is wrong and what would be right."""
 
@@ -73,7 +77,7 @@ def checked_content(value: object, name: str) -> Content:
     if isinstance(value, str):
         if not value.strip():
             raise BadRow(f"`{name}` is empty text")
-        return _checked_unicode(value, name)
+        return _checked_text(value, name)
     if isinstance(value, list):
         return _checked_messages(value, name)
     raise BadRow(f"`{name}` must be text or a list of messages, got {type(value).__name__}")
@@ -90,14 +94,16 @@ def _checked_messages(value: list, name: str) -> Messages:
                 raise BadRow(f"`{name}[{index}]` needs `{key}` as text, got {type(message.get(key)).__name__}")
         if not message["role"].strip():
             raise BadRow(f"`{name}[{index}]` has an empty `role`")
-        _checked_unicode(message["content"], f"{name}[{index}]")
+        _checked_text(message["content"], f"{name}[{index}]")
     if not value[-1]["content"].strip():
         raise BadRow(f"`{name}` ends with a message whose content is empty")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def _checked_unicode(text: str, name: str) -> str:
-    """The text, unless it holds half of a surrogate pair, as JSON can escape it and no tokenizer takes it."""
+def _checked_text(text: str, name: str) -> str:
+    """The text, unless it holds half of a surrogate pair, as JSON can escape it and no tokenizer takes it, or is beyond all use."""
+    if len(text) > MAX_CHARACTERS:
+        raise BadRow(f"`{name}` has {len(text):,} characters, more than {MAX_CHARACTERS:,}; cut it to what the model can read, or leave the row out")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

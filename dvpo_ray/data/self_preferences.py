@@ -24,6 +24,7 @@ from dvpo_ray.config import Config, load_config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.evaluation.judges import Judge, make_judge
 from dvpo_ray.monitoring.console import RunConsole, Stage
+from dvpo_ray.options import finite_number, whole_number
 
 if TYPE_CHECKING:  # torch comes with these, and reads its environment when it is imported; see `main`
     from dvpo_ray.data.encoding import Encoder
@@ -173,9 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the model, data.prompts, rollout and evaluation.judge")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings that replace those of the file")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the two files")
-    parser.add_argument("--samples", type=int, default=8, help="responses to each prompt (default 8)")
-    parser.add_argument("--pairs", type=int, default=2, help="pairs of each prompt at most (default 2)")
-    parser.add_argument("--min-score-gap", type=float, default=0.05, help="leave out pairs whose scores are closer (default 0.05)")
+    parser.add_argument("--samples", type=whole_number(at_least=2), default=8, help="responses to each prompt (default 8)")
+    parser.add_argument("--pairs", type=whole_number(at_least=1), default=2, help="pairs of each prompt at most (default 2)")
+    parser.add_argument(
+        "--min-score-gap", type=finite_number(at_least=0), default=0.05, help="leave out pairs whose scores are closer (default 0.05)"
+    )
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dvpo_ray.experiments.curves import Curve, draw_gold, read_curve
 from dvpo_ray.experiments.results import Result, Statistic, over_seeds, with_deviation
 from dvpo_ray.experiments.study import Run, Study, override
+from dvpo_ray.options import finite_number
 
 MODES = ("static_q", "td", "gae", "release")
 
@@ -44,7 +45,7 @@ class AdvantageModes(Study):
 def add_kl_option(parser: ArgumentParser) -> None:
     """`--kl`: the KLs of a comparison at equal KL."""
     help = "KLs at which gold is compared (default: 4 8 12)"
-    parser.add_argument("--kl", type=float, nargs="+", default=[4.0, 8.0, 12.0], metavar="NATS", help=help)
+    parser.add_argument("--kl", type=finite_number(at_least=0), nargs="+", default=[4.0, 8.0, 12.0], metavar="NATS", help=help)
 
 
 def summarise(curves: Sequence[Curve], kl_grid: Sequence[float]) -> Iterator[dict]:

@@ -18,6 +18,7 @@ from dvpo_ray.experiments.distribution_shift import add_continuations_option
 from dvpo_ray.experiments.results import Result, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override
 from dvpo_ray.experiments.value_error import error_metrics, fit_affine
+from dvpo_ray.options import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,11 +35,13 @@ class Bound(Study):
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
         help = "training pairs of the reward models and GVMs that are compared (default: 50 150 500)"
-        parser.add_argument("--pairs", type=int, nargs="+", default=[50, 150, 500], metavar="N", help=help)
-        parser.add_argument("--prompts", type=int, default=32, metavar="N", help="held-out prompts that are answered (default: 32)")
+        parser.add_argument("--pairs", type=whole_number(at_least=1), nargs="+", default=[50, 150, 500], metavar="N", help=help)
+        parser.add_argument(
+            "--prompts", type=whole_number(at_least=1), default=32, metavar="N", help="held-out prompts that are answered (default: 32)"
+        )
         add_continuations_option(parser)
         help = "parts of a response; all tokens of a part are credited with Q after it (default: 8)"
-        parser.add_argument("--segments", type=int, default=8, metavar="N", help=help)
+        parser.add_argument("--segments", type=whole_number(at_least=1), default=8, metavar="N", help=help)
         parser.add_argument("--policy", metavar="MODEL", help="checkpoint whose gradients are taken (default: model.path)")
 
     def runs(self) -> list[Run]:

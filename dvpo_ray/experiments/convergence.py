@@ -17,6 +17,7 @@ from dvpo_ray.experiments.advantage_modes import add_kl_option
 from dvpo_ray.experiments.curves import Curve, draw_gold, last_metric, read_curve, training_seconds
 from dvpo_ray.experiments.results import Result, first_reaching, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
+from dvpo_ray.options import whole_number
 
 COMPARED = ("dvpo", "ppo", "grpo", "rloo", "remax")
 TARGET = "ppo"
@@ -36,7 +37,7 @@ class Convergence(Study):
         help = f"of {', '.join(ALGORITHMS)} (default: {' '.join(COMPARED)})"
         parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(COMPARED), metavar="ALGORITHM", help=help)
         help = "samples of a prompt for those that compare them; they take so many times fewer prompts, so samples stay equal (default: 4)"
-        parser.add_argument("--group", type=int, default=4, metavar="N", help=help)
+        parser.add_argument("--group", type=whole_number(at_least=2), default=4, metavar="N", help=help)
         parser.add_argument("--set", action="append", default=[], metavar="ALGORITHM:KEY=VALUE", help="a setting of one algorithm")
         help = "settings to search: every algorithm once with every value, such as policy.learning_rate=1e-4,3e-4"
         parser.add_argument("--grid", metavar="KEY=VALUE,VALUE", help=help)

@@ -7,7 +7,7 @@ states of the untrained policy best, of the same seed. What is measured is how t
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.results import Result, half_width, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override
 from dvpo_ray.experiments.value_error import error_metrics, fit_affine
+from dvpo_ray.options import finite_number, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,13 +35,17 @@ class DistributionShift(Study):
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
         help = "policies measured along a run, beside the untrained one (default: 4)"
-        parser.add_argument("--snapshots", type=int, default=4, metavar="N", help=help)
-        parser.add_argument("--prompts", type=int, default=64, metavar="N", help="held-out prompts that are answered (default: 64)")
+        parser.add_argument("--snapshots", type=whole_number(at_least=1), default=4, metavar="N", help=help)
+        parser.add_argument(
+            "--prompts", type=whole_number(at_least=1), default=64, metavar="N", help="held-out prompts that are answered (default: 64)"
+        )
         add_continuations_option(parser)
         help = "where in a response values are measured, in percent of its tokens (default: 0 25 50 75 100)"
-        parser.add_argument("--positions", type=float, nargs="+", default=[0, 25, 50, 75, 100], metavar="PERCENT", help=help)
+        parser.add_argument(
+            "--positions", type=finite_number(at_least=0, at_most=100), nargs="+", default=[0, 25, 50, 75, 100], metavar="PERCENT", help=help
+        )
         help = "edges of the bins of sequence KL (default: 2 5 10 20)"
-        parser.add_argument("--kl-bins", type=float, nargs="+", default=[2, 5, 10, 20], metavar="NATS", help=help)
+        parser.add_argument("--kl-bins", type=finite_number(at_least=0), nargs="+", default=[2, 5, 10, 20], metavar="NATS", help=help)
 
     def runs(self) -> list[Run]:
         self.require("gvm.path", "data.prompts.path")
@@ -68,14 +73,12 @@ class DistributionShift(Study):
 
 def add_continuations_option(parser: ArgumentParser) -> None:
     """`--continuations`, at least 2."""
-
-    def count(text: str) -> int:
-        if not text.isdigit() or int(text) < 2:
-            raise ArgumentTypeError(f"{text!r} is no whole number of at least 2")
-        return int(text)
-
     parser.add_argument(
-        "--continuations", type=count, default=8, metavar="N", help="ways to finish a response from each state, 2 or more (default: 8)"
+        "--continuations",
+        type=whole_number(at_least=2),
+        default=8,
+        metavar="N",
+        help="ways to finish a response from each state, 2 or more (default: 8)",
     )
 
 

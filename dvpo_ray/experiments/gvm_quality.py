@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dvpo_ray.experiments.accuracy import MAIN_VIEWS, accuracy_columns, draw_bars, draw_positions, explained_variance
 from dvpo_ray.experiments.results import Result
 from dvpo_ray.experiments.study import Run, Study, override, variants
+from dvpo_ray.options import finite_number, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +41,12 @@ class GVMQuality(Study):
             metavar="VARIANT",
             help=f"of {', '.join(VARIANTS)} (default: all); +score needs pairs with scores",
         )
-        parser.add_argument("--bt-weight", type=float, default=1.0, metavar="W", help="gvm.bradley_terry_weight of the +bt variants (default: 1)")
-        parser.add_argument("--examples", type=int, default=2, metavar="K", help="gvm.context.examples of the +tau variant (default: 2)")
+        parser.add_argument(
+            "--bt-weight", type=finite_number(above=0), default=1.0, metavar="W", help="gvm.bradley_terry_weight of the +bt variants (default: 1)"
+        )
+        parser.add_argument(
+            "--examples", type=whole_number(at_least=1), default=2, metavar="K", help="gvm.context.examples of the +tau variant (default: 2)"
+        )
 
     def runs(self) -> list[Run]:
         self.require("data.preferences.path")

@@ -13,6 +13,7 @@ from dvpo_ray.experiments.accuracy import MAIN_VIEWS, accuracy_columns, explaine
 from dvpo_ray.experiments.curves import read_curve, training_seconds
 from dvpo_ray.experiments.results import Result, Statistic, half_width, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
+from dvpo_ray.options import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ class GVMSize(Study):
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
         help = "decoder layers kept (default: 1 2 4); the whole trunk is always there"
-        parser.add_argument("--layers", type=int, nargs="*", default=[1, 2, 4], metavar="N", help=help)
+        parser.add_argument("--layers", type=whole_number(at_least=1), nargs="*", default=[1, 2, 4], metavar="N", help=help)
         parser.add_argument("--init-from", nargs="+", default=[], metavar="MODEL", help="other checkpoints with the policy's tokenizer to start from")
         parser.add_argument("--policies", action="store_true", help="also optimise a policy with every value model; needs data.prompts and a judge")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from dvpo_ray.experiments.curves import Curve, read_curve
 from dvpo_ray.experiments.results import Result, Statistic, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
 from dvpo_ray.monitoring.run_files import read_json_lines
+from dvpo_ray.options import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,9 +31,9 @@ class Refresh(Study):
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
         help = "training pairs of the first value model (default: 100)"
-        parser.add_argument("--pairs", type=_count, default=100, metavar="N", help=help)
+        parser.add_argument("--pairs", type=whole_number(at_least=1), default=100, metavar="N", help=help)
         help = "steps between two refreshes, a variant for each (default: 5 10)"
-        parser.add_argument("--every", type=_count, nargs="+", default=[5, 10], metavar="STEPS", help=help)
+        parser.add_argument("--every", type=whole_number(at_least=1), nargs="+", default=[5, 10], metavar="STEPS", help=help)
         add_kl_option(parser)
 
     def runs(self) -> list[Run]:
@@ -71,12 +72,6 @@ class Refresh(Study):
         every = [one for of_variant in rows.values() for one in of_variant]
         details = {"steps": self.config.train.steps, "curves": [one.curve.as_json() | {"pairs": one.pairs} for one in every]}
         return Result(table, lambda figure: draw(figure, every), details)
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ _T975 = (
 )
 _Z975 = 1.960
 
+RESULT = "result.json"
+
 Statistic = dict
 """A cell of a table: `mean`, `std`, `ci95` ([low, high], None where there are fewer than two values) and `values`, one per seed."""
 
@@ -120,7 +122,7 @@ def write_result(folder: Path, result: Result, about: Mapping, table: str) -> No
     from matplotlib.figure import Figure
 
     content = {**about, "table": result.table, **result.details}
-    for name, text in (("result.json", json.dumps(finite(content), indent=1) + "\n"), ("table.md", table)):
+    for name, text in ((RESULT, json.dumps(finite(content), indent=1) + "\n"), ("table.md", table)):
         with whole_file(folder / name) as file:
             file.write(text)
     figure = Figure(figsize=(7, 4.5), layout="constrained")

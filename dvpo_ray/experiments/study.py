@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.errors import InputError
-from dvpo_ray.experiments.results import Result, Statistic, markdown, with_interval, write_result
+from dvpo_ray.experiments.results import RESULT, Result, Statistic, markdown, with_interval, write_result
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,16 @@ class Run:
 
     @property
     def summary(self) -> dict:
-        """Its summary.json."""
-        return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        """Its summary.json.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        return _read_object(self.folder / "summary.json")
 
     @property
     def is_finished(self) -> bool:
-        return (self.folder / "summary.json").exists() and self.summary["state"] == "finished"
+        return (self.folder / "summary.json").exists() and self.summary.get("state") == "finished"
 
     def check_kept(self) -> None:
         """Refuse a folder whose run was another one: its numbers would pass for those of this setting.
@@ -83,6 +87,21 @@ class Run:
             if mine.get(key) != theirs.get(key):
                 had, wanted = theirs.get(key), mine.get(key)
                 raise InputError(f"{self.folder}: holds a run with {key} {had}, not {wanted}; give another --out, or remove that folder")
+
+
+def _read_object(file: Path) -> dict:
+    """A JSON object that an earlier run left.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not readable as JSON ({error}); remove {file.parent}, and it is done again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: expected a JSON object; remove {file.parent}, and it is done again")
+    return content
 
 
 _OF_NO_CONSEQUENCE = {"name": True, "out": True, "ray": True, "train": {"trackers"}}
@@ -142,6 +161,22 @@ class Study(ABC):
         """A cell of the markdown table."""
         return with_interval(statistic)
 
+    def check_folder(self) -> None:
+        """Refuse a folder of something else: nothing of it would be lost, but two results would lie in one place.
+
+        Raises:
+            InputError: names the folder and what is in it.
+        """
+        if not self.out.is_dir() or not any(self.out.iterdir()):
+            return
+        kept = self.out / RESULT
+        if kept.is_file():
+            experiment = _read_object(kept).get("experiment")
+            if experiment != self.name:
+                raise InputError(f"{self.out}: holds the experiment {experiment}, not {self.name}; give another --out")
+        elif not any(folder.is_dir() for folder in self.out.glob("*-seed[0-9]*")):
+            raise InputError(f"{self.out}: already there, not empty, and without a run of an experiment; give another --out")
+
     # ------------------------------------------------------------------------------------------- for the subclasses
 
     def run(self, stage: str, variant: str, seed: int, *overrides: str, **options: Any) -> Run:
@@ -193,10 +228,15 @@ def run_study(study: Study, runs: Sequence[Run]) -> str:
         The markdown table.
 
     Raises:
-        InputError: a folder holds another run than the one it should; found before anything starts.
+        InputError: a folder holds another run than the one it should, or something that a run reads isn't there; found before anything starts.
     """
+    from dvpo_ray.experiments.inputs import input_problems
+
+    study.check_folder()
     for run in runs:
         run.check_kept()
+    for problem in input_problems(runs):
+        raise InputError(problem)
     study.out.mkdir(parents=True, exist_ok=True)
     if not all(run.is_finished for run in runs):
         _do(runs, study.config)

@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dvpo_ray.config.inputs import MANIFEST, no_artifact
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.model import first_line, head_parameters, load_token_classifier
 
 FORMAT_VERSION = 1
-MANIFEST, CONFIG = "gvm.json", "config.json"
+CONFIG = "config.json"
 
 
 class _Part(BaseModel):
@@ -168,17 +169,19 @@ def load_gvm(
     return model, manifest
 
 
-def read_manifest(folder: Path) -> GVMManifest:
+def read_manifest(folder: Path, kind: Literal["gvm", "reward_model"] = "gvm") -> GVMManifest:
     """Read and check gvm.json.
+
+    Args:
+        kind: what the folder should be, for the error.
 
     Raises:
         InputError: the file is missing, unreadable or of another format version.
     """
     file = folder / MANIFEST
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give a GVM artifact made by `dvpo gvm train`")
-    if not file.is_file():
-        raise InputError(f"{folder}: no {MANIFEST}, so this is no GVM artifact; give a folder made by `dvpo gvm train`")
+    missing = no_artifact(folder, kind)
+    if missing is not None:
+        raise InputError(missing)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

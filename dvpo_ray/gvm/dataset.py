@@ -14,7 +14,7 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec
 from dvpo_ray.gvm.context import Origin, with_peer_examples
 from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
-from dvpo_ray.gvm.start import check_start
+from dvpo_ray.gvm.start import check_start, training_section
 from dvpo_ray.gvm.trajectories import Trajectories, build_trajectories
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 
@@ -106,7 +106,7 @@ def _shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     other = config.gvm.init_from
     if other is not None and tokenizer_hash(load_tokenizer(other, config.model.trust_remote_code)) != tokenizer_hash(tokenizer):
-        raise InputError(f"gvm.init_from: {other} has another tokenizer than {config.model.path}; the GVM must share the policy's")
+        raise InputError(f"{training_section(config)}.init_from: {other} has another tokenizer than {config.model.path}; it must share the policy's")
     return tokenizer
 
 

@@ -98,12 +98,14 @@ class GVMRun:
         self.last_step = 0
         self.accuracies: list[float] = []
         self.section = training_section(config)
+        self.is_reward_model = stage == "rm"
+        self.called = "reward model" if self.is_reward_model else "GVM"
         model = config.gvm.init_from or config.model.path
         self.summary: dict = {"name": config.name, "stage": stage, "model": model, "seed": config.seed, "notes": data.notes}
 
     def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
         started, state = time.time(), "failed"
-        self.console.header("Reward model" if self.summary["stage"] == "rm" else "Global Value Model", self._facts())
+        self.console.header("Reward model" if self.is_reward_model else "Global Value Model", self._facts())
         for note in self.data.notes:
             self.console.warn(note)
         try:
@@ -143,9 +145,11 @@ class GVMRun:
                     ray.kill(trainer)
 
     def _run(self, trainers: list[ActorHandle], checkpoint: tuple[Path, dict] | None) -> Path:
-        address = get(trainers[0].rendezvous.remote(), what="the meeting of the GVM trainers")
+        address = get(trainers[0].rendezvous.remote(), what=f"the meeting of the {self.called} trainers")
         train = ray.put(self.data.train)
-        facts = get([trainer.connect.remote(*address, train, self.total_steps) for trainer in trainers], what="the start of the GVM trainers")
+        facts = get(
+            [trainer.connect.remote(*address, train, self.total_steps) for trainer in trainers], what=f"the start of the {self.called} trainers"
+        )
         if checkpoint is not None:
             self._restore(trainers, *checkpoint)
         with MetricsLog(
@@ -159,7 +163,7 @@ class GVMRun:
         return self._save(trainers, facts[0], report)
 
     def _optimise(self, trainers: list[ActorHandle], log: MetricsLog) -> None:
-        with self.console.stage("GVM", total=self.total_steps, done=self.last_step, unit="steps") as stage:
+        with self.console.stage(self.called, total=self.total_steps, done=self.last_step, unit="steps") as stage:
             while self.last_step < self.total_steps:
                 metrics = self._step(trainers, self.last_step)
                 self.last_step += 1
@@ -177,7 +181,7 @@ class GVMRun:
         started = time.perf_counter()
         epoch, index = divmod(step, self.steps_per_epoch)
         pairs = minibatches(self.data.train.num_pairs, self.config.gvm.pairs_per_step, epoch, self.config.seed)[index]
-        shares = get([trainer.step.remote(pairs) for trainer in trainers], what=f"GVM step {step + 1}")
+        shares = get([trainer.step.remote(pairs) for trainer in trainers], what=f"{self.called} step {step + 1}")
         seconds = time.perf_counter() - started
         total = {name: sum(share[name] for share in shares) for name in SHARES}
         return {
@@ -215,8 +219,12 @@ class GVMRun:
         report = heldout_report(values, self.config.gvm.outcome)
         write_evaluation(self.out / "evaluation", values, report)
         accuracy = report["heldout_accuracy"]
-        self.console.say(f"held-out accuracy: {accuracy['mean']:.3f} by mean value, {accuracy['last']:.3f} by last value, {values.num_pairs} pairs")
-        warning = heldout_warning(accuracy, float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0])), self.data.train.num_pairs)
+        by_mean = "" if self.is_reward_model else f"{accuracy['mean']:.3f} by mean value, "
+        self.console.say(f"held-out accuracy: {by_mean}{accuracy['last']:.3f} by last value, {values.num_pairs} pairs")
+        training_accuracy = float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0]))
+        warning = heldout_warning(
+            accuracy, training_accuracy, self.data.train.num_pairs, self.section, view="last" if self.is_reward_model else "mean"
+        )
         if warning is not None:
             self.console.warn(warning)
             self.summary["warnings"] = [warning]
@@ -232,6 +240,6 @@ class GVMRun:
             heldout_regression={name: report["regression"][name] for name in ("mse", "explained_variance")},
         )
         final = self.out / "final"
-        get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what="saving the GVM")
+        get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what=f"saving the {self.called}")
         self.summary["gvm"] = {"path": str(final), "heldout_accuracy": manifest.heldout_accuracy}
         return final

@@ -8,10 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from dvpo_ray.config.inputs import is_local, no_checkpoint
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
+from dvpo_ray.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
 from dvpo_ray.models.cpu_linear import use_fast_linears
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -22,20 +25,41 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def _load(what: str, path: str, load):
     """Call `load()` and turn every way a checkpoint can be missing or broken into one line."""
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise InputError(f"{path}: no such checkpoint folder; give a folder with config.json or a hub name")
+    problem = _local_problem(what, path)
+    if problem is not None:
+        raise InputError(problem)
+    on_hub = not Path(path).expanduser().is_dir()
+    is_online = on_hub and prepare_hub()
     verbosity, progress_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         return load(str(Path(path).expanduser()) if path.startswith("~") else path)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: cannot load the {what}: {reason}") from error
+        if on_hub and not is_online:
+            raise InputError(f"{path}: {NEITHER_HERE_NOR_CACHED}; give a checkpoint folder with config.json") from error
+        raise InputError(f"{path}: cannot load the {what}: {_reason(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if progress_bar:
             transformers_logging.enable_progress_bar()
+
+
+def _local_problem(what: str, path: str) -> str | None:
+    """Why a folder of this machine does not hold what is to be loaded, where that shows without loading it."""
+    if not is_local(path):
+        return None
+    if what != "tokenizer":
+        return no_checkpoint(path)
+    if any((Path(path).expanduser() / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    return no_checkpoint(path) or f"{path}: no tokenizer there (tokenizer.json or tokenizer_config.json); save it beside the model"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, or more of it where that only announces the rest."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(" ".join(lines).split())[:300] if lines[0].rstrip().endswith(":") else lines[0]
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

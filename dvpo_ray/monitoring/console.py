@@ -7,6 +7,7 @@ from time to time instead.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -41,7 +42,7 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-class Stage:
+class Stage(ABC):
     """The progress of one stage of a run; made by `RunConsole.stage`."""
 
     def __init__(self, done: int) -> None:
@@ -60,11 +61,13 @@ class Stage:
         self._details = key_metrics(metrics)
         self._show()
 
+    @abstractmethod
     def _show(self) -> None:
-        raise NotImplementedError
+        """Show how far the stage is."""
 
+    @abstractmethod
     def _finish(self) -> None:
-        raise NotImplementedError
+        """Leave a line that stays."""
 
 
 class _LiveBars(Progress):

@@ -83,7 +83,7 @@ def _point_output_to(target: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and the chatter below a warning of Ray, vLLM, DeepSpeed and transformers off this console.
+    """Keep the progress bars and the chatter below a warning of Ray, vLLM, DeepSpeed and Hugging Face's libraries off this console.
 
     Call it before these libraries are imported; processes started later inherit it. What the user has set in the
     environment stays.
@@ -91,6 +91,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("HF_HUB", "HF_DATASETS"):  # whose bars do not heed TQDM_DISABLE
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed sets the level of its logger and warns of a machine without GPUs when it is imported.

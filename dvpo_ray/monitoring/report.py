@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -15,10 +16,13 @@ from dvpo_ray.monitoring.report_texts import all_metrics, config, samples, token
 from dvpo_ray.monitoring.run_data import RunData, load_run
 
 
-def write_report(run_folder: str | Path) -> Path:
+def write_report(run_folder: str | Path, warn: Callable[[str], None] | None = None) -> Path:
     """Write report.html of a run, finished or not.
 
     The page needs no network. Lines of the run's files that cannot be used are named on it, and left out.
+
+    Args:
+        warn: is told of them too, one line each.
 
     Returns:
         The path of report.html.
@@ -27,6 +31,8 @@ def write_report(run_folder: str | Path) -> Path:
         InputError: the folder is not there, or holds nothing of a run.
     """
     run = load_run(run_folder)
+    for note in run.notes if warn is not None else ():
+        warn(note)
     template = resources.files("dvpo_ray.monitoring").joinpath("report_template.html").read_text(encoding="utf-8")
     path = run.folder / "report.html"
     page = Template(template).substitute(title=escape(f"{run.name} · DVPO report"), body=_body(run))

@@ -88,7 +88,7 @@ def load_run(folder: str | Path) -> RunData:
         raise InputError(f"{folder}: no such run folder")
     run = RunData(folder)
     run.summary = _read_summary(run)
-    run.metrics = sorted(_read_rows(run, folder / "metrics.jsonl", check_step), key=lambda row: row["step"])
+    run.metrics = sorted(_read_rows(run, folder / "metrics.jsonl", check_step, appended=True), key=lambda row: row["step"])
     for step, path in _step_files(folder / "evaluation"):
         if rows := _read_rows(run, path, _check_evaluation):
             run.evaluations[step] = rows
@@ -123,11 +123,13 @@ def _read_summary(run: RunData) -> dict[str, Any]:
     return summary
 
 
-def _read_rows(run: RunData, path: Path, check: Callable[[dict], str | None]) -> list[dict[str, Any]]:
+def _read_rows(run: RunData, path: Path, check: Callable[[dict], str | None], *, appended: bool = False) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    rows, bad = read_json_lines(path, check)
+    rows, bad = read_json_lines(path, check, appended=appended)
     run.notes += [f"{line}; the line is left out" for line in bad]
+    if not rows and not bad and not appended:
+        run.notes.append(f"{path}: no rows; the file is left out")
     return rows
 
 

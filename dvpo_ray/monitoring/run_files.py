@@ -40,14 +40,14 @@ class BadLine:
         return f"{self.path}:{self.number}: {self.problem}"
 
 
-def read_json_lines(path: Path, check: Callable[[dict], str | None] | None = None) -> tuple[list[dict], list[BadLine]]:
+def read_json_lines(path: Path, check: Callable[[dict], str | None] | None = None, *, appended: bool = True) -> tuple[list[dict], list[BadLine]]:
     """The objects of a JSON Lines file, and the lines that hold none.
-
-    A last line without its newline that does not parse was cut off by a crash while it was written; it is neither.
 
     Args:
         path: the file, UTF-8.
         check: says what is wrong with an object, None when nothing is; an object with a fault is a bad line.
+        appended: the file grows line by line. Then a last line without its newline that does not parse was cut off by a crash
+            while it was written, and is neither; a file that is written as a whole has no such line unless it is damaged.
     """
     rows: list[dict] = []
     bad: list[BadLine] = []
@@ -57,8 +57,8 @@ def read_json_lines(path: Path, check: Callable[[dict], str | None] | None = Non
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
-            if number < len(lines):
+        except (ValueError, RecursionError) as error:
+            if number < len(lines) or not appended:
                 bad.append(BadLine(path, number, f"not valid JSON ({error})"))
             continue
         problem = f"expected a JSON object, found {type(row).__name__}" if not isinstance(row, dict) else check and check(row)

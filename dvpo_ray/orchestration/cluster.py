@@ -17,6 +17,9 @@ from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.termination import keeps_termination
 
+START_PATIENCE = "RAY_raylet_start_wait_time_s"
+"""The environment variable of the seconds that Ray gives its own node to start."""
+
 
 @contextmanager
 def connect(config: RayConfig) -> Iterator[None]:
@@ -45,10 +48,12 @@ def _join(address: str, options: dict) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host and port.isdigit():  # Ray itself would try for minutes before it says that nobody is there
-            socket.create_connection((host, int(port)), timeout=20).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
         ray.init(address=address, **options)
     except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise ResourceError(f"no Ray cluster answers at {address}; start one with `ray start --head`, or unset ray.address") from error
+    except ValueError as error:
+        raise ResourceError(f"'{address}' is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto in RAY_ADDRESS") from error
 
 
 def _start_local(config: RayConfig, options: dict) -> None:
@@ -62,10 +67,14 @@ def _start_local(config: RayConfig, options: dict) -> None:
             include_dashboard=config.dashboard,
             **options,
         )
-    except Exception as error:  # Ray raises a bare Exception when its node takes longer than the 30 seconds it allows
+    except Exception as error:  # Ray raises a bare Exception when its node takes longer than it allows
         if "timed out during startup" not in str(error):
             raise
-        raise ResourceError("Ray did not start within the 30 seconds it gives itself; the machine is overloaded, try again") from error
+        patience = os.environ.get(START_PATIENCE, "30")
+        raise ResourceError(
+            f"Ray did not start within the {patience} seconds it gives itself; the machine is overloaded: try again, or give it longer with "
+            f"{START_PATIENCE}=120 in the environment"
+        ) from error
 
 
 def check_gpus(wanted: Mapping[str, float], config: RayConfig) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts
@@ -32,7 +33,7 @@ class Inputs:
         heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
         stop_token_ids: tokens that end a response.
         manifest: of the GVM, or of a baseline's reward model.
-        notes: skipped and dropped rows, one line each.
+        notes: settings that are hardly meant, skipped and dropped rows, one line each.
     """
 
     prompts: list[list[int]]
@@ -77,7 +78,7 @@ def load_inputs(config: Config) -> Inputs:
         heldout=_sample([ids for _, ids in heldout], config.evaluation.prompts, config.seed),
         stop_token_ids=frozenset(encoder.stop_token_ids),
         manifest=manifest,
-        notes=[*sets.skipped, *(f"{row}: dropped, {reason}" for reason, rows in encoder.dropped.items() for row in rows)],
+        notes=[*training_notes(config), *sets.skipped, *(f"{row}: dropped, {reason}" for reason, rows in encoder.dropped.items() for row in rows)],
     )
 
 
@@ -85,7 +86,7 @@ def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVM
     """The manifest of the GVM or, for a baseline, of the reward model."""
     needs_values = ALGORITHMS[config.algorithm].scorer == "scorer"
     path = Path(config.gvm.path if needs_values else config.reward_model.path)
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, "gvm" if needs_values else "reward_model")
     if needs_values:
         _check_is_value_model(path, manifest, "gvm.path")
     if not needs_values and manifest.context.examples:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +18,8 @@ class Bundle:
     """What one actor reserves.
 
     Attributes:
-        role: `rollout`, `scorer`, `reward_model`, `reference`, `learner`, `critic`, `experience` or `gvm_trainer`.
+        role: `rollout`, `scorer`, `reward_model`, `reference`, `learner`, `critic`, `experience`, `gvm_trainer` or
+            `rm_trainer`.
         index: number of the actor within its role, from 0.
         cpus: Ray CPUs.
         gpus: Ray GPUs; below 1 the actor shares a GPU.
@@ -55,6 +58,39 @@ def plan_gvm_placement(config: Config) -> list[Bundle]:
         InputError: as in `plan_placement`.
     """
     return _bundles("gvm_trainer", "gvm", config.gvm)
+
+
+def plan_reward_model_placement(config: Config) -> list[Bundle]:
+    """Bundles of reward-model training, which is that of a value model by the settings of `reward_model`.
+
+    Raises:
+        InputError: as in `plan_placement`.
+    """
+    return _bundles("rm_trainer", "reward_model", config.reward_model)
+
+
+def check_local_cluster(config: Config, bundles: Iterable[Bundle]) -> None:
+    """Refuse actors that would not fit the local cluster as the config sizes it; what a cluster at an address has is known only there.
+
+    Raises:
+        InputError: `ray.num_cpus` or `ray.num_gpus` is below what the actors reserve together.
+    """
+    if config.ray.address is not None or "RAY_ADDRESS" in os.environ or config.ray.autoscaling:
+        return
+    bundles = list(bundles)
+    for name, there, wanted in zip(("cpus", "gpus"), (config.ray.num_cpus, config.ray.num_gpus), total_resources(bundles), strict=True):
+        if there is not None and wanted > there:
+            shares = ", ".join(f"{role} {count} x {amount:g}" for (role, amount), count in _counted(bundles, name).items())
+            raise InputError(
+                f"ray.num_{name} is {there}, but the actors reserve {wanted:g} {name.upper()[:-1]}s ({shares}); "
+                f"set it to {math.ceil(wanted)} or more, or lower their {name}_per_actor"
+            )
+
+
+def _counted(bundles: Iterable[Bundle], resource: str) -> Counter[tuple[str, float]]:
+    """How many actors of each role reserve how much of a resource."""
+    reserved = ((bundle.role, getattr(bundle, resource)) for bundle in bundles)
+    return Counter((role, amount) for role, amount in reserved if amount)
 
 
 def wanted_gpus(config: Config, bundles: Iterable[Bundle]) -> dict[str, float]:

@@ -1,0 +1,55 @@
+"""Settings of policy optimisation that are legal together but hardly meant, one line each: notes of a dry run, warnings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import batch_notes
+from dvpo_ray.config.schema import Config
+
+
+def training_notes(config: Config) -> list[str]:
+    """Everything of a config of `dvpo train` that has no effect, or another one than it seems.
+
+    Raises:
+        InputError: as in `derive_batch`.
+    """
+    return [*batch_notes(config), *_kl_notes(config), *_health_notes(config), *_refresh_notes(config), *_context_notes(config)]
+
+
+def _kl_notes(config: Config) -> Iterator[str]:
+    kl = config.kl
+    if kl.placement != "off":
+        return
+    if kl.coefficient and "coefficient" in kl.model_fields_set:
+        yield f"kl.coefficient {kl.coefficient:g} has no effect, since kl.placement is off; set kl.placement to reward or loss for a penalty"
+    if kl.adaptive_target_nats is not None:
+        yield f"kl.adaptive_target_nats {kl.adaptive_target_nats:g} has no effect, since kl.placement is off and there is no penalty to adapt"
+
+
+def _health_notes(config: Config) -> Iterator[str]:
+    window, steps = config.health.window_steps, config.train.steps
+    if window > steps:
+        yield f"health.window_steps {window} is above train.steps {steps}; no alarm can be raised"
+
+
+def _refresh_notes(config: Config) -> Iterator[str]:
+    every, steps, refresh = config.gvm.refresh_every_steps, config.train.steps, config.gvm.refresh
+    if every >= steps:
+        yield f"gvm.refresh_every_steps {every} is not below train.steps {steps}; the value model is never refreshed after a number of steps"
+    most = refresh.samples_per_prompt // 2
+    if refresh.source is not None and refresh.pairs_per_prompt > most:
+        yield (
+            f"gvm.refresh.pairs_per_prompt {refresh.pairs_per_prompt} is above what gvm.refresh.samples_per_prompt {refresh.samples_per_prompt} "
+            f"allows, {most}: no response is in two pairs"
+        )
+
+
+def _context_notes(config: Config) -> Iterator[str]:
+    context = config.gvm.context
+    if ALGORITHMS[config.algorithm].scorer == "scorer" and 0 < context.pool <= context.examples:
+        yield (
+            f"gvm.context.pool {context.pool} is not above gvm.context.examples {context.examples}; a value model with so many examples of "
+            f"other prompts needs {context.examples + 1} or more"
+        )

@@ -1,0 +1,173 @@
+"""Settings that are legal together but hardly meant, and paths that a dry run misses: a note of the dry run, a warning of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gvm_artifacts import make_gvm
+
+from dvpo_ray import cli
+from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.inputs import is_local
+from dvpo_ray.config.notes import training_notes
+
+LOCAL_CPU = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "local-cpu.yaml")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def dry_run(capsys, *argv: str) -> list[str]:
+    assert cli.main([*argv, "--dry-run"]) == 0
+    return [line.removeprefix("# note: ") for line in capsys.readouterr().out.splitlines() if line.startswith("# note: ")]
+
+
+REFRESHED = ["gvm.refresh.source=judge"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["kl.placement=off", "kl.coefficient=0.05"], "kl.coefficient 0.05 has no effect, since kl.placement is off"),
+        (["kl.placement=off", "kl.adaptive_target_nats=6"], "kl.adaptive_target_nats 6 has no effect, since kl.placement is off"),
+        (["train.steps=5", "health.window_steps=6"], "health.window_steps 6 is above train.steps 5; no alarm can be raised"),
+        (["train.steps=12", "gvm.refresh_every_steps=12", *REFRESHED], "gvm.refresh_every_steps 12 is not below train.steps 12"),
+        (
+            ["gvm.refresh.samples_per_prompt=5", "gvm.refresh.pairs_per_prompt=3", *REFRESHED],
+            "gvm.refresh.pairs_per_prompt 3 is above what gvm.refresh.samples_per_prompt 5 allows, 2: no response is in two pairs",
+        ),
+        (["gvm.context.examples=8"], "gvm.context.pool 8 is not above gvm.context.examples 8"),
+        (["gvm.context.examples=8", "gvm.context.pool=3"], "gvm.context.pool 3 is not above gvm.context.examples 8"),
+    ],
+)
+def test_contradictions(overrides, note, capsys):
+    (found,) = training_notes(load_config(LOCAL_CPU, overrides))
+    assert found.startswith(note)
+    assert found in dry_run(capsys, "train", LOCAL_CPU, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["kl.coefficient=0.05"],
+        ["kl.placement=off", "kl.coefficient=0"],
+        ["train.steps=5", "health.window_steps=5"],
+        ["train.steps=12", "gvm.refresh_every_steps=11", *REFRESHED],
+        ["gvm.refresh.pairs_per_prompt=9"],
+        ["gvm.refresh.samples_per_prompt=6", "gvm.refresh.pairs_per_prompt=3", *REFRESHED],
+        ["gvm.context.examples=7"],
+        ["algorithm=ppo", "gvm.context.examples=8"],
+    ],
+)
+def test_no_contradictions(overrides):
+    assert training_notes(load_config(LOCAL_CPU, overrides)) == []
+
+
+def test_a_default_coefficient_is_no_contradiction():
+    assert training_notes(Config(model={"path": "m"}, kl={"placement": "off"})) == []
+
+
+def test_a_run_warns_of_them(tiny_model, tmp_path):
+    from dvpo_ray.orchestration.inputs import load_inputs
+
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"a good day {i}"}) + "\n" for i in range(30)))
+    settings = {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "data": {"prompts": {"path": "prompts.jsonl", "heldout_fraction": 0.3}, "max_prompt_tokens": 24},
+        "gvm": {"path": str(make_gvm(tmp_path / "gvm", tiny_model))},
+        "rollout": {"max_response_tokens": 12},
+        "train": {"steps": 5},
+    }
+    assert load_inputs(Config(**settings)).notes == ["health.window_steps 10 is above train.steps 5; no alarm can be raised"]
+
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (
+            ["train", LOCAL_CPU, "gvm.path=g", "data.prompts.path=p.jsonl", "data.prompts.heldout_path=./h"],
+            ["gvm.path g: no such folder", "data.prompts.path p.jsonl: no such file or folder", "data.prompts.heldout_path ./h: no such file"],
+        ),
+        (
+            ["train", LOCAL_CPU, "algorithm=ppo", "reward_model.path=runs/rm", "gvm.path=g", "data.prompts.path=hub/prompts"],
+            ["reward_model.path runs/rm: no such folder; give a reward model made by `dvpo rm train`"],
+        ),
+        (
+            ["gvm", "train", LOCAL_CPU, "data.preferences.path=p.jsonl", "gvm.init_from=/nowhere"],
+            ["gvm.init_from /nowhere: no such checkpoint folder", "data.preferences.path p.jsonl: no such file or folder"],
+        ),
+        (
+            ["rm", "train", LOCAL_CPU, "data.preferences.path=p.jsonl", "reward_model.init_from=/nowhere", "gvm.init_from=/elsewhere"],
+            ["reward_model.init_from /nowhere: no such checkpoint folder", "data.preferences.path p.jsonl: no such file or folder"],
+        ),
+        (["dpo", LOCAL_CPU, "data.preferences.path=p.jsonl"], ["data.preferences.path p.jsonl: no such file or folder"]),
+        (["sft", LOCAL_CPU, "data.sft=s.jsonl", "model.path=./m"], ["model.path ./m: no such checkpoint folder", "data.sft s.jsonl: no such file"]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else None,
+)
+def test_a_dry_run_names_the_paths_that_are_missing(command, missing, capsys):
+    settings = {"model.path": "hub/model", "data.prompts.heldout_path": "null", "data.preferences.heldout_path": "null"}
+    more = [f"{key}={value}" for key, value in settings.items() if not any(text.startswith(key) for text in command)]
+    found = dry_run(capsys, *command, *more)
+    assert len(found) == len(missing) and all(note.startswith(start) for note, start in zip(found, missing, strict=True)), found
+
+
+def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):
+    Path("p.jsonl").touch()
+    gvm = make_gvm(tmp_path / "run" / "final", tiny_model)
+    settings = [f"model.path={tiny_model}", "data.prompts.path=p.jsonl", "data.prompts.heldout_path=null"]
+    assert dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm}") == []
+    (note,) = dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm.parent}")
+    assert note == f"gvm.path {gvm.parent}: no gvm.json, so this is no GVM artifact; did you mean {gvm}?"
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("./a", True),
+        ("../a/b", True),
+        ("/a", True),
+        ("~/a", True),
+        ("a/b/c", True),
+        ("a b", True),
+        ("a.jsonl", True),
+        ("owner/name.parquet", True),
+        ("there/name", True),
+        ("there", True),
+        ("owner/name", False),
+        ("name", False),
+        ("name-1.5B", False),
+    ],
+)
+def test_which_paths_can_be_nothing_but_local(path, local):
+    Path("there").mkdir()
+    assert is_local(path) is local
+
+
+# ---------------------------------------------------------------------------------------------- a cluster too small
+
+
+@pytest.mark.parametrize("command", [["train", "gvm.path=g"], ["train", "--dry-run"], ["gvm", "train", "gvm.cpus_per_actor=4"], ["eval"]])
+def test_a_local_cluster_that_is_too_small_is_refused_before_anything_is_loaded(command, capsys):
+    split = 2 if command[0] == "gvm" else 1
+    argv = [*command[:split], LOCAL_CPU, *command[split:], "rollout.cpus_per_actor=3"]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dvpo: ray.num_cpus is 2, but the actors reserve ") and error.count("\n") == 1
+    assert cli.main([*argv, "ray.num_cpus=1", "ray.address=h:1", "--dry-run"]) == (2 if command == ["eval"] else 0)
+
+
+def test_what_a_cluster_needs_is_counted_by_role(capsys):
+    assert cli.main(["train", LOCAL_CPU, "ray.num_gpus=1", "policy.gpus_per_actor=2", "--dry-run"]) == 2
+    assert capsys.readouterr().err == (
+        "dvpo: ray.num_gpus is 1, but the actors reserve 2 GPUs (learner 1 x 2); set it to 2 or more, or lower their gpus_per_actor\n"
+    )

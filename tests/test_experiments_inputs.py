@@ -1,0 +1,173 @@
+"""What the runs of an experiment read is checked before the first of them starts, in a dry run as in a real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dvpo_ray import cli
+from dvpo_ray.experiments import stages
+from dvpo_ray.experiments.inputs import _NEEDED
+
+STORIES = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "stories-cpu.yaml")
+PAIRS, PROMPTS = ("runs/stories/preferences.train.jsonl", "runs/stories/preferences.heldout.jsonl"), "runs/stories/prompts.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_everything(tmp_path, monkeypatch):
+    """All that stories-cpu.yaml names is there, by the looks of it; no run ever starts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+    leave_model("stories260K", num_hidden_layers=5)
+    leave_artifact("runs/stories/gvm/final", "monte_carlo")
+    leave_artifact("runs/stories/rm/final", "bradley_terry")
+    for file in (*PAIRS, PROMPTS):
+        Path(file).touch()
+
+
+def leave_model(folder: str, **config) -> None:
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+
+
+def leave_artifact(folder: str, objective: str) -> None:
+    leave_model(folder)
+    (Path(folder) / "gvm.json").write_text(json.dumps({"objective": {"name": objective}}))
+
+
+@pytest.fixture
+def started(monkeypatch) -> list:
+    """The runs that were started."""
+    started: list = []
+    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, lambda run, console: started.append(run)))
+    return started
+
+
+def notes(capsys, name: str, *argv: str) -> list[str]:
+    """The notes of an experiment's dry run on the stories config with one seed."""
+    assert cli.main(["experiment", name, STORIES, *argv, "--seeds", "0", "--out", "out", "--dry-run"]) == 0
+    assert not Path("out").exists()
+    return [line.removeprefix("note: ") for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+
+
+def refusal(capsys, name: str, *argv: str) -> str:
+    """The one line of an experiment that starts nothing."""
+    assert cli.main(["experiment", name, STORIES, *argv, "--seeds", "0", "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dvpo: ") and error.count("\n") == 1
+    return error.removeprefix("dvpo: ").rstrip("\n")
+
+
+JUDGED = ["evaluation.every_steps=2"]
+DOMAINS = ["--domain", f"a={PAIRS[0]},{PAIRS[1]}", "--domain", "b=b.jsonl,b.dev.jsonl"]
+MISSING = [
+    ("gvm-quality", [f"data.preferences.path={PAIRS[0]}x.jsonl"], f"data.preferences.path {PAIRS[0]}x.jsonl: no such file or folder"),
+    ("transfer", DOMAINS, "data.preferences.path b.jsonl: no such file or folder"),
+    ("gvm-size", ["--layers", "1", "6"], "gvm.num_layers 6: ./stories260K has 5 decoder layers; give 5 or fewer"),
+    (
+        "gvm-size",
+        ["--init-from", "./small"],
+        "gvm.init_from ./small: no such checkpoint folder; give a folder with config.json or a hub name",
+    ),
+    (
+        "bound",
+        ["--policy", "runs/stories"],
+        "--policy runs/stories: no config.json, so this is no checkpoint; give the folder that save_pretrained wrote",
+    ),
+    ("bound", ["--policy", "runs/stories/gvm/final"], "--policy runs/stories/gvm/final: a value model, which writes no text; give a language model"),
+    (
+        "convergence",
+        [*JUDGED, "reward_model.path=runs/rm"],
+        "reward_model.path runs/rm: no such folder; give a reward model made by `dvpo rm train`",
+    ),
+    (
+        "convergence",
+        [*JUDGED, "reward_model.path=runs/stories/rm"],
+        "reward_model.path runs/stories/rm: no gvm.json, so this is no reward model; did you mean runs/stories/rm/final?",
+    ),
+    (
+        "advantage-modes",
+        [*JUDGED, "gvm.path=runs/stories/rm/final"],
+        "gvm.path runs/stories/rm/final: a reward model, of which only the last value was trained; give one made by `dvpo gvm train`",
+    ),
+    (
+        "distribution-shift",
+        ["gvm.path=runs/stories/gvm"],
+        "gvm.path runs/stories/gvm: no gvm.json, so this is no GVM artifact; did you mean runs/stories/gvm/final?",
+    ),
+    ("refresh", [*JUDGED, "data.prompts.path=runs/prompts.jsonl"], "data.prompts.path runs/prompts.jsonl: no such file or folder"),
+]
+
+
+@pytest.mark.parametrize(("name", "argv", "line"), MISSING, ids=[f"{name} {argv[-1]}" for name, argv, _ in MISSING])
+def test_what_is_missing_is_a_note_of_the_dry_run_and_the_end_of_a_run_before_it_starts(name, argv, line, started, capsys):
+    assert notes(capsys, name, *argv)[0] == line
+    assert refusal(capsys, name, *argv) == line
+    assert not started and not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["gvm-quality", "convergence", "distribution-shift", "bound", "gvm-size", "advantage-modes", "refresh"])
+def test_where_everything_is_there_nothing_is_noted(name, capsys):
+    assert notes(capsys, name, *JUDGED) == []
+
+
+def test_what_the_experiment_makes_itself_is_not_missed(capsys):
+    assert notes(capsys, "convergence", *JUDGED, "gvm.path=null", "reward_model.path=null") == []
+    assert notes(capsys, "gvm-size", "--policies") == []
+
+
+def test_names_of_the_hub_are_left_to_the_run(capsys):
+    assert notes(capsys, "gvm-size", "--init-from", "meta-llama/Llama-3.2-1B-Instruct") == []
+    assert notes(capsys, "gvm-quality", "data.preferences.path=ultrafeedback_binarized") == []
+    # What starts with a folder of this machine is no name of the hub.
+    assert notes(capsys, "gvm-quality", "data.preferences.path=runs/pairs") == ["data.preferences.path runs/pairs: no such file or folder"]
+
+
+def test_every_stage_says_what_it_reads():
+    assert set(_NEEDED) == set(stages.STAGES)
+
+
+# ------------------------------------------------------------------------------------------------- options and folder
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["gvm-quality", "--examples", "0"], "argument --examples: '0' is no whole number of at least 1"),
+        (["gvm-quality", "--bt-weight", "nan"], "argument --bt-weight: 'nan' is no finite number above 0"),
+        (["gvm-size", "--layers", "0"], "argument --layers: '0' is no whole number of at least 1"),
+        (["bound", "--prompts", "-3"], "argument --prompts: '-3' is no whole number of at least 1"),
+        (["distribution-shift", "--positions", "101"], "argument --positions: '101' is no finite number of at least 0 and of at most 100"),
+        (["advantage-modes", "--kl", "inf"], "argument --kl: 'inf' is no finite number of at least 0"),
+    ],
+)
+def test_options_that_mean_nothing(argv, line, capsys):
+    for mode in ([], ["--dry-run"]):
+        assert cli.main(["experiment", argv[0], STORIES, *argv[1:], *mode]) == 2
+        assert capsys.readouterr().err.startswith(f"dvpo: {line}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("notes.txt", "mine", "out: already there, not empty, and without a run of an experiment; give another --out"),
+        ("result.json", '{"experiment": "bound"}', "out: holds the experiment bound, not gvm-quality; give another --out"),
+        ("result.json", "{", "out/result.json: not readable as JSON"),
+        ("td0-seed0/summary.json", "[]", "out/td0-seed0/summary.json: expected a JSON object; remove out/td0-seed0, and it is done again"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_folder_of_something_else_is_refused(file, content, line, mode, started, capsys):
+    path = Path("out") / file
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert cli.main(["experiment", "gvm-quality", STORIES, "--variants", "td0", "--seeds", "0", "--out", "out", *mode]) == 2
+    assert capsys.readouterr().err.startswith(f"dvpo: {line}")
+    assert path.read_text() == content and not started
+
+
+def test_runs_of_other_seeds_are_no_other_experiment(capsys):
+    Path("out/td0-seed7").mkdir(parents=True)
+    assert cli.main(["experiment", "gvm-quality", STORIES, "--variants", "td0", "--seeds", "0", "--out", "out", "--dry-run"]) == 0

@@ -1,0 +1,100 @@
+"""Checkpoints that are not there, or not whole: one line that says what would be right, without waiting for the hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import datasets
+import pytest
+from huggingface_hub import constants
+
+from dvpo_ray import hub
+from dvpo_ray.config.schema import ModelConfig
+from dvpo_ray.errors import InputError
+from dvpo_ray.models import loading
+from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer
+
+
+def refusal(load, path) -> str:
+    with pytest.raises(InputError) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def policy(path):
+    return load_policy(ModelConfig(path=path))
+
+
+def test_a_checkpoint_without_a_tokenizer(tiny_model, tmp_path):
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    assert (
+        refusal(load_tokenizer, str(tmp_path))
+        == f"{tmp_path}: no tokenizer there (tokenizer.json or tokenizer_config.json); save it beside the model"
+    )
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, context_tokens, policy])
+def test_a_run_folder_is_no_checkpoint_but_its_final_is(load, tiny_model, tmp_path):
+    assert refusal(load, str(tmp_path)).startswith(f"{tmp_path}: no config.json, so this is no checkpoint; give the folder")
+    shutil.copytree(tiny_model, tmp_path / "final")
+    assert refusal(load, str(tmp_path)) == f"{tmp_path}: no config.json, so this is no checkpoint; did you mean {tmp_path}/final?"
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, context_tokens, policy])
+def test_what_looks_like_a_folder_is_not_looked_for_on_the_hub(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    monkeypatch.setattr(loading, "prepare_hub", lambda: pytest.fail("asked the hub"))
+    for path in ("./sft", "/nowhere/sft", "runs/sft", "runs/sft/final"):
+        assert refusal(load, path) == f"{path}: no such checkpoint folder; give a folder with config.json or a hub name"
+
+
+def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(monkeypatch):
+    monkeypatch.setattr(loading, "prepare_hub", lambda: False)
+    line = refusal(load_tokenizer, "someone/model")  # the tests run with the hub switched off
+    assert line.startswith("someone/model: not on this machine, not in the cache of the hub, and the hub is switched off or cannot be reached;")
+
+
+def test_an_error_that_only_announces_the_rest_is_given_with_it():
+    assert loading._reason(OSError("No backend from one of:\n(1) a file,\n(2) a library")) == "No backend from one of: (1) a file, (2) a library"
+    assert loading._reason(OSError("Not valid.\nMore about it")) == "Not valid."
+
+
+# ----------------------------------------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The hub's libraries as they are without the tests' HF_HUB_OFFLINE; no proxy."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    hub._is_reachable.cache_clear()
+    yield monkeypatch
+    hub._is_reachable.cache_clear()
+
+
+def test_a_hub_that_answers_is_asked(online):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        online.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert hub.prepare_hub()
+    assert os.environ["HF_HUB_OFFLINE"] == "0" and not constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_does_not_answer_is_switched_off_here_and_in_later_processes(online):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    online.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    assert not hub.prepare_hub()
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+
+
+def test_behind_a_proxy_it_is_the_proxys_to_find_out(online):
+    online.setattr(hub.urllib.request, "getproxies", lambda: {"https": "http://proxy:1"})
+    online.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    assert hub.prepare_hub()
