@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,21 @@ def test_dry_run_loads_neither_torch_nor_ray(tmp_path):
     code = f"import sys; from dvpo_ray.cli import main; main({['experiment', *MODES, '--dry-run']!r}); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()[-1].split()
     assert not {"torch", "ray", "transformers", "vllm", "deepspeed", "datasets"} & set(loaded)
+
+
+@pytest.mark.parametrize(("checkpoint", "resumed"), [("step_000005", True), (".step_000005.draft", False)])
+def test_a_stopped_run_goes_on_from_its_checkpoint_or_begins_anew(monkeypatch, tmp_path, checkpoint, resumed):
+    """Steps before the first checkpoint are lost, not in the way."""
+    from dvpo_ray.experiments import stages
+    from dvpo_ray.experiments.study import Source
+    from dvpo_ray.gvm import training
+
+    options = Namespace(seeds=[0], layers=[1], init_from=[], policies=False)
+    run = STUDIES["gvm-size"](Source(STORIES), options, tmp_path).runs()[0]
+    (run.folder / "checkpoints" / checkpoint).mkdir(parents=True)
+    (run.folder / "config.yaml").write_text("{}")
+    (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    calls = []
+    monkeypatch.setattr(training, "train_gvm", lambda config, out, resume, console: calls.append((resume, (out / "metrics.jsonl").exists())))
+    stages.train_value_model(run, console=None)
+    assert calls == [(resumed, resumed)]

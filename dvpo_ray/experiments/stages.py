@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,24 +11,30 @@ from dvpo_ray.config import dump_config
 from dvpo_ray.experiments.study import Run
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.run_folder import CONFIG
 
 
-def _has_checkpoint(run: Run) -> bool:
-    return any((run.folder / "checkpoints").glob("step_*"))
+def _goes_on(run: Run) -> bool:
+    """Whether a run that was stopped goes on from a checkpoint. What one left that has none is removed, and it begins anew."""
+    if any((run.folder / "checkpoints").glob("step_*")):
+        return True
+    if (run.folder / CONFIG).is_file():  # this very run's, as `Run.check_kept` has seen
+        shutil.rmtree(run.folder)
+    return False
 
 
 def train_policy(run: Run, console: RunConsole) -> None:
     """`dvpo train`, from its last checkpoint where it was stopped."""
     from dvpo_ray.orchestration.run import train
 
-    train(run.config, resume=_has_checkpoint(run), console=console)
+    train(run.config, resume=_goes_on(run), console=console)
 
 
 def train_value_model(run: Run, console: RunConsole) -> None:
     """`dvpo gvm train` (or, with the objective `bradley_terry`, `dvpo rm train`), from its last checkpoint where it was stopped."""
     from dvpo_ray.gvm.training import train_gvm
 
-    train_gvm(run.config, run.folder, resume=_has_checkpoint(run), console=console)
+    train_gvm(run.config, run.folder, resume=_goes_on(run), console=console)
 
 
 def evaluate_value_model(run: Run, console: RunConsole) -> None:
@@ -59,7 +66,7 @@ def measured(run: Run, measure: Callable[[], dict]) -> None:
     """Do a measurement and keep what it returns in summary.json, beside the run's options."""
     started = time.time()
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(dump_config(run.config), encoding="utf-8")
+    (run.folder / CONFIG).write_text(dump_config(run.config), encoding="utf-8")
     measurements = measure()
     write_summary(
         run.folder,

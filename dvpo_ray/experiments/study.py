@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.resuming import flat_settings
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.results import RESULT, Result, Statistic, markdown, with_interval, write_result
 
@@ -80,7 +81,7 @@ class Run:
         kept = self.folder / "config.yaml"
         if not kept.exists():
             return
-        mine, theirs = (_flat(config.model_dump(mode="json", exclude=_OF_NO_CONSEQUENCE)) for config in (self.config, load_config(kept)))
+        mine, theirs = (flat_settings(config.model_dump(mode="json", exclude=_OF_NO_CONSEQUENCE)) for config in (self.config, load_config(kept)))
         if self.is_finished:
             mine, theirs = mine | dict(self.options), theirs | self.summary.get("options", {})
         for key in mine | theirs:
@@ -105,14 +106,6 @@ def _read_object(file: Path) -> dict:
 
 
 _OF_NO_CONSEQUENCE = {"name": True, "out": True, "ray": True, "train": {"trackers"}}
-
-
-def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def override(key: str, value: Any) -> str:
