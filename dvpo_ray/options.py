@@ -1,10 +1,12 @@
-"""Types of command-line options: text to a number within bounds, or argparse's complaint in one line."""
+"""Command-line options: text to a number within bounds, or argparse's complaint in one line; settings of one algorithm."""
 
 from __future__ import annotations
 
 import math
-from argparse import ArgumentTypeError
-from collections.abc import Callable
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Collection, Sequence
+
+from dvpo_ray.errors import InputError
 
 
 def whole_number(at_least: int) -> Callable[[str], int]:
@@ -38,3 +40,23 @@ def finite_number(*, at_least: float = -math.inf, above: float = -math.inf, at_m
 def shown(text: str) -> str:
     """What the user wrote, in quotes and at most 60 characters of it."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def add_set_option(parser: ArgumentParser) -> None:
+    """`--set`: settings of one algorithm alone."""
+    parser.add_argument("--set", action="append", default=[], metavar="ALGORITHM:KEY=VALUE", help="a setting of one algorithm")
+
+
+def settings_by_algorithm(texts: Sequence[str], algorithms: Collection[str]) -> dict[str, list[str]]:
+    """The overrides that `--set` gives each of some algorithms.
+
+    Raises:
+        InputError: a text names none of them or no setting.
+    """
+    settings: dict[str, list[str]] = {algorithm: [] for algorithm in algorithms}
+    for text in texts:
+        name, _, setting = text.partition(":")
+        if name not in settings or "=" not in setting:
+            raise InputError(f"--set {text}: expected ALGORITHM:KEY=VALUE with one of {', '.join(algorithms)}")
+        settings[name].append(setting)
+    return settings

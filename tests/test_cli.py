@@ -441,8 +441,8 @@ def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, t
 def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys, tmp_path):
     calls = []
     monkeypatch.setattr("dvpo_ray.bench.trl.bench_trl", lambda *args: calls.append(args) or {"benchmark": "trl"})
-    assert cli.main(["bench", "trl", LOCAL_CPU, "--trl-python", "p", "--out", "b", "--repeats", "2"]) == 0
-    assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2)]
+    assert cli.main(["bench", "trl", LOCAL_CPU, "--trl-python", "p", "--out", "b", "--repeats", "2", "--set", "ppo:policy.threads=1"]) == 0
+    assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2, {"ppo": ["policy.threads=1"], "dvpo": []})]
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl"}
     assert capsys.readouterr().out == "b/bench.json\n"
     assert "data.prompts.path is not set" in refusal(capsys, "bench", "trl", LOCAL_CPU, "data.prompts=null", "--trl-python", "p")
@@ -467,3 +467,11 @@ def test_bench_trl_reward_calls_the_benchmark_and_keeps_its_results(backend, cap
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl-reward"}
     assert capsys.readouterr().out == f"{tmp_path}/b/bench.json\n"
     assert "data.preferences.path is not set" in refusal(capsys, "bench", "trl-reward", LOCAL_CPU, "data.preferences=null")
+
+
+def test_settings_of_one_algorithm_name_it_and_a_key(capsys):
+    assert "--set rloo:policy.threads=1: expected ALGORITHM:KEY=VALUE with one of ppo, dvpo" in refusal(
+        capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "rloo:policy.threads=1"
+    )
+    assert "--set ppo: expected ALGORITHM:KEY=VALUE" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo")
+    assert "policy.thread" in refusal(capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "ppo:policy.thread=1")

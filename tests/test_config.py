@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo_ray.config import Config, dump_config, load_config
+from dvpo_ray.config import Config, dump_config, load_config, override_config
 from dvpo_ray.config.arithmetic import batch_notes, derive_batch
 from dvpo_ray.config.docs import configuration_page
 from dvpo_ray.config.keys import known_keys, nearest_keys
@@ -397,3 +397,13 @@ def test_a_refresh_needs_a_source_that_can_answer(write, asked):
     assert "algorithm ppo does not use" in refusal(file, asked, "gvm.refresh.source=judge", judge, "algorithm=ppo")
     assert load_config(file, [asked, "gvm.refresh.source=judge", judge]).gvm.refresh.source == "judge"
     assert load_config(file, [asked, "gvm.refresh.source=file"]).gvm.refresh.samples_per_prompt == 4
+
+
+def test_overrides_on_top_of_a_config_are_checked_like_those_of_a_file():
+    config = load_config(ROOT / "cluster_configs" / "local-cpu.yaml")
+    assert override_config(config, []) is config
+    changed = override_config(config, ["policy.threads=3", "gvm.num_layers=null"])
+    assert (changed.policy.threads, changed.gvm.num_layers) == (3, None)
+    assert changed.model_dump(exclude={"policy", "gvm"}) == config.model_dump(exclude={"policy", "gvm"})
+    with pytest.raises(InputError, match=r"override policy\.thread=3: .*did you mean policy\.threads"):
+        override_config(config, ["policy.thread=3"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.bench.ledger_results import AlgorithmLedger, LedgerResults, training_cost
 from dvpo_ray.bench.machine import describe_measurement
 from dvpo_ray.bench.overhead import profile_steps
+from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
@@ -23,7 +24,9 @@ from dvpo_ray.orchestration.roles import Roles
 from dvpo_ray.planning.plan import predict_roles
 
 
-def bench_ledger(config: Config, algorithms: Sequence[str], run_folder: Path, repeats: int, group_size: int) -> tuple[dict, str]:
+def bench_ledger(
+    config: Config, algorithms: Sequence[str], run_folder: Path, repeats: int, group_size: int, settings: Mapping[str, Sequence[str]]
+) -> tuple[dict, str]:
     """Measure a step of several algorithms, one after the other, and print the results.
 
     Args:
@@ -31,6 +34,7 @@ def bench_ledger(config: Config, algorithms: Sequence[str], run_folder: Path, re
         run_folder: gets a folder for each algorithm with the actors' logs and what the steps write.
         repeats: measured steps; one more warms up. Memory is that of the last one.
         group_size: samples of a prompt for the algorithms that compare them, where the config has one.
+        settings: overrides of each algorithm's own, such as the layout that suits it best.
 
     Returns:
         The results with all that they depend on, ready for JSON, and their tables as Markdown.
@@ -39,7 +43,7 @@ def bench_ledger(config: Config, algorithms: Sequence[str], run_folder: Path, re
         InputError, ResourceError: in one line; bad input is found before any actor starts.
     """
     measurement = describe_measurement(config)
-    configs = {algorithm: config_for(config, algorithm, group_size) for algorithm in algorithms}
+    configs = {algorithm: config_for(override_config(config, settings[algorithm]), algorithm, group_size) for algorithm in algorithms}
     inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
     ledgers = []
     with RunConsole() as console, connect(config.ray):
@@ -54,7 +58,14 @@ def bench_ledger(config: Config, algorithms: Sequence[str], run_folder: Path, re
         results = LedgerResults(ledgers, _costs(config, algorithms), on_gpu=torch.cuda.is_available() and config.policy.gpus_per_actor > 0)
         for line in results.lines():
             console.say(line)
-    as_json = {"benchmark": "ledger", **measurement, "repeats": repeats, **results.as_json(), "config": config.model_dump(mode="json")}
+    as_json = {
+        "benchmark": "ledger",
+        **measurement,
+        "repeats": repeats,
+        **results.as_json(),
+        "settings": settings,
+        "config": config.model_dump(mode="json"),
+    }
     return as_json, results.markdown()
 
 

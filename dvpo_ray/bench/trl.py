@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from dvpo_ray.bench.machine import describe_measurement
 from dvpo_ray.bench.overhead import StepProfile, profile_steps
 from dvpo_ray.bench.trl_results import StageTimes, TRLResults
+from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
@@ -48,7 +50,7 @@ class TRLRun:
     peak_memory_gib: float
 
 
-def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int) -> dict:
+def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, settings: Mapping[str, Sequence[str]]) -> dict:
     """Measure steps of `algorithm: ppo`, of `algorithm: dvpo` and of TRL's PPO, one after the other, and print the results.
 
     All three sample exactly `rollout.max_response_tokens` tokens a response and make as many optimizer steps on the same
@@ -58,6 +60,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int) 
         trl_python: Python of an environment with TRL 1.12.0.
         run_folder: gets the logs, what the steps write and, without `gvm.path`, a value model.
         repeats: measured steps of each; one more of each warms up.
+        settings: overrides of each algorithm's own, such as the layout that suits it best; the work has to stay the same.
 
     Returns:
         The results with all that they depend on, ready for JSON.
@@ -71,22 +74,23 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int) 
     config = same_work(with_models(config, str(run_folder / "value_model")))
     if config.gvm.path == str(run_folder / "value_model"):
         make_value_model(config, run_folder / "value_model")
-    inputs = {algorithm: load_inputs(run_as(config, algorithm)) for algorithm in ALGORITHMS}
+    configs = {algorithm: override_config(run_as(config, algorithm), settings[algorithm]) for algorithm in ALGORITHMS}
+    inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
     profiles: dict[str, StepProfile] = {}
     with RunConsole() as console:
         with connect(config.ray):
-            for algorithm in ALGORITHMS:
+            for algorithm, changed in configs.items():
                 folder = run_folder / algorithm
                 folder.mkdir(parents=True, exist_ok=True)
                 with console.stage(algorithm, repeats + 1, unit="steps") as progress:
-                    profiles[algorithm] = profile_steps(run_as(config, algorithm), inputs[algorithm], folder, repeats, progress.advance)
+                    profiles[algorithm] = profile_steps(changed, inputs[algorithm], folder, repeats, progress.advance)
         with console.stage("TRL PPO", repeats + 1, unit="steps") as progress:
             trl = run_trl(trl_request(config, inputs["dvpo"].prompts, repeats), trl_python, run_folder, progress.advance)
         results = TRLResults.of(config, trl.steps, trl.peak_memory_gib, profiles)
         for line in results.lines():
             console.say(line)
     layers = {"gvm": read_manifest(Path(config.gvm.path)).num_layers, "reward_model": read_manifest(Path(config.reward_model.path)).num_layers}
-    description = {"trl": {"threads": _cores(), "versions": trl.versions}, "value_model_layers": layers}
+    description = {"trl": {"threads": _cores(), "versions": trl.versions}, "value_model_layers": layers, "settings": settings}
     return {"benchmark": "trl", **measurement, "repeats": repeats, **description, **results.as_json(), "config": config.model_dump(mode="json")}
 
 

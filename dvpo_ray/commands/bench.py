@@ -12,10 +12,10 @@ from dvpo_ray.commands.common import add_config_arguments, dated_folder, load
 from dvpo_ray.commands.gvm import missing_pairs
 from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.commands.train import check_train_config
-from dvpo_ray.config import Config
+from dvpo_ray.config import Config, override_config
 from dvpo_ray.config.inputs import Needed, preference_inputs, problems
 from dvpo_ray.errors import InputError
-from dvpo_ray.options import whole_number
+from dvpo_ray.options import add_set_option, settings_by_algorithm, whole_number
 
 HELP = "measure training steps: against the bare libraries, the algorithms against each other, and against TRL"
 EXAMPLE = "dvpo bench step cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final --repeats 3"
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trl-python", metavar="FILE", type=Path, required=True, help="Python of the environment that launch/bench_trl.sh makes, with TRL 1.12.0"
     )
     _add_repeats(trl, "measured steps of each contestant after one that warms up", 3)
+    add_set_option(trl)
     _add(benchmarks, "trl-reward", TRL_REWARD_HELP, TRL_REWARD_EXAMPLE, _trl_reward)
 
 
@@ -84,6 +85,7 @@ def _add_ledger(benchmarks) -> None:
     )
     ledger.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer for --random-weights (default: the folder's, else one of bytes)")
     ledger.add_argument("--out", metavar="DIR", type=Path, help="folder of ledger.json, ledger.md and the logs (default: runs/<name>-ledger-<time>)")
+    add_set_option(ledger)
     ledger.set_defaults(bench_command=_ledger)
 
 
@@ -127,9 +129,10 @@ def _step(args: argparse.Namespace, config: Config, out: Path) -> dict:
 def _trl(args: argparse.Namespace, config: Config, out: Path) -> dict:
     from dvpo_ray.bench.trl import ALGORITHMS, bench_trl, run_as, with_models
 
+    settings = settings_by_algorithm(args.set, ALGORITHMS)
     for algorithm in ALGORITHMS:
-        check_train_config(args.config, with_models(run_as(config, algorithm), fallback="made"))
-    return bench_trl(config, args.trl_python, out, args.repeats)
+        check_train_config(args.config, override_config(with_models(run_as(config, algorithm), fallback="made"), settings[algorithm]))
+    return bench_trl(config, args.trl_python, out, args.repeats, settings)
 
 
 def _trl_reward(args: argparse.Namespace, config: Config, out: Path) -> dict:
@@ -149,6 +152,7 @@ def _ledger(args: argparse.Namespace) -> int:
     config = load(args)
     if args.tokenizer is not None and args.random_weights is None:
         raise InputError("--tokenizer is for --random-weights CONFIG_JSON; without it the tokenizer is the model's own")
+    settings = settings_by_algorithm(args.set, args.algorithms)
     out = args.out or dated_folder(config, "-ledger")
     check_writable_folder(out)
     config = _with_models(args, config, out)
@@ -156,8 +160,8 @@ def _ledger(args: argparse.Namespace) -> int:
     from dvpo_ray.bench.ledger import bench_ledger, config_for
 
     for algorithm in args.algorithms:
-        check_train_config(args.config, config_for(config, algorithm, args.group_size))
-    results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size)
+        check_train_config(args.config, config_for(override_config(config, settings[algorithm]), algorithm, args.group_size))
+    results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size, settings)
 
     from dvpo_ray.files import whole_file
 

@@ -28,7 +28,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not str(path):
         raise InputError("the CONFIG argument is empty; give a YAML file, for example cluster_configs/local-cpu.yaml")
     path = Path(path)
-    tree = _drop_empty_sections(_read_mapping(path), "")
+    return _resolve(_drop_empty_sections(_read_mapping(path), ""), path, overrides)
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with more overrides on top.
+
+    Raises:
+        InputError: names the override; see `load_config`.
+    """
+    return _resolve(config.model_dump(mode="json"), Path("the config"), overrides) if overrides else config
+
+
+def _resolve(tree: dict, path: Path, overrides: Sequence[str]) -> Config:
+    """The config of a tree of settings and overrides; the path is for the errors."""
     problems = []
     applied: dict[str, str] = {}
     for text in overrides:

@@ -17,7 +17,7 @@ from dvpo_ray.experiments.advantage_modes import add_kl_option
 from dvpo_ray.experiments.curves import Curve, draw_gold, last_metric, read_curve, training_seconds
 from dvpo_ray.experiments.results import Result, first_reaching, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
-from dvpo_ray.options import whole_number
+from dvpo_ray.options import add_set_option, settings_by_algorithm, whole_number
 
 COMPARED = ("dvpo", "ppo", "grpo", "rloo", "remax")
 TARGET = "ppo"
@@ -38,7 +38,7 @@ class Convergence(Study):
         parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(COMPARED), metavar="ALGORITHM", help=help)
         help = "samples of a prompt for those that compare them; they take so many times fewer prompts, so samples stay equal (default: 4)"
         parser.add_argument("--group", type=whole_number(at_least=2), default=4, metavar="N", help=help)
-        parser.add_argument("--set", action="append", default=[], metavar="ALGORITHM:KEY=VALUE", help="a setting of one algorithm")
+        add_set_option(parser)
         help = "settings to search: every algorithm once with every value, such as policy.learning_rate=1e-4,3e-4"
         parser.add_argument("--grid", metavar="KEY=VALUE,VALUE", help=help)
         add_kl_option(parser)
@@ -73,7 +73,11 @@ class Convergence(Study):
 
     def _of_algorithm(self, algorithm: str) -> Iterator[tuple[str, list[str]]]:
         """Its variants, by name."""
-        common = [override("algorithm", algorithm), *self._batch(algorithm), *self._settings(algorithm)]
+        common = [
+            override("algorithm", algorithm),
+            *self._batch(algorithm),
+            *settings_by_algorithm(self.options.set, self.options.algorithms)[algorithm],
+        ]
         if self.options.grid is None:
             yield algorithm, common
             return
@@ -89,13 +93,6 @@ class Convergence(Study):
         if rest or not prompts:
             raise InputError(f"--group {group}: a step's {batch.prompts_per_step * batch.samples_per_prompt} samples are no multiple of it")
         return [override("batch.prompts_per_step", prompts), override("batch.samples_per_prompt", group)]
-
-    def _settings(self, algorithm: str) -> list[str]:
-        settings = [text.partition(":") for text in self.options.set]
-        for name, _, setting in settings:
-            if name not in self.options.algorithms or "=" not in setting:
-                raise InputError(f"--set {name}:{setting}: expected ALGORITHM:KEY=VALUE with one of {', '.join(self.options.algorithms)}")
-        return [setting for name, _, setting in settings if name == algorithm]
 
     # ----------------------------------------------------------------------------------------------------- result
 
