@@ -41,6 +41,15 @@ def test_a_node_that_takes_too_long_names_what_gives_it_longer(monkeypatch):
         pass
 
 
+def test_a_node_without_memory_is_one_line(monkeypatch):
+    def killed(*_args, **_options):
+        raise ray.exceptions.OutOfMemoryError("2 worker(s) were killed due to the node running low on memory.\nOOM kill reason: ...")
+
+    monkeypatch.setattr(ray, "get", killed)
+    with pytest.raises(ResourceError, match=r"^the start of rollout: 2 worker\(s\) were killed .* low on memory; use fewer"):
+        get([], what="the start of rollout")
+
+
 class Refuses:
     """An actor whose input is bad."""
 

@@ -407,3 +407,8 @@ def test_overrides_on_top_of_a_config_are_checked_like_those_of_a_file():
     assert changed.model_dump(exclude={"policy", "gvm"}) == config.model_dump(exclude={"policy", "gvm"})
     with pytest.raises(InputError, match=r"override policy\.thread=3: .*did you mean policy\.threads"):
         override_config(config, ["policy.thread=3"])
+
+
+def test_a_file_that_never_ends_is_no_config():
+    with pytest.raises(InputError, match="^/dev/zero: more than 10 MB, so this is no config file"):
+        load_config("/dev/zero")

@@ -105,9 +105,17 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
+_MAX_BYTES = 10_000_000
+"""A config file has some thousand; what has more is another file, or a device that never ends."""
+
+
 def _read_mapping(path: Path) -> dict:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise InputError(f"{path}: more than {_MAX_BYTES // 10**6} MB, so this is no config file; give a YAML file of settings")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

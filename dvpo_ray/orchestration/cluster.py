@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import InputError, ResourceError
@@ -104,7 +104,7 @@ def get(refs, *, what: str, timeout_seconds: float | None = None):
         what: names the work, for the error.
 
     Raises:
-        InputError, ResourceError: as raised in the actor; or an actor died, or the time limit passed.
+        InputError, ResourceError: as raised in the actor; or an actor died, its node ran out of memory, or the time limit passed.
     """
     try:
         return ray.get(refs, timeout=timeout_seconds)
@@ -114,6 +114,9 @@ def get(refs, *, what: str, timeout_seconds: float | None = None):
         raise
     except GetTimeoutError:
         raise ResourceError(f"{what} did not finish within {timeout_seconds:g} seconds") from None
+    except OutOfMemoryError as error:
+        told = str(error).partition("\n")[0].rstrip(".")
+        raise ResourceError(f"{what}: {told}; use fewer or smaller actors, or end what else takes memory") from error
     except RayActorError as error:
         # Of an error in a constructor Ray keeps the text alone.
         raised = re.search(r"dvpo_ray\.errors\.(InputError|ResourceError): (.+)", str(error))
