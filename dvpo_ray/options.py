@@ -58,5 +58,8 @@ def settings_by_algorithm(texts: Sequence[str], algorithms: Collection[str]) -> 
         name, _, setting = text.partition(":")
         if name not in settings or "=" not in setting:
             raise InputError(f"--set {text}: expected ALGORITHM:KEY=VALUE with one of {', '.join(algorithms)}")
+        key = setting.partition("=")[0].strip()
+        if key in ("algorithm", "seed", "out"):
+            raise InputError(f"--set {text}: {key} is the command's own to choose; leave it out")
         settings[name].append(setting)
     return settings

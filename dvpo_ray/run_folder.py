@@ -28,14 +28,15 @@ _LEFTOVERS = (
 def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
     """Make a folder that of a run that starts now: settings, and a summary that says so. Call it when all inputs are loaded.
 
-    What a run left there that never took a step is removed first.
+    What a run left there that never took a step is removed first; of a resumed run the summary keeps its numbers until there are new ones.
     """
     if not resumed and _ended_before_its_first_step(folder):
         _remove_leftovers(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / CONFIG) as file:
         file.write(dump_config(config))
-    write_summary(folder, {"name": config.name, "stage": stage, "state": "running", "seed": config.seed})
+    kept = _read_summary(folder) if resumed else {}
+    write_summary(folder, kept | {"name": config.name, "stage": stage, "state": "running", "seed": config.seed})
 
 
 # --------------------------------------------------------------------------------------------------------- a new run
@@ -76,10 +77,11 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
 
 def _hint(folder: Path) -> str:
     """What to add where there is nothing to continue."""
-    if any(_checkpoints(folder)):
-        return ""
     state = _read_summary(folder).get("state")
-    return f" (it has no checkpoint to continue from: its state is {state}; once it is over, remove the folder to start anew)" if state else ""
+    if state is None or any(_checkpoints(folder)):
+        return ""
+    over = "it is finished" if state == "finished" else f"its state is {state}; once it is over, remove the folder to start anew"
+    return f" (it has no checkpoint to continue from: {over})"
 
 
 def _foreign_files(folder: Path) -> Iterator[Path]:
@@ -122,9 +124,19 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
         made_by = " or ".join(f"`{STAGES[maker].command}`" for maker in makers)
         raise InputError(f"{folder}: a run of {made_by}, which `{STAGES[stage].command}` cannot resume; resume it with its own command")
     check_resumable(stage, kept, config, folder)
+    if _is_over(folder, stage, config):
+        longer = "; give a larger train.steps to go on" if stage == "train" else ""
+        raise InputError(f"{folder}: the run is finished and its result is in final/{longer}")
     if not any(_checkpoints(folder)):
         over = "start it again without --resume" if _ended_before_its_first_step(folder) else "give another --out, or remove the folder to start anew"
         raise InputError(f"{folder}: no checkpoint to resume from; {over}")
+
+
+def _is_over(folder: Path, stage: str, config: Config) -> bool:
+    """Whether a run has its result and no step is left. Only the policy's can be made longer."""
+    summary = _read_summary(folder)
+    done = summary.get("state") == "finished" and (folder / "final").is_dir()
+    return done and (stage != "train" or (summary.get("steps") or 0) >= config.train.steps)
 
 
 def _makers(folder: Path, kept: Config) -> tuple[str, ...]:

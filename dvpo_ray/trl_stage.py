@@ -151,7 +151,7 @@ def checkpoint_to_resume(out: Path, name: str, config: Config) -> Path:
         problem = _problem(folder)
         if problem is None:
             return folder
-        logger.warning("%s is not whole (%s); falling back to the one before it", folder, problem)
+        logger.warning("%s is not whole (%s) and is passed over", folder, problem)
     raise InputError(f"{out}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
 
 

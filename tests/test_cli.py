@@ -474,4 +474,5 @@ def test_settings_of_one_algorithm_name_it_and_a_key(capsys):
         capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "rloo:policy.threads=1"
     )
     assert "--set ppo: expected ALGORITHM:KEY=VALUE" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo")
+    assert "--set ppo:seed=1: seed is the command's own to choose" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo:seed=1")
     assert "policy.thread" in refusal(capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "ppo:policy.thread=1")

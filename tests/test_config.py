@@ -412,3 +412,12 @@ def test_overrides_on_top_of_a_config_are_checked_like_those_of_a_file():
 def test_a_file_that_never_ends_is_no_config():
     with pytest.raises(InputError, match="^/dev/zero: more than 10 MB, so this is no config file"):
         load_config("/dev/zero")
+
+
+def test_aliases_of_aliases_are_refused_before_they_are_written_out(tmp_path):
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]" for last, name in zip("abcdefgh", "bcdefghi", strict=True)]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="more than 100000 values with its aliases written out; this is no config"):
+        load_config(path)

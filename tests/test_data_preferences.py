@@ -254,6 +254,7 @@ def test_heldout_file_is_used_as_it_is_and_its_overlap_reported(tmp_path, caplog
     [
         ({"heldout_split": "test"}, "data.preferences.heldout_split: .* is a single file and has no splits"),
         ({"heldout_path": "train.jsonl"}, "the held-out set is the training set"),
+        ({"split": "test"}, "data.preferences.split is test, but train.jsonl is a single file and has no splits"),
     ],
 )
 def test_a_heldout_set_that_cannot_be_is_refused(tmp_path, monkeypatch, settings_, message):

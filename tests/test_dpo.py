@@ -153,11 +153,14 @@ def test_only_whole_checkpoints_are_resumed(tiny_chat_model, tmp_path, caplog):
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS, dpo={"batch_size": 1}, checkpoint={"every_steps": 1})
     out = tmp_path / "run"
     train_dpo(settings, out, resume=False)
+    with pytest.raises(InputError, match="the run is finished and its result is in final/$"):
+        checkpoint_to_resume(out, "dpo", settings)
+    shutil.rmtree(out / "final")
     assert checkpoint_to_resume(out, "dpo", settings).name == "checkpoint-2"
     weights = out / "checkpoints" / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert checkpoint_to_resume(out, "dpo", settings).name == "checkpoint-1"
-    assert "checkpoint-2 is not whole (model.safetensors is damaged or truncated); falling back" in caplog.text
+    assert "checkpoint-2 is not whole (model.safetensors is damaged or truncated) and is passed over" in caplog.text
     optimizer = out / "checkpoints" / "checkpoint-1" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     with pytest.raises(InputError, match="no whole checkpoint to resume from"):

@@ -112,6 +112,7 @@ def test_without_ppo_there_is_no_race():
     [
         (["--group", 7], "--group 7: a step's 64 samples are no multiple of it"),
         (["--set", "reinforce:seed=1"], "--set reinforce:seed=1: expected ALGORITHM:KEY=VALUE with one of dvpo, ppo"),
+        (["--set", "ppo:policy.threads=1", "--grid", "policy.threads=1,2"], "--grid policy.threads: is set for ppo already; search it or set it"),
         (["--grid", "policy.lr=1"], "unknown key policy.lr"),
         (["evaluation.judge=none"], "set evaluation.judge and evaluation.every_steps"),
     ],

@@ -282,6 +282,9 @@ def run_plan(llama, tmp_path, capsys):
 
 
 def test_plan_prints_roles_places_and_times(run_plan, tmp_path):
+    (tmp_path / "kept.json").write_text("{}")
+    status, _, error = run_plan("--json", str(tmp_path / "kept.json"))
+    assert status == 2 and "kept.json: already there, and --json would take its place" in error and (tmp_path / "kept.json").read_text() == "{}"
     status, out, _ = run_plan("--json", str(tmp_path / "plan.json"), "--node-memory-gib", "64")
     assert status == 0
     for word in ("rollout", "scorer", "reference", "learner", "host memory", "fits", "update", "from a table"):

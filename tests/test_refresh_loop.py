@@ -114,5 +114,6 @@ def test_resuming_repeats_the_run_with_the_artifact_of_its_checkpoint(refresh_se
     for gone in lost:
         shutil.rmtree(stopped / "checkpoints" / gone)
     shutil.rmtree(stopped / "gvm" / "refresh_000004")
+    shutil.rmtree(stopped / "final")
     resumed = run(refresh_settings, stopped, resume=True)
     assert without_times(resumed) == without_times(whole)

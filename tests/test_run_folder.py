@@ -157,6 +157,26 @@ def test_without_a_checkpoint_the_line_says_what_to_do(tmp_path):
     assert refused(check_resume, after_some, "train", config_with()).endswith("remove the folder to start anew")
 
 
+@pytest.mark.parametrize(("stage", "steps", "refusal"), [("train", 4, "give a larger train.steps"), ("gvm", 4, "in final/"), ("train", 5, None)])
+def test_a_finished_run_is_left_alone_unless_it_gets_more_steps(tmp_path, stage, steps, refusal):
+    checkpoint = "step_000004/learner" if stage == "train" else "step_000004/trainer"
+    folder = make_run(tmp_path / "run", stage, state="finished", checkpoint=checkpoint)
+    (folder / "final").mkdir()
+    config = config_with(train__steps=steps)
+    if refusal is None:
+        check_resume(folder, stage, config)
+    else:
+        assert "the run is finished and its result is in final/" in (line := refused(check_resume, folder, stage, config)) and refusal in line
+
+
+def test_a_resumed_run_keeps_its_numbers_until_there_are_new_ones(tmp_path):
+    folder = make_run(tmp_path / "run")
+    kept = json.loads((folder / "summary.json").read_text()) | {"evaluations": {"0": {"gold": 0.5}}}
+    (folder / "summary.json").write_text(json.dumps(kept))
+    begin(folder, "train", config_with(), resumed=True)
+    assert json.loads((folder / "summary.json").read_text()) == kept | {"state": "running"}
+
+
 # ----------------------------------------------------------------------------------------------------- a new run
 
 

@@ -34,17 +34,6 @@ def check_new_file(file: Path, option: str) -> None:
     check_writable_folder(file.parent)
 
 
-def check_replaceable_file(file: Path) -> None:
-    """Refuse a file for results that would take the place of anything but an ordinary file, or whose folder cannot be written to.
-
-    Raises:
-        InputError: names the file.
-    """
-    if file.exists() and not file.is_file():
-        raise InputError(f"{file}: a folder or a device is there; give a file")
-    check_writable_folder(file.parent)
-
-
 def check_writable_folder(folder: Path) -> None:
     """Refuse a folder in which no file can be made. Folders that are missing are made for the test, and removed again.
 

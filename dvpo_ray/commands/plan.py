@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dvpo_ray.commands.common import add_config_arguments, load
-from dvpo_ray.commands.paths import check_replaceable_file
+from dvpo_ray.commands.paths import check_new_file
 from dvpo_ray.errors import InputError
 from dvpo_ray.options import finite_number
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="GPU that the run will have, for example a100-80gb (default: this machine's)")
     parser.add_argument("--calibrate", action="store_true", help="measure the speed of this machine on two layers of the model, in seconds")
     parser.add_argument("--node-memory-gib", metavar="GIB", type=finite_number(above=0), help="host memory of a node (default: this machine's)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON; replaces an older one")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON, to a new file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate and args.device is not None:
         raise InputError(f"--calibrate measures this machine and --device {args.device} names another; give one of them")
     if args.json is not None:
-        check_replaceable_file(args.json)
+        check_new_file(args.json, "--json")
 
     from dvpo_ray.files import whole_file
     from dvpo_ray.planning.devices import calibrate, choose_device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import yaml
@@ -105,6 +106,7 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
+_MAX_VALUES = 100_000
 _MAX_BYTES = 10_000_000
 """A config file has some thousand; what has more is another file, or a device that never ends."""
 
@@ -146,21 +148,28 @@ def _as_json(value):
     """The same value with text keys and without sharing, so that an override of one alias leaves the others alone.
 
     Raises:
-        ValueError: an alias stands inside of what it refers to; names the key.
+        ValueError: an alias stands inside of what it refers to, or aliases of aliases make too much of it; names the key.
     """
-    _refuse_endless(value, "", ())
+    _refuse_endless(value, "", (), count())
     return json.loads(json.dumps(value, default=str))
 
 
-def _refuse_endless(value, path: str, around: tuple) -> None:
-    """Refuse a value that contains itself; `around` holds the mappings and lists that it stands in."""
+def _refuse_endless(value, path: str, around: tuple, values: Iterator[int]) -> None:
+    """Refuse a value that contains itself, or that has no end in practice.
+
+    Args:
+        around: the mappings and lists that it stands in.
+        values: counts the values of the whole file, aliases written out.
+    """
+    if next(values) > _MAX_VALUES:
+        raise ValueError(f"{path}: more than {_MAX_VALUES} values with its aliases written out; this is no config")
     if not isinstance(value, dict | list):
         return
     if any(value is outer for outer in around):
         raise ValueError(f"{path}: the alias stands inside of what it refers to, which has no end; write the value out")
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     for name, part in parts:
-        _refuse_endless(part, f"{path}.{name}" if path else str(name), (*around, value))
+        _refuse_endless(part, f"{path}.{name}" if path else str(name), (*around, value), values)
 
 
 def _drop_empty_sections(tree: dict, prefix: str) -> dict:

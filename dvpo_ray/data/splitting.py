@@ -89,6 +89,8 @@ def load_split(section: str, data: PreferenceData | PromptData, load: Callable[[
     Raises:
         InputError: what `load` raises; a held-out set that is the training set; a split asked of a single file.
     """
+    if data.split != "train" and not has_splits(data.path):
+        raise InputError(f"{section}.split is {data.split}, but {data.path} is a single file and has no splits; leave it out, or cut with limit")
     train = load(data.path, data.split)
     warnings = []
     if data.heldout_path is None and data.heldout_split is None:

@@ -82,6 +82,8 @@ class Convergence(Study):
             yield algorithm, common
             return
         key, _, values = self.options.grid.partition("=")
+        if any(setting.startswith(f"{key}=") for setting in common):
+            raise InputError(f"--grid {key}: is set for {algorithm} already; search it or set it")
         for value in values.split(","):
             yield f"{algorithm}-{value}", [*common, f"{key}={value}"]
 

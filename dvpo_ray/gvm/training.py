@@ -57,7 +57,6 @@ def train_gvm(config: Config, out: Path, resume: bool = False, console: RunConso
         check_gpus({f"{training_section(config)}.gpus_per_actor": config.gvm.gpus_per_actor}, config.ray)
     data = load_gvm_data(config)
     checkpoint = _checkpoint(out, config, data) if resume else None
-    begin(out, stage, config, resumed=resume)
     with nullcontext(console) if console is not None else RunConsole() as console:
         return GVMRun(config, stage, out, data, console, room).train(checkpoint)
 
@@ -105,10 +104,13 @@ class GVMRun:
 
     def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
         started, state = time.time(), "failed"
-        self.console.header("Reward model" if self.is_reward_model else "Global Value Model", self._facts())
-        for note in self.data.notes:
-            self.console.warn(note)
+        if checkpoint is not None:
+            self.last_step = checkpoint[1]["step"]
         try:
+            begin(self.out, self.summary["stage"], self.config, resumed=checkpoint is not None)
+            self.console.header("Reward model" if self.is_reward_model else "Global Value Model", self._facts())
+            for note in self.data.notes:
+                self.console.warn(note)
             with self.memory, connect(self.config.ray), self._trainers() as trainers:
                 artifact = self._run(trainers, checkpoint)
             state = "finished"
@@ -151,7 +153,7 @@ class GVMRun:
             [trainer.connect.remote(*address, train, self.total_steps) for trainer in trainers], what=f"the start of the {self.called} trainers"
         )
         if checkpoint is not None:
-            self._restore(trainers, *checkpoint)
+            self._restore(trainers, checkpoint[0])
         with MetricsLog(
             self.out,
             self.config.train.trackers,
@@ -202,9 +204,8 @@ class GVMRun:
         get([trainer.save_checkpoint.remote(str(draft / "trainer")) for trainer in trainers], what="saving a checkpoint")
         checkpoints.commit(draft, {"step": self.last_step, "total_steps": self.total_steps}, self.config.checkpoint.keep)
 
-    def _restore(self, trainers: list[ActorHandle], folder: Path, state: dict) -> None:
+    def _restore(self, trainers: list[ActorHandle], folder: Path) -> None:
         get([trainer.load_checkpoint.remote(str(folder / "trainer")) for trainer in trainers], what="loading a checkpoint")
-        self.last_step = state["step"]
         self.console.say(f"resumed after step {self.last_step}")
 
     # ------------------------------------------------------------------------------------ evaluation and artifact

@@ -50,7 +50,7 @@ def last_whole(run_folder: Path) -> tuple[Path, dict]:
         problem = _problem(folder)
         if problem is None:
             return folder, json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        logger.warning("%s is not whole (%s); falling back to the one before it", folder, problem)
+        logger.warning("%s is not whole (%s) and is passed over", folder, problem)
     raise InputError(f"{run_folder}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
 
 

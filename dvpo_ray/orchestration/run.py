@@ -45,7 +45,6 @@ def train(config: Config, resume: bool = False, console: RunConsole | None = Non
         check_resume(run_folder, STAGE, config)
     inputs = load_inputs(config)
     checkpoint = _checkpoint(run_folder, config) if resume else None
-    begin(run_folder, STAGE, config, resumed=resume)
     with nullcontext(console) if console is not None else RunConsole() as console:
         return Run(config, run_folder, inputs, console).train(checkpoint)
 
@@ -85,13 +84,14 @@ class Run:
 
     def train(self, checkpoint: tuple[Path, dict] | None) -> Path:
         """Run from a checkpoint, or from the start, to the end; the summary and the report are written however it ends."""
-        self.console.header(self.config.algorithm.upper(), self._facts())
-        for note in self.inputs.notes:
-            self.console.warn(note)
         state = "failed"
         if checkpoint is not None:
-            self.refresher.load_state_dict(checkpoint[1]["refresh"])
+            self._load_state_dict(checkpoint[1])
         try:
+            begin(self.run_folder, STAGE, self.config, resumed=checkpoint is not None)
+            self.console.header(self.config.algorithm.upper(), self._facts())
+            for note in self.inputs.notes:
+                self.console.warn(note)
             with connect(self.config.ray), self.memory, self._roles() as roles:
                 state = self._optimise(roles, checkpoint)
         except KeyboardInterrupt:
@@ -200,15 +200,19 @@ class Run:
         }
         checkpoints.commit(draft, state, self.config.checkpoint.keep)
 
+    def _load_state_dict(self, state: dict) -> None:
+        """Bring what the driver itself knows to the state of a checkpoint."""
+        self.refresher.load_state_dict(state["refresh"])
+        self.health.load_state_dict(state["health"])
+        self.refresh_is_due = state["refresh_is_due"] and state["step"] < self.config.train.steps
+        self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
+        self.last_step = state["step"]
+
     def _restore(self, loop: Loop, roles: Roles, folder: Path, state: dict) -> int:
         """Bring every role to the state of a checkpoint; returns its step."""
         loaded = [rank.load_checkpoint.remote(str(folder / role)) for role, ranks in roles.trained.items() for rank in ranks]
         get(loaded, what="loading a checkpoint")
         loop.kl.load_state_dict(state["kl"])
-        self.health.load_state_dict(state["health"])
-        self.refresh_is_due = state["refresh_is_due"] and state["step"] < self.config.train.steps
-        self.evaluations = {int(k): v for k, v in state["evaluations"].items()}
-        self.last_step = state["step"]
         loop.sync(state["step"])
         return state["step"]
 
