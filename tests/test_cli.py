@@ -297,11 +297,11 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(comma
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"] and (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_folder_that_can_be_made_is_not_there_before_the_command_makes_it(backend, tmp_path):
+def test_a_folder_that_can_be_made_is_not_there_before_the_command_makes_it(monkeypatch, tmp_path):
     there = []
     module = ModuleType("dvpo_ray.orchestration.run")
     module.train = lambda config, resume: there.append(Path(config.out).exists())
-    sys.modules[module.__name__] = module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "a/b/run"]) == 0
     assert there == [False] and not (tmp_path / "a").exists()
 

@@ -48,6 +48,6 @@ def test_disagreement_of_an_ensemble_scales_advantages(loop_settings, tiny_model
 
 
 def test_an_ensemble_on_another_scale_is_refused(loop_settings, tiny_model, tmp_path):
-    other = str(make_gvm(tmp_path / "other", tiny_model, outcome=OutcomeSpec(kind="score", scale=1.0)))
+    other = str(make_gvm(tmp_path / "other", tiny_model, bias=0.75, outcome=OutcomeSpec(kind="score", scale=1.0)))
     with pytest.raises(InputError, match=r"scorer\.ensemble: .*other was trained with another outcome than"):
         load_inputs(Config.model_validate(loop_settings | {"scorer": {"ensemble": [other]}}))
