@@ -43,12 +43,13 @@ class DeepSpeedRank(Actor):
     def _shard(self, model: nn.Module, optimizer: OptimizerConfig, deepspeed: DeepSpeedConfig, dtype: torch.dtype, total_steps: int) -> None:
         """Put a model under DeepSpeed, for so many optimizer steps in the whole run."""
         self.model = model
+        self.max_grad_norm = optimizer.max_grad_norm
         self.engine = build_engine(model, optimizer, deepspeed, dtype, total_steps)
         self.engine.train()
 
     def _optimizer_step(self, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
         """One optimizer step over the micro-batches of a minibatch; see `optimizer_step`."""
-        return optimizer_step(self.engine, losses, self._note_gradients)
+        return optimizer_step(self.engine, losses, self.max_grad_norm, self._note_gradients)
 
     # ------------------------------------------------------------------------------------------------- memory
 

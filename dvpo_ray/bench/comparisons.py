@@ -39,6 +39,7 @@ class Bench:
         inputs: prompts and stop tokens.
         run_folder: gets the actors' logs.
         rows: prompts with one response each, in every round.
+        learner_rows: how many of them the learner works on.
         repeats: measured rounds; one more warms up.
         after_round: called after each round, for a progress bar.
         chunks: rollouts of the last round, as the engine streamed them; made by `compare_rollout` and worked on by the others.
@@ -48,6 +49,7 @@ class Bench:
     inputs: Inputs
     run_folder: str
     rows: int
+    learner_rows: int
     repeats: int
     after_round: Callable[[], None] = lambda: None
     chunks: list[ObjectRef] = field(default_factory=list)
@@ -133,7 +135,7 @@ def compare_learner(bench: Bench) -> list[Comparison]:
     """
     recomputes = bench.config.policy.old_log_probs == "recompute" and derive_batch(bench.config).optimizer_steps_per_step > 1
     config = bench.config.model_copy(update={"policy": bench.config.policy.model_copy(update={"old_log_probs": "rollout"})})
-    shard = _with_learner_fields(bench.rollouts(), config.seed)
+    shard = _with_learner_fields(bench.rollouts().select(np.arange(bench.learner_rows)), config.seed)
     minibatches = _minibatches(config, shard.num_rows)
     passes = config.batch.update_epochs
     reference = ray.put(shard)

@@ -19,16 +19,18 @@ class Workload:
         prompt_tokens: of all rows.
         response_tokens: of all rows.
         longest_row: tokens of the longest prompt and response.
+        learner_rows: how many of the rows the learner worked on.
     """
 
     rows: int
     prompt_tokens: int
     response_tokens: int
     longest_row: int
+    learner_rows: int
 
     @classmethod
-    def of(cls, batch: RaggedBatch) -> Workload:
-        return cls(batch.num_rows, int(batch.prompt_lengths.sum()), int(batch.response_lengths.sum()), int(batch.lengths.max()))
+    def of(cls, batch: RaggedBatch, learner_rows: int) -> Workload:
+        return cls(batch.num_rows, int(batch.prompt_lengths.sum()), int(batch.response_lengths.sum()), int(batch.lengths.max()), learner_rows)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class StepResults:
 
 
 def _comparison_lines(workload: Workload, comparisons: Iterable[Comparison]) -> list[str]:
-    sizes = f"{workload.rows} rows, {workload.prompt_tokens} prompt and {workload.response_tokens} response tokens"
+    learner = "" if workload.learner_rows == workload.rows else f", the learner on {workload.learner_rows} of them"
+    sizes = f"{workload.rows} rows, {workload.prompt_tokens} prompt and {workload.response_tokens} response tokens{learner}"
     lines = [f"tokens per second, median (range), on {sizes}", f"{'':<34}{'product':<26}{'bare':<26}{'ratio':<7}target"]
     for comparison in comparisons:
         bare = comparison.bare[comparison.baseline]

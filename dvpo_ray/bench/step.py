@@ -18,8 +18,8 @@ from dvpo_ray.orchestration.inputs import Inputs, load_inputs
 def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
     """Measure a step of a config and print the results.
 
-    Rollouts, frozen models and learner are compared with one actor of each role, on what one learner worker works on in a
-    step; the whole step is profiled with the config's own actors.
+    Rollouts, frozen models and learner are compared with one actor of each role: rollouts and frozen models on what one engine
+    generates in a step, the learner on what one of its workers trains on. The whole step is profiled with the config's own actors.
 
     Args:
         run_folder: gets the actors' logs and what the profiled steps write.
@@ -43,7 +43,9 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
 
 
 def _measure(config: Config, inputs: Inputs, run_folder: Path, repeats: int, console: RunConsole) -> StepResults:
-    bench = Bench(one_actor_each(config), inputs, str(run_folder), derive_batch(config).samples_per_worker, repeats)
+    plan = derive_batch(config)
+    rows = max(plan.max_samples_per_engine, plan.samples_per_worker)
+    bench = Bench(one_actor_each(config), inputs, str(run_folder), rows, plan.samples_per_worker, repeats)
     rounds = repeats + 1
     with console.stage("rollout", rounds, unit="rounds") as progress:
         bench.after_round = progress.advance
@@ -56,7 +58,7 @@ def _measure(config: Config, inputs: Inputs, run_folder: Path, repeats: int, con
         comparisons += compare_learner(bench)
     with console.stage("whole step", rounds, unit="steps") as progress:
         profile = profile_steps(config, inputs, run_folder, repeats, progress.advance)
-    return StepResults(Workload.of(bench.rollouts()), comparisons, profile)
+    return StepResults(Workload.of(bench.rollouts(), bench.learner_rows), comparisons, profile)
 
 
 def one_actor_each(config: Config) -> Config:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.commands.common import add_config_arguments, dated_folder, load
 from dvpo_ray.commands.gvm import missing_pairs
-from dvpo_ray.commands.paths import check_writable_folder
+from dvpo_ray.commands.paths import check_new_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config import Config, override_config
 from dvpo_ray.config.inputs import Needed, preference_inputs, problems
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> int:
     config = load(args)
     out = args.out or dated_folder(config, "-bench")
-    check_writable_folder(out)
+    check_new_folder(out, "the results")
     results = args.benchmark(args, config, out)
 
     from dvpo_ray.files import whole_file
@@ -154,7 +154,7 @@ def _ledger(args: argparse.Namespace) -> int:
         raise InputError("--tokenizer is for --random-weights CONFIG_JSON; without it the tokenizer is the model's own")
     settings = settings_by_algorithm(args.set, args.algorithms)
     out = args.out or dated_folder(config, "-ledger")
-    check_writable_folder(out)
+    check_new_folder(out, "the results")
     config = _with_models(args, config, out)
 
     from dvpo_ray.bench.ledger import bench_ledger, config_for

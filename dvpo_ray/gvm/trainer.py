@@ -15,7 +15,7 @@ from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, head_spec, save_gvm
 from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.gvm.targets import bradley_terry, last_values, mean_values, squared_error, value_targets
 from dvpo_ray.gvm.trajectories import Trajectories, plan_minibatch, state_index, state_lengths
-from dvpo_ray.models.deepspeed import gather_parameters, optimizer_step
+from dvpo_ray.models.deepspeed import gather_parameters
 from dvpo_ray.models.forward import token_values
 from dvpo_ray.models.loading import load_tokenizer, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, full_weights
@@ -64,7 +64,7 @@ class GVMTrainer(DeepSpeedRank):
         minibatch = self.train.select(pairs)
         shares: list[Tensor] = []
         loss = partial(self._loss, minibatch, shares)
-        result = optimizer_step(self.engine, [partial(loss, micro) for micro in self._plan(minibatch)])
+        result = self._optimizer_step([partial(loss, micro) for micro in self._plan(minibatch)])
         sums = dict(zip(SHARES, torch.stack(shares).sum(0).tolist(), strict=True))
         return sums | {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
 

@@ -57,6 +57,8 @@ def _schedule(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], f
 
 
 def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype) -> dict:
+    # Without ZeRO and in float32 DeepSpeed would clip but keep no norm, so `optimizer_step` does both in one pass.
+    unclipped = deepspeed_config.zero_stage == 0 and dtype == torch.float32
     zero: dict = {"stage": deepspeed_config.zero_stage}
     if deepspeed_config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -65,7 +67,7 @@ def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfi
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; micro-batches here are cut by tokens, not rows
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
+        "gradient_clipping": 0.0 if unclipped else optimizer.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -106,6 +108,8 @@ def build_engine(
         config=_deepspeed_json(optimizer, deepspeed_config, dtype),
         dist_init_required=False,
     )
+    if dist.get_world_size() == 1 and not engine.zero_optimization():
+        engine.enable_backward_allreduce = False  # there is nobody to share with, and DeepSpeed would copy all gradients twice
     return engine
 
 
@@ -117,12 +121,15 @@ class StepResult:
     learning_rate: float
 
 
-def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]], after_backward: Callable[[], None] = lambda: None) -> StepResult:
+def optimizer_step(
+    engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]], max_grad_norm: float, after_backward: Callable[[], None] = lambda: None
+) -> StepResult:
     """Accumulate the gradients of several micro-batches and take one optimizer step.
 
     Args:
         losses: functions that run one micro-batch forward and return its share of the minibatch's loss. The shares of all
             micro-batches and ranks add up to that loss. Every rank passes the same number of them.
+        max_grad_norm: what the engine was built with.
         after_backward: called when a micro-batch's gradients are there.
     """
     learning_rate = engine.get_lr()[0]
@@ -131,11 +138,21 @@ def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor
         engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
         engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks; the shares are a sum
         after_backward()
-    # Without ZeRO and in float32 DeepSpeed keeps no norm, and the gradients are whole on every rank.
-    whole = [p.grad for p in engine.module.parameters() if p.grad is not None] if engine.zero_optimization_stage() == 0 else []
-    norm = torch.nn.utils.get_total_norm(whole) if whole else None
+    if engine.gradient_clipping() > 0:
+        engine.step()
+        return StepResult(float(engine.get_global_grad_norm()), learning_rate)
+    norm = _clip_gradients(engine.module, max_grad_norm)
     engine.step()
-    return StepResult(float(norm if norm is not None else engine.get_global_grad_norm()), learning_rate)
+    return StepResult(norm, learning_rate)
+
+
+def _clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale gradients that are whole on every rank down to a global norm, in place, and return the norm they had."""
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    if norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return float(norm)
 
 
 def gather_parameters(parameters: list[nn.Parameter]):
