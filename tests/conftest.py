@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -167,3 +169,31 @@ def faked(monkeypatch):
     monkeypatch.setattr(cluster, "connect", lambda config: nullcontext())
     monkeypatch.setattr(inputs, "input_problems", lambda runs: [])
     return faked
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    """Default run folders are relative to the working directory; libraries stay as the other tests have them."""
+    from dvpo_ray import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Puts a recording function in the place of a module that does a command's work."""
+
+    def backend(module: str, function: str, result=None) -> list:
+        calls = []
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return result
+
+        fake = ModuleType(module)
+        setattr(fake, function, record)
+        monkeypatch.setitem(sys.modules, module, fake)
+        return calls
+
+    return backend

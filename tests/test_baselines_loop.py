@@ -48,18 +48,20 @@ def test_a_baseline_trains_with_its_roles_on_its_rewards(baseline_settings, tmp_
     check_roles_and_rewards(tmp_path / "run", metrics, settings, ROLES)
 
 
-def test_ppo_learns_its_values_and_resumes_exactly(baseline_settings, tmp_path):
-    """Two critic ranks under ZeRO-3 beside one learner; the critic's state is part of a checkpoint."""
-    critic = {"num_actors": 2, "deepspeed": {"zero_stage": 3}, "init": "policy", "learning_rate": 1e-2, "value_clip": None}
-    settings = baseline_settings | {"algorithm": "ppo", "critic": critic, "train": {"steps": 4, "trackers": []}}
+def test_ppo_learns_its_values_and_a_finished_run_goes_on(baseline_settings, tmp_path):
+    """Two critic ranks under ZeRO-3 beside one learner; the critic's state is part of a checkpoint. With more steps than it had, the run
+    repeats those since its last whole checkpoint exactly and takes the new ones."""
+    critic = {"num_actors": 2, "deepspeed": {"zero_stage": 3}, "init": "policy", "learning_rate": 1e-2, "value_clip": None, "schedule": "constant"}
+    policy = baseline_settings["policy"] | {"schedule": "constant"}  # else its rates would depend on the number of steps
+    settings = baseline_settings | {"algorithm": "ppo", "policy": policy, "critic": critic, "train": {"steps": 4, "trackers": []}}
     whole = run(settings, tmp_path / "whole")
     check_roles_and_rewards(tmp_path / "whole", whole, settings, ROLES | {"critic"})
     assert whole[-1]["critic/loss"] < 0.5 * whole[0]["critic/loss"]
     assert whole[0]["value/std"] == 0.0 and whole[1]["value/std"] > 0.0  # a zero head says nothing, and then it does
-    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
-    for gone in ("checkpoints/step_000004", "final"):
-        shutil.rmtree(tmp_path / "stopped" / gone)
-    assert without_times(run(settings, tmp_path / "stopped", resume=True)) == without_times(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "longer")
+    shutil.rmtree(tmp_path / "longer" / "checkpoints" / "step_000004")
+    longer = run(settings, tmp_path / "longer", resume=True, train={"steps": 5})
+    assert without_times(longer)[:4] == without_times(whole) and [row["step"] for row in longer] == [1, 2, 3, 4, 5]
 
 
 def test_a_reward_model_is_no_value_model(baseline_settings, tmp_path):

@@ -83,13 +83,6 @@ def test_a_refused_resume_touches_no_file(loop_settings, uninterrupted, tmp_path
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_can_be_extended(loop_settings, uninterrupted, tmp_path):
-    folder, whole = uninterrupted
-    shutil.copytree(folder, tmp_path / "longer")
-    longer = run(loop_settings, tmp_path / "longer", resume=True, train={"steps": 5})
-    assert without_times(longer)[:4] == without_times(whole) and [row["step"] for row in longer] == [1, 2, 3, 4, 5]
-
-
 def test_a_policy_that_diverges_is_stopped(loop_settings, tmp_path):
     with pytest.raises(ResourceError, match="diverged: policy/(loss|grad_norm) is (nan|inf) at step 1; lower policy.learning_rate"):
         run(loop_settings, tmp_path / "run", policy={"learning_rate": 1e30}, train={"steps": 2}, batch={"minibatches_per_epoch": 4})
@@ -100,12 +93,15 @@ def test_a_policy_that_diverges_is_stopped(loop_settings, tmp_path):
     ("name", "changes"),
     [
         ("zero3-two-ranks-kl-loss", {"policy": {"num_actors": 2, "deepspeed": {"zero_stage": 3}}, "kl": {"placement": "loss", "estimator": "k3"}}),
-        ("lora-zero2-two-engines", {"policy": {"lora": {"rank": 4}, "deepspeed": {"zero_stage": 2}}, "rollout": {"num_actors": 2}}),
-        ("last-layer-static-q", {"policy": {"trainable_layers": 1, "deepspeed": {"zero_stage": 1}}, "advantage": {"mode": "static_q"}}),
+        (
+            "lora-zero2-two-engines-static-q",
+            {"policy": {"lora": {"rank": 4}, "deepspeed": {"zero_stage": 2}}, "rollout": {"num_actors": 2}, "advantage": {"mode": "static_q"}},
+        ),
     ],
 )
 def test_every_way_to_train_reaches_the_engines(loop_settings, tmp_path, name, changes):
-    """After each sync the engines sample from the learner's very weights, sharded, adapted or partly frozen as they may be."""
+    """After each sync the engines sample from the learner's very weights, sharded or adapted as they may be; the quickstart's test has
+    them partly frozen, under ZeRO-1."""
     small = {
         "rollout": loop_settings["rollout"] | changes.pop("rollout", {}),
         "train": {"steps": 2},

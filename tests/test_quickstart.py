@@ -126,6 +126,7 @@ def test_the_whole_quickstart_on_a_tiny_model(tiny_model, tmp_path, capsys):
         "rollout.backend=transformers",
         "gvm.num_layers=1",
         "policy.trainable_layers=1",
+        "policy.deepspeed.zero_stage=1",
         "data.max_prompt_tokens=64",
         "data.max_response_tokens=160",
         "data.preferences.limit=64",
@@ -141,6 +142,9 @@ def test_the_whole_quickstart_on_a_tiny_model(tiny_model, tmp_path, capsys):
     assert summary["peak_memory_gib"] > 0
     for file in ("config.yaml", "metrics.jsonl", "report.html", "rollouts/step_000001.jsonl", "final/config.json", "gvm/final/gvm.json"):
         assert (out / file).is_file(), file
+    first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert abs(first["kl/reference_mean"]) < 1e-4 < abs(second["kl/reference_mean"])  # the engine did get the trained layer
+    assert max(row["mismatch/log_prob_abs_max"] for row in (first, second)) < 1e-3
     assert "gold score" in capsys.readouterr().out
 
 

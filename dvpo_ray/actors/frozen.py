@@ -10,12 +10,12 @@ from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.process import Actor
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
-from dvpo_ray.gvm.artifact import GVMManifest, load_gvm
+from dvpo_ray.gvm.artifact import GVMManifest, load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.gvm.trajectories import Trajectories
 from dvpo_ray.health.disagreement import ensemble_std
 from dvpo_ray.models.forward import batch_log_probs, batch_values
-from dvpo_ray.models.loading import default_device, load_policy, torch_dtype
+from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.models.memory import parameter_bytes
 
 
@@ -41,7 +41,7 @@ class ValueScorer(FrozenModel):
         self.others = [self._load(config, path)[0] for path in config.scorer.ensemble]
 
     def _load(self, config: Config, path: str) -> tuple[PreTrainedModel, GVMManifest]:
-        return load_gvm(path, torch_dtype(config.model.dtype), config.model.attention, device=default_device())
+        return load_gvm_of_run(config.model, path)
 
     def _artifact(self, config: Config) -> str:
         return config.gvm.path

@@ -15,8 +15,8 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.layouts import ModelInputs, lay_out
 from dvpo_ray.bench.measure import Sample
 from dvpo_ray.config.schema import Config
-from dvpo_ray.gvm.artifact import load_gvm
-from dvpo_ray.models.loading import default_device, load_policy, torch_dtype
+from dvpo_ray.gvm.artifact import load_gvm_of_run
+from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, train_last_layers
 
 
@@ -86,8 +86,7 @@ class BareScorer(Actor):
         super().__init__(index, run_folder)
         self.max_tokens = config.scorer.micro_batch_tokens
         self.device = default_device()
-        model, _ = load_gvm(config.gvm.path, torch_dtype(config.model.dtype), config.model.attention)
-        self.model = model.to(self.device)
+        self.model, _ = load_gvm_of_run(config.model, config.gvm.path)
 
     def forward(self, batch: RaggedBatch, layout: str) -> Sample:
         """All rows once; laying them out isn't timed."""

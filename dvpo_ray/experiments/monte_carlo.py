@@ -14,10 +14,10 @@ from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.experiments.continuations import States, finish, states_at
-from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.models.forward import batch_log_probs
-from dvpo_ray.models.loading import context_tokens, default_device, load_policy, load_tokenizer, torch_dtype
+from dvpo_ray.models.loading import context_tokens, default_device, load_policy, load_tokenizer
 from dvpo_ray.orchestration.evaluate import heldout_prompts, policy_sampler
 from dvpo_ray.policy.statistics import sequence_kl
 
@@ -74,15 +74,7 @@ def values_of(config: Config, path: str, batch: RaggedBatch) -> np.ndarray:
     A GVM that takes examples of the policy gets other rows of the batch.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    model, manifest = load_gvm(
-        path,
-        torch_dtype(config.model.dtype),
-        config.model.attention,
-        tokenizer,
-        default_device(),
-        config.model.trust_remote_code,
-        config.model.chat_template,
-    )
+    model, manifest = load_gvm_of_run(config.model, path, tokenizer)
     return rollout_values(model, batch, config.scorer.micro_batch_tokens, manifest.context, batch, config.seed)
 
 

@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dvpo_ray.config.inputs import MANIFEST, no_artifact
+from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.model import first_line, head_parameters, load_token_classifier
+from dvpo_ray.models.loading import default_device, torch_dtype
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -167,6 +169,15 @@ def load_gvm(
     model.requires_grad_(False).eval().to(device)
     _float32_head(model)
     return model, manifest
+
+
+def load_gvm_of_run(model: ModelConfig, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[PreTrainedModel, GVMManifest]:
+    """`load_gvm` in the dtype and with the attention of a run's model, onto this process's device.
+
+    Args:
+        tokenizer: the run's, to be compared with the artifact's; not needed where the run's inputs have been checked.
+    """
+    return load_gvm(path, torch_dtype(model.dtype), model.attention, tokenizer, default_device(), model.trust_remote_code, model.chat_template)
 
 
 def read_manifest(folder: Path, kind: Literal["gvm", "reward_model"] = "gvm") -> GVMManifest:

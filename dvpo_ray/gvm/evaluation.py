@@ -9,7 +9,7 @@ import numpy as np
 
 from dvpo_ray.config import Config
 from dvpo_ray.files import whole_folder
-from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.dataset import load_heldout
 from dvpo_ray.gvm.plots import plot_accuracy_by_position, plot_calibration, plot_value_trajectories
 from dvpo_ray.gvm.trajectories import state_index
@@ -24,7 +24,7 @@ from dvpo_ray.gvm.views import (
     wilson_interval,
 )
 from dvpo_ray.models.forward import batch_values
-from dvpo_ray.models.loading import default_device, load_tokenizer, torch_dtype
+from dvpo_ray.models.loading import load_tokenizer
 
 
 def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
@@ -43,15 +43,7 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
         InputError: as in `load_gvm` and `load_heldout`.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    model, manifest = load_gvm(
-        gvm_path,
-        torch_dtype(config.model.dtype),
-        config.model.attention,
-        tokenizer,
-        default_device(),
-        config.model.trust_remote_code,
-        config.model.chat_template,
-    )
+    model, manifest = load_gvm_of_run(config.model, gvm_path, tokenizer)
     heldout = load_heldout(config, manifest, tokenizer)
     flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)
     values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[state_index(heldout.batch)])])

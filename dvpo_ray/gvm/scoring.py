@@ -28,11 +28,11 @@ from dvpo_ray.data.rows import (
 )
 from dvpo_ray.data.splitting import prompt_key
 from dvpo_ray.files import whole_file
-from dvpo_ray.gvm.artifact import load_gvm
+from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.context import Origin, with_peer_examples
 from dvpo_ray.gvm.dataset import make_encoder
 from dvpo_ray.models.forward import batch_values
-from dvpo_ray.models.loading import default_device, load_tokenizer, torch_dtype
+from dvpo_ray.models.loading import load_tokenizer
 
 _ITEMS_AT_ONCE = 256  # enough to sort by length, few enough to hold
 
@@ -85,15 +85,7 @@ def score_file(config: Config, gvm_path: Path, input_path: Path, output_path: Pa
         InputError: a bad artifact, file or row, or too few examples. ResourceError: the disk is full.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    model, manifest = load_gvm(
-        gvm_path,
-        torch_dtype(config.model.dtype),
-        config.model.attention,
-        tokenizer,
-        default_device(),
-        config.model.trust_remote_code,
-        config.model.chat_template,
-    )
+    model, manifest = load_gvm_of_run(config.model, gvm_path, tokenizer)
     encoder = make_encoder(config, tokenizer)
     items, _ = parse_rows(str(input_path), read_rows(str(input_path), "train"), _parse, config.data.on_bad_row)
     encoded = list(_encode(encoder, items))

@@ -1,0 +1,162 @@
+"""What each `dvpo` command calls, with what, and what it prints of the result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from cli_runs import LOCAL_CPU, ROOT, refusal
+
+from dvpo_ray import cli
+from dvpo_ray.config import load_config
+
+pytestmark = pytest.mark.usefixtures("in_empty_folder")
+
+
+def test_train_calls_the_run(backend, capsys, tmp_path):
+    calls = backend("dvpo_ray.orchestration.run", "train", Path("done"))
+    (tmp_path / "run").mkdir()
+    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "run", "--resume"]) == 0
+    ((config,), options) = calls[0]
+    assert (config.out, config.gvm.path, options) == ("run", "g", {"resume": True})
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_quickstart_calls_the_quickstart(backend, capsys):
+    calls = backend("dvpo_ray.quickstart.run", "quickstart", Path("run/report.html"))
+    assert cli.main(["quickstart", "train.steps=3", "--out", "run"]) == 0
+    assert calls[0] == ((Path("run"), ["train.steps=3"]), {})
+    assert "train.stepps=3: unknown key" in refusal(capsys, "quickstart", "train.stepps=3")
+
+
+def test_quickstart_dry_run(capsys):
+    assert cli.main(["quickstart", "--dry-run", "seed=4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("name: quickstart\nseed: 4\n") and "# batch arithmetic\n" in printed
+
+
+def test_gvm_train_calls_the_training(backend):
+    calls = backend("dvpo_ray.gvm.training", "train_gvm", Path("done"))
+    assert cli.main(["gvm", "train", LOCAL_CPU, "--out", "run"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), Path("run"), False), {})
+
+
+def test_gvm_eval_calls_the_evaluation_and_prints_json(backend, capsys):
+    calls = backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", {"accuracy": {"last": 0.75}})
+    assert cli.main(["gvm", "eval", LOCAL_CPU, "--gvm", "g"]) == 0
+    (config, gvm, out), _ = calls[0]
+    assert (config, gvm) == (load_config(LOCAL_CPU), Path("g"))
+    assert re.fullmatch(r"runs/local-cpu-gvm-eval-\d{8}-\d{6}", str(out))
+    assert capsys.readouterr().out == '{\n  "accuracy": {\n    "last": 0.75\n  }\n}\n'
+
+
+def test_gvm_score_calls_the_scoring(backend, capsys):
+    calls = backend("dvpo_ray.gvm.scoring", "score_file", 12)
+    assert cli.main(["gvm", "score", LOCAL_CPU, "gvm.path=g", "--input", "in.jsonl", "--output", "out.jsonl"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("g"), Path("in.jsonl"), Path("out.jsonl")), {})
+    assert capsys.readouterr().out == "out.jsonl: 12 rows\n"
+
+
+def test_sft_calls_the_training(backend):
+    calls = backend("dvpo_ray.sft", "train_sft", Path("done"))
+    assert cli.main(["sft", LOCAL_CPU, "data.sft=s.jsonl", "--out", "run"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["data.sft=s.jsonl"]), Path("run"), False), {})
+
+
+def test_dpo_calls_the_training(backend):
+    calls = backend("dvpo_ray.baselines.dpo", "train_dpo", Path("done"))
+    assert cli.main(["dpo", LOCAL_CPU, "--out", "run"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), Path("run"), False), {})
+
+
+def test_report_calls_the_report(backend, capsys, tmp_path):
+    calls = backend("dvpo_ray.monitoring.report", "write_report", Path("run/report.html"))
+    (tmp_path / "run").mkdir()
+    assert cli.main(["report", "run"]) == 0
+    (folder, _), _ = calls[0]
+    assert folder == Path("run")
+    assert capsys.readouterr().out == "run/report.html\n"
+
+
+def test_report_says_what_it_leaves_out(capsys, tmp_path):
+    (tmp_path / "run" / "rollouts").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "run" / "rollouts" / "step_000001.jsonl").write_text('{"prompt": "cut o')  # written as a whole, so this is damage
+    (tmp_path / "run" / "rollouts" / "step_000002.jsonl").write_text("")
+    assert cli.main(["report", "run"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "run/report.html\n"
+    assert err.splitlines()[0] == "dvpo: warning: run/rollouts/step_000002.jsonl: no rows; the file is left out"
+    assert err.splitlines()[1].startswith("dvpo: warning: run/rollouts/step_000001.jsonl:1: not valid JSON (")
+
+
+def test_dry_run_of_rm_train_speaks_of_the_reward_model(capsys):
+    assert cli.main(["rm", "train", LOCAL_CPU, "--dry-run", "gvm.epochs=7", "reward_model.epochs=3"]) == 0
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert any("3 epochs x training pairs" in line for line in comments) and any("rm_trainer" in line for line in comments)
+    assert not any("gvm" in line.lower() for line in comments)
+    assert "reward_model.gpus_per_actor 1.5 is 1.5 GPUs" in refusal(capsys, "rm", "train", LOCAL_CPU, "reward_model.gpus_per_actor=1.5")
+
+
+def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
+    calls = backend("dvpo_ray.orchestration.evaluate", "evaluate_policy", {"prompts": 3})
+    assert cli.main(["eval", LOCAL_CPU, "--policy", "runs/a/final", "--out", "there"]) == 0
+    assert cli.main(["eval", LOCAL_CPU, "model.path=m"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU), "runs/a/final", Path("there")), {})
+    (_, policy, out), _ = calls[1]
+    assert policy == "m" and re.fullmatch(r"runs/local-cpu-eval-\d{8}-\d{6}", str(out))
+    assert capsys.readouterr().out == '{\n  "prompts": 3\n}\n' * 2
+
+
+def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, tmp_path):
+    calls = backend("dvpo_ray.bench.step", "bench_step", {"benchmark": "step"})
+    assert cli.main(["bench", "step", LOCAL_CPU, "gvm.path=g", "--out", "b", "--repeats", "2"]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("b"), 2), {})
+    assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "step"}
+    assert capsys.readouterr().out == "b/bench.json\n"
+    assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == (
+        "argument --repeats: '0' is no whole number of at least 1; see `dvpo bench step --help`"
+    )
+    assert "gvm.path is not set" in refusal(capsys, "bench", "step", LOCAL_CPU)
+
+
+def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys, tmp_path):
+    calls = []
+    monkeypatch.setattr("dvpo_ray.bench.trl.bench_trl", lambda *args: calls.append(args) or {"benchmark": "trl"})
+    assert cli.main(["bench", "trl", LOCAL_CPU, "--trl-python", "p", "--out", "b", "--repeats", "2", "--set", "ppo:policy.threads=1"]) == 0
+    assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2, {"ppo": ["policy.threads=1"], "dvpo": []})]
+    assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl"}
+    assert capsys.readouterr().out == "b/bench.json\n"
+    assert "data.prompts.path is not set" in refusal(capsys, "bench", "trl", LOCAL_CPU, "data.prompts=null", "--trl-python", "p")
+    assert "arguments are required: --trl-python" in refusal(capsys, "bench", "trl", LOCAL_CPU)
+
+
+def test_bench_trl_reward_checks_its_paths_before_it_does_anything(backend, capsys):
+    calls = backend("dvpo_ray.bench.trl_reward", "bench_trl_reward", {})
+    command = ["bench", "trl-reward", LOCAL_CPU, f"data.preferences.heldout_path={LOCAL_CPU}"]
+    given = [f"data.preferences.path={LOCAL_CPU}", "model.path=hub/model"]
+    assert "data.preferences.path p.jsonl: no such file" in refusal(capsys, *command, "model.path=hub/model", "data.preferences.path=p.jsonl")
+    assert "gvm.path g: no such folder; give a GVM artifact" in refusal(capsys, *command, *given, "gvm.path=g")
+    assert "reward_model.path r: no such folder; give a reward model" in refusal(capsys, *command, *given, "reward_model.path=r")
+    assert not calls
+
+
+def test_bench_trl_reward_calls_the_benchmark_and_keeps_its_results(backend, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    calls = backend("dvpo_ray.bench.trl_reward", "bench_trl_reward", {"benchmark": "trl-reward"})
+    assert cli.main(["bench", "trl-reward", LOCAL_CPU, "model.path=hub/model", "--out", str(tmp_path / "b")]) == 0
+    assert calls[0] == ((load_config(LOCAL_CPU, ["model.path=hub/model"]), tmp_path / "b"), {})
+    assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl-reward"}
+    assert capsys.readouterr().out == f"{tmp_path}/b/bench.json\n"
+    assert "data.preferences.path is not set" in refusal(capsys, "bench", "trl-reward", LOCAL_CPU, "data.preferences=null")
+
+
+def test_settings_of_one_algorithm_name_it_and_a_key(capsys):
+    assert "--set rloo:policy.threads=1: expected ALGORITHM:KEY=VALUE with one of ppo, dvpo" in refusal(
+        capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "rloo:policy.threads=1"
+    )
+    assert "--set ppo: expected ALGORITHM:KEY=VALUE" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo")
+    assert "--set ppo:seed=1: seed is the command's own to choose" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo:seed=1")
+    assert "policy.thread" in refusal(capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "ppo:policy.thread=1")

@@ -1,0 +1,164 @@
+"""What is derived from a config: batch arithmetic and placement; and the configs and the page that are shipped."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.arithmetic import batch_notes, derive_batch
+from dvpo_ray.config.docs import configuration_page
+from dvpo_ray.config.keys import known_keys
+from dvpo_ray.errors import InputError
+from dvpo_ray.orchestration.placement import Bundle, plan_gvm_placement, plan_placement, total_resources
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))
+MODEL = "model: {path: some/model}\n"
+
+# -------------------------------------------------------------------------------------- arithmetic and placement
+
+
+def make(**sections) -> Config:
+    return Config(model={"path": "some/model"}, **sections)
+
+
+def test_batch_arithmetic_golden_numbers():
+    config = make(
+        batch={"prompts_per_step": 24, "samples_per_prompt": 2, "update_epochs": 4, "minibatches_per_epoch": 3},
+        policy={"num_actors": 4},
+        rollout={"num_actors": 5, "max_response_tokens": 300},
+        data={"max_prompt_tokens": 200},
+        train={"steps": 10},
+    )
+    plan = derive_batch(config, num_prompts=60)
+    assert plan.samples_per_step == 48
+    assert plan.max_samples_per_engine == 10
+    assert plan.samples_per_worker == 12
+    assert plan.rows_per_minibatch == 16
+    assert plan.rows_per_worker_minibatch == 4
+    assert plan.max_tokens_per_row == 500
+    assert plan.optimizer_steps_per_step == 12
+    assert plan.optimizer_steps == 120
+    assert plan.total_prompts == 240
+    assert plan.total_samples == 480
+    assert plan.prompt_epochs == 4.0
+    assert derive_batch(config).prompt_epochs is None
+
+
+@given(*[st.integers(1, 40)] * 4)
+def test_uneven_batches_are_refused_with_numbers_that_work(prompts, samples, workers, minibatches):
+    def config(prompts: int) -> Config:
+        batch = {"prompts_per_step": prompts, "samples_per_prompt": samples, "minibatches_per_epoch": minibatches}
+        return make(batch=batch, policy={"num_actors": workers})
+
+    if prompts * samples % (workers * minibatches) == 0:
+        plan = derive_batch(config(prompts))
+        assert plan.rows_per_worker_minibatch * workers * minibatches == plan.samples_per_step
+        return
+    with pytest.raises(InputError, match="policy.num_actors .* batch.minibatches_per_epoch") as caught:
+        derive_batch(config(prompts))
+    proposed = str(caught.value).removesuffix(" can").rpartition("batch.prompts_per_step ")[2].split(" or ")
+    for number in proposed:
+        derive_batch(config(int(number)))
+
+
+def test_what_is_legal_but_odd_is_noted():
+    assert batch_notes(make()) == []
+    notes = batch_notes(make(batch={"prompts_per_step": 2, "micro_batch_tokens": 100}, rollout={"num_actors": 3}))
+    assert [note.split()[0] for note in notes] == ["batch.micro_batch_tokens", "rollout.num_actors"]
+
+
+def test_placement_of_every_role():
+    config = make(
+        rollout={"num_actors": 2, "tensor_parallel_size": 2, "gpus_per_actor": 1, "cpus_per_actor": 3},
+        scorer={"gpus_per_actor": 0.5},
+        reference={"gpus_per_actor": 0.5},
+        policy={"num_actors": 2, "gpus_per_actor": 1},
+        gvm={"num_actors": 3, "gpus_per_actor": 1, "cpus_per_actor": 2},
+    )
+    bundles = plan_placement(config)
+    assert bundles == [
+        Bundle("rollout", 0, 3, 2),
+        Bundle("rollout", 1, 3, 2),
+        Bundle("scorer", 0, 1, 0.5),
+        Bundle("reference", 0, 1, 0.5),
+        Bundle("learner", 0, 1, 1),
+        Bundle("learner", 1, 1, 1),
+        Bundle("experience", 0, 0, 0),
+    ]
+    assert total_resources(bundles) == (10, 7)
+    assert plan_gvm_placement(config) == [Bundle("gvm_trainer", index, 2, 1) for index in range(3)]
+
+
+def test_a_share_that_ray_cannot_give_is_refused():
+    with pytest.raises(InputError, match=r"rollout.gpus_per_actor 0.75 times rollout.tensor_parallel_size 2 is 1.5 GPUs"):
+        plan_placement(make(rollout={"gpus_per_actor": 0.75, "tensor_parallel_size": 2}))
+    with pytest.raises(InputError, match=r"gvm.gpus_per_actor 1.5 is 1.5 GPUs"):
+        plan_gvm_placement(make(gvm={"gpus_per_actor": 1.5}))
+
+
+# ------------------------------------------------------------------------------------- shipped configs and docs
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_fit_the_machine_they_are_named_after(path):
+    counted = re.search(r"(\d+)gpu", path.stem)
+    gpus = int(counted[1]) if counted else int("gpu" in path.stem)
+    config = load_config(path)
+    derive_batch(config)
+    assert batch_notes(config) == []
+    assert min(gpus, 1) / 2 <= total_resources(plan_placement(config))[1] <= gpus
+    assert total_resources(plan_gvm_placement(config))[1] == gpus
+    assert config.data.preferences and config.data.prompts
+    if config.ray.num_cpus:
+        assert total_resources(plan_placement(config))[0] <= config.ray.num_cpus
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_have_room_for_a_critic(path):
+    counted = re.search(r"(\d+)gpu", path.stem)
+    shared = ["policy.gpus_per_actor=0.5"] if counted else []  # as the file says
+    config = load_config(path, ["algorithm=ppo", *shared])
+    gpus = int(counted[1]) if counted else int("gpu" in path.stem)
+    cpus, planned = total_resources(plan_placement(config))
+    assert derive_batch(config) and planned <= gpus and cpus <= (config.ray.num_cpus or 64)
+    assert all(bundle.gpus > 0 for bundle in plan_placement(config) if gpus and bundle.role != "experience")
+
+
+def test_the_papers_setting():
+    config = load_config(ROOT / "cluster_configs" / "single-node-8gpu.yaml")
+    assert (config.gvm.learning_rate, config.gvm.pairs_per_step, config.gvm.epochs) == (1.41e-5, 32, 1)
+    assert config.data.max_prompt_tokens + config.data.max_response_tokens == 2048
+    assert (config.policy.learning_rate, config.policy.schedule, config.policy.clip_epsilon) == (2e-6, "linear", 0.2)
+    assert (config.kl.placement, config.kl.coefficient) == ("reward", 0.05)
+    assert config.policy.deepspeed.zero_stage == 3
+    assert derive_batch(config).total_prompts == 10_000
+
+
+def test_shipped_configs_mean_the_same_to_other_yaml_readers():
+    for path in SHIPPED:
+        assert Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))) == load_config(path)
+
+
+def test_configuration_page_is_up_to_date():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == configuration_page(), "run: python -m dvpo_ray.config.docs > docs/configuration.md"
+
+
+def test_every_setting_is_explained():
+    unexplained = [key.path for key in known_keys().values() if key.section is None and not key.field.description]
+    assert unexplained == []
+
+
+def test_importing_the_config_loads_neither_torch_nor_ray():
+    code = "import sys, dvpo_ray.config, dvpo_ray.config.arithmetic, dvpo_ray.orchestration.placement; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "ray", "transformers", "vllm", "deepspeed"} & set(loaded)
