@@ -89,28 +89,39 @@ def test_a_policy_that_diverges_is_stopped(loop_settings, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["state"] == "failed" and not (tmp_path / "run" / "final").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("zero3-two-ranks-kl-loss", {"policy": {"num_actors": 2, "deepspeed": {"zero_stage": 3}}, "kl": {"placement": "loss", "estimator": "k3"}}),
-        (
-            "lora-zero2-two-engines-static-q",
-            {"policy": {"lora": {"rank": 4}, "deepspeed": {"zero_stage": 2}}, "rollout": {"num_actors": 2}, "advantage": {"mode": "static_q"}},
-        ),
-    ],
-)
-def test_every_way_to_train_reaches_the_engines(loop_settings, tmp_path, name, changes):
-    """After each sync the engines sample from the learner's very weights, sharded or adapted as they may be; the quickstart's test has
-    them partly frozen, under ZeRO-1."""
-    small = {
-        "rollout": loop_settings["rollout"] | changes.pop("rollout", {}),
-        "train": {"steps": 2},
-        "policy": {"old_log_probs": "rollout"} | changes.pop("policy"),
-    }
-    metrics = run(loop_settings, tmp_path / name, **small, **changes)
+def check_that_engines_follow(metrics: list[dict]) -> None:
+    """After each sync the engines sample from the learner's very weights, and these are others than before."""
     assert metrics[0]["kl/reference_mean"] == pytest.approx(0.0, abs=1e-3)
-    assert metrics[1]["kl/reference_mean"] != pytest.approx(0.0, abs=1e-4)  # the engines did get new weights
+    assert metrics[1]["kl/reference_mean"] != pytest.approx(0.0, abs=1e-4)
     assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
+
+
+# The quickstart's test has weights that are partly frozen, under ZeRO-1.
+
+
+def test_weights_in_shards_reach_the_engine(loop_settings, tmp_path):
+    policy = {"num_actors": 2, "old_log_probs": "rollout", "deepspeed": {"zero_stage": 3}}
+    kl = {"placement": "loss", "estimator": "k3"}
+    check_that_engines_follow(run(loop_settings, tmp_path / "run", policy=policy, kl=kl, train={"steps": 2}))
+
+
+def test_adapters_reach_two_engines_and_their_fresh_rollouts_are_the_value_models_examples(loop_settings, tiny_model, tmp_path):
+    from gvm_artifacts import make_gvm
+
+    from dvpo_ray.gvm.artifact import ContextSpec
+
+    conditioned = str(make_gvm(tmp_path / "gvm", tiny_model, context=ContextSpec(examples=2, max_tokens=64)))
+    changes = {
+        "gvm": {"path": conditioned, "context": {"pool": 4}},
+        "rollout": {"num_actors": 2},
+        "policy": {"lora": {"rank": 4}, "old_log_probs": "rollout", "deepspeed": {"zero_stage": 2}},
+        "advantage": {"mode": "static_q"},
+    }
+    check_that_engines_follow(run(loop_settings, tmp_path / "run", train={"steps": 2}, **changes))
+    rows = rollouts(tmp_path / "run", 2)
+    alone = [values_by_hand(conditioned, row) for row in rows]
+    assert all(np.isfinite(row["values"]).all() for row in rows)
+    assert not any(np.allclose(row["values"], values, atol=1e-4) for row, values in zip(rows, alone, strict=True))
 
 
 @needs_vllm
@@ -120,17 +131,3 @@ def test_vllm_samples_from_the_learners_weights_at_every_version_and_value_rises
     assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
     spread = metrics[0]["value/std"]
     assert metrics[-1]["value/terminal_mean"] > metrics[0]["value/terminal_mean"] + spread
-
-
-def test_a_value_model_that_takes_examples_gets_fresh_rollouts_of_the_policy(loop_settings, tiny_model, tmp_path):
-    from gvm_artifacts import make_gvm
-
-    from dvpo_ray.gvm.artifact import ContextSpec
-
-    conditioned = str(make_gvm(tmp_path / "gvm", tiny_model, context=ContextSpec(examples=2, max_tokens=64)))
-    gvm = {"path": conditioned, "context": {"pool": 4}}
-    run(loop_settings, tmp_path / "run", gvm=gvm, rollout={"num_actors": 2}, train={"steps": 2})
-    rows = rollouts(tmp_path / "run", 2)
-    alone = [values_by_hand(conditioned, row) for row in rows]
-    assert all(np.isfinite(row["values"]).all() for row in rows)
-    assert not any(np.allclose(row["values"], values, atol=1e-4) for row, values in zip(rows, alone, strict=True))
