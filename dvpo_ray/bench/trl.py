@@ -209,7 +209,7 @@ def run_trl(request: dict, python: Path, run_folder: Path, after_step) -> TRLRun
     request_file.write_text(json.dumps(request), encoding="utf-8")
     result_file.unlink(missing_ok=True)
     threads = {name: str(request["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    ours = ("PYTHONPATH", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+    ours = ("PYTHONPATH", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     variables = {name: value for name, value in os.environ.items() if name not in ours} | threads | {"TOKENIZERS_PARALLELISM": "false"}
     command = [str(python), "-P", str(SCRIPT), str(request_file), str(result_file)]
     with (
