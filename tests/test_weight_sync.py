@@ -29,12 +29,12 @@ def test_buckets_carry_every_weight_unchanged(sizes, kinds, bucket_bytes, checks
     assert [name for name, _ in arrived] == [name for name, _ in weights]
     for (_, sent), (_, got) in zip(weights, arrived, strict=True):
         assert got.dtype == sent.dtype and got.shape == sent.shape and torch.equal(got, sent)
-    assert all(len(bucket["names"]) == 1 or len(bucket["data"]) <= bucket_bytes + 64 * len(bucket["names"]) for bucket in buckets)
+    assert all(len(bucket["names"]) == 1 or sum(map(len, bucket["data"])) <= bucket_bytes for bucket in buckets)
 
 
 def test_a_damaged_bucket_is_refused():
     (bucket,) = pack([("a", torch.ones(4)), ("b", torch.ones(4))], 10_000, checksum=True)
-    bucket["data"][5] ^= 1
+    bucket["data"][1][5] ^= 1
     with pytest.raises(ValueError, match="weight bucket a … b arrived damaged"):
         list(unpack(**bucket))
 
@@ -71,7 +71,7 @@ class _Engine:
         self._phase("start")
 
     def update_weights(self, bucket):
-        self._phase("update", np.asarray(bucket["data"]).sum())
+        self._phase("update", sum(int(raw.sum()) for raw in bucket["data"]))
 
     def finish_weight_update(self):
         self._phase("finish")
@@ -89,7 +89,7 @@ def test_phases_reach_every_engine_in_order_and_a_hang_is_named(ray_session):
     client = EngineClient(engines, ranks_per_engine=2, timeout_seconds=60)
     client.init_weight_transfer_engine({"rank_offset": 1})
     client.start_weight_update()
-    client.update_weights(ray.put({"data": np.ones(3)}))
+    client.update_weights(ray.put({"data": [np.ones(3)]}))
     client.finish_weight_update()
     client.set_policy_version(7)
     tail = [("start",), ("update", 3.0), ("finish",), ("version", 7)]

@@ -38,7 +38,7 @@ def environment(role: RoleConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         # glibc would give every larger tensor back to the system and fetch fresh pages for the next: a quarter of a small model's pass.
-        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     }
     if isinstance(role, RolloutConfig) and role.backend == "vllm":

@@ -68,4 +68,19 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.dvpo_ray.onednn_linear(x, weight, bias) if torch.compiler.is_compiling() else _onednn_linear(x, weight, bias)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+
+
+# To torch.compile the product is one operation that it leaves as it is: its own lowering of oneDNN's takes constant weights only.
+_OPERATIONS = torch.library.Library("dvpo_ray", "DEF")
+_OPERATIONS.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_OPERATIONS.impl("onednn_linear", _onednn_linear, "CPU")
+
+
+@torch.library.register_fake("dvpo_ray::onednn_linear", lib=_OPERATIONS)
+def _shape_of_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
+from dvpo_ray.models.compiling import compile_layers
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -84,12 +85,17 @@ def build_engine(
 
     Args:
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+
+    Raises:
+        ResourceError: the config wants compiled layers, and this node has no C++ compiler.
     """
     import deepspeed
 
     if deepspeed_config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
+    if deepspeed_config.compile:
+        compile_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(
         parameters,

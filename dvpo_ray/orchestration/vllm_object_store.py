@@ -25,7 +25,7 @@ class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtypes: list[str]
     shapes: list[tuple[int, ...]]
-    data: np.ndarray
+    data: list[np.ndarray]
     crc32: int | None
 
 

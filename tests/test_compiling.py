@@ -1,0 +1,67 @@
+"""Compiled decoder layers compute what they compute without, whatever the shape of the rows."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch._dynamo.utils import counters
+
+from dvpo_ray.config.schema import DeepSpeedConfig, LoraConfig, ModelConfig
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.models import cpu_linear
+from dvpo_ray.models.compiling import compile_layers
+from dvpo_ray.models.loading import load_policy
+from dvpo_ray.models.trainable import apply_lora
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
+
+
+def _pass(model, ids):
+    model.zero_grad()
+    logits = model(input_ids=ids, use_cache=False).logits
+    logits.log_softmax(-1)[..., 3].sum().backward()
+    return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("with_adapters_and_onednn", [False, True])
+def test_logits_and_gradients_are_those_of_the_plain_layers(tiny_model, monkeypatch, with_adapters_and_onednn):
+    monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: with_adapters_and_onednn)
+    model = load_policy(ModelConfig(path=str(tiny_model), dtype="float32"))
+    if with_adapters_and_onednn:
+        model = apply_lora(model, LoraConfig(rank=2))
+    model.train()
+    names = [name for name, _ in model.named_parameters()]
+    batches = [torch.randint(4, 60, shape) for shape in [(2, 9), (3, 12), (1, 5)]]
+    plain = [_pass(model, ids) for ids in batches]
+    compile_layers(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    counters.clear()
+    compiled = [_pass(model, ids) for ids in batches]
+    assert 0 < counters["frames"]["ok"] <= 4  # compiled, and not anew for every layer or shape
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_compiler_it_is_one_line(tiny_model, monkeypatch):
+    from torch._inductor import cpp_builder, exc
+
+    def none_found():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ResourceError, match=r"deepspeed.compile needs a C\+\+ compiler on this node"):
+        compile_layers(load_policy(ModelConfig(path=str(tiny_model), dtype="float32")))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [({"zero_stage": 3}, "compile needs zero_stage 0, 1 or 2"), ({"gradient_checkpointing": True}, "set compile or gradient_checkpointing")],
+)
+def test_not_with_what_would_undo_it(other, message):
+    with pytest.raises(ValidationError, match=message):
+        DeepSpeedConfig(compile=True, **other)
