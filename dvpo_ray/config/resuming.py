@@ -57,7 +57,7 @@ MAY_CHANGE: tuple[str, ...] = (
     *(f"{role}.{name}" for role in ("rollout", *_FROZEN, *_TRAINED) for name in ("cpus_per_actor", "gpus_per_actor", "threads")),
     *(f"{role}.num_actors" for role in _FROZEN),
     *(f"{part}.micro_batch_tokens" for part in ("batch", *_FROZEN, "critic", "gvm", "reward_model")),
-    *(f"{role}.deepspeed.gradient_checkpointing" for role in _TRAINED),
+    *(f"{role}.deepspeed.{name}" for role in _TRAINED for name in ("gradient_checkpointing", "compile")),
     *("rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
 )
 """Settings and whole sections that may change."""
