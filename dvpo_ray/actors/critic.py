@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +12,8 @@ import torch.distributed as dist
 from ray import ObjectRef
 from torch import Tensor
 
-from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank, most_on_any_rank, over_ranks
+from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank, over_ranks
+from dvpo_ray.actors.minibatches import cut_minibatches
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
@@ -23,7 +22,6 @@ from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.models.forward import micro_batches, token_values
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.trainable import disable_dropout
-from dvpo_ray.orchestration.schedule import minibatch_rows
 from dvpo_ray.policy.losses import combine_metrics, value_loss
 
 
@@ -68,7 +66,8 @@ class Critic(DeepSpeedRank):
             for i, rows in work:
                 scored, index = token_values(self.model, batches[i], rows, run=self.engine)
                 flat[i][index.cpu().numpy()] = scored.float().cpu().numpy()
-            for _ in range(most_on_any_rank(len(work)) - len(work)):  # ranks run forward together
+            most = round(over_ranks([len(work)], dist.ReduceOp.MAX)[0])
+            for _ in range(most - len(work)):  # ranks run forward together
                 token_values(self.model, _IDLE, np.array([0]), run=self.engine)
         return flat[0] if len(flat) == 1 else tuple(flat)
 
@@ -85,27 +84,19 @@ class Critic(DeepSpeedRank):
         """
         minibatches, grad_norms = [], []
         with self.clock.busy():
-            for epoch in range(self.config.batch.update_epochs):
-                for rows in minibatch_rows(self.config, shard.num_rows, step, epoch, self.index):
-                    parts: list[dict[str, Tensor]] = []
-                    result = self._optimizer_step(self._micro_batch_losses(shard.select(rows), parts))
-                    minibatches.append(combine_metrics(parts))
-                    grad_norms.append(result.grad_norm)
+            for minibatch in cut_minibatches(self.config, shard, step, self.index, self.settings.micro_batch_tokens):
+                parts: list[dict[str, Tensor]] = []
+                loss = partial(self._loss, minibatch.batch, minibatch_tokens=minibatch.tokens, parts=parts)
+                result = self._optimizer_step([partial(loss, rows, counts=counts) for rows, counts in minibatch.passes()])
+                minibatches.append(combine_metrics(parts))
+                grad_norms.append(result.grad_norm)
             ranks: list = [None] * dist.get_world_size()
             dist.all_gather_object(ranks, minibatches)
         whole = [combine_metrics(parts) for parts in zip(*ranks, strict=True)]
         metrics = {name: float(np.mean([m[name] for m in whole])) for name in whole[0]}
         return metrics | {"critic/grad_norm": float(np.mean(grad_norms)), "critic/learning_rate": result.learning_rate}
 
-    def _micro_batch_losses(self, minibatch: RaggedBatch, parts: list[dict[str, Tensor]]) -> list[Callable[[], Tensor]]:
-        """One loss function per micro-batch, as many on every rank."""
-        groups = micro_batches(minibatch.lengths, self.settings.micro_batch_tokens)
-        tokens = over_ranks(float(minibatch.fields["loss_mask"].sum()), dist.ReduceOp.SUM)
-        loss = partial(self._loss, minibatch, minibatch_tokens=max(1, round(tokens)), parts=parts)
-        idle = itertools.repeat(partial(loss, groups[-1][-1:], counts=False), most_on_any_rank(len(groups)) - len(groups))
-        return [*(partial(loss, rows) for rows in groups), *idle]
-
-    def _loss(self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, parts: list[dict[str, Tensor]], counts: bool = True) -> Tensor:
+    def _loss(self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, parts: list[dict[str, Tensor]], counts: bool) -> Tensor:
         micro = batch.select(rows)
         flat_values, index = token_values(self.model, micro, np.arange(micro.num_rows), run=self.engine)
         in_loss = (micro.fields["loss_mask"] > 0) & counts

@@ -97,13 +97,8 @@ class DeepSpeedRank(Actor):
         return any(not parameter.requires_grad for parameter in self.model.parameters())
 
 
-def over_ranks(value: float, op: dist.ReduceOp) -> float:
-    """A number summed, or its maximum, over all ranks."""
-    tensor = torch.tensor(value, dtype=torch.float64, device=default_device())
+def over_ranks(values: Sequence[float], op: dist.ReduceOp) -> list[float]:
+    """Numbers summed, or the largest of them, over all ranks, each with those at its place."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=default_device())
     dist.all_reduce(tensor, op)
-    return float(tensor)
-
-
-def most_on_any_rank(count: int) -> int:
-    """The largest of all ranks' counts."""
-    return int(over_ranks(float(count), dist.ReduceOp.MAX))
+    return tensor.tolist()

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank, most_on_any_rank, over_ranks
+from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank
+from dvpo_ray.actors.minibatches import Minibatch, cut_minibatches
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.deepspeed import gather_parameters
-from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
+from dvpo_ray.models.forward import batch_log_probs, response_log_probs
 from dvpo_ray.models.loading import load_policy, load_tokenizer, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
-from dvpo_ray.orchestration.schedule import minibatch_rows
 from dvpo_ray.orchestration.weight_sync import make_sender
 from dvpo_ray.policy.losses import combine_metrics, policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import mismatch_metrics
@@ -81,28 +81,21 @@ class PolicyLearner(DeepSpeedRank):
                 shard = shard.with_fields(old_log_probs=self.log_probs(shard))
             # Else the only optimizer step sees the ratio at 1, and its own forward pass serves as the old log-probs.
             tally = _Tally()
-            for epoch in range(self.config.batch.update_epochs):
-                for rows in minibatch_rows(self.config, shard.num_rows, step, epoch, self.index):
-                    losses = self._micro_batch_losses(shard.select(rows), kl_loss_coefficient, tally)
-                    result = self._optimizer_step(losses)
-                    tally.end_minibatch(result.grad_norm)
+            for minibatch in cut_minibatches(self.config, shard, step, self.index, self.micro_batch_tokens):
+                result = self._optimizer_step(self._losses(minibatch, kl_loss_coefficient, tally))
+                tally.end_minibatch(result.grad_norm)
             return tally.of_all_ranks() | {"policy/learning_rate": result.learning_rate}
 
     def log_probs(self, batch: RaggedBatch) -> np.ndarray:
         """Log-probability of every response token under the current weights, float32 [N], 0 on prompts."""
         return batch_log_probs(self.model, batch, self.micro_batch_tokens, self.config.rollout.temperature, run=self.engine)
 
-    def _micro_batch_losses(self, minibatch: RaggedBatch, kl_coefficient: float, tally: _Tally) -> list[Callable[[], Tensor]]:
-        """One loss function per micro-batch, as many on every rank."""
-        groups = micro_batches(minibatch.lengths, self.micro_batch_tokens)
-        tokens = over_ranks(float(minibatch.fields["loss_mask"].sum()), dist.ReduceOp.SUM)
-        loss = partial(self._loss, minibatch, minibatch_tokens=max(1, round(tokens)), kl_coefficient=kl_coefficient, tally=tally)
-        idle = [partial(loss, groups[-1][-1:], counts=False)] * (most_on_any_rank(len(groups)) - len(groups))  # ranks run together
-        return [partial(loss, rows) for rows in groups] + idle
+    def _losses(self, minibatch: Minibatch, kl_coefficient: float, tally: _Tally) -> list[Callable[[], Tensor]]:
+        """One loss function per pass, as many on every rank."""
+        loss = partial(self._loss, minibatch.batch, minibatch_tokens=minibatch.tokens, kl_coefficient=kl_coefficient, tally=tally)
+        return [partial(loss, rows, counts=counts) for rows, counts in minibatch.passes()]
 
-    def _loss(
-        self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, kl_coefficient: float, tally: _Tally, counts: bool = True
-    ) -> Tensor:
+    def _loss(self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, kl_coefficient: float, tally: _Tally, counts: bool) -> Tensor:
         settings = self.config.policy
         out = response_log_probs(
             self.model,
