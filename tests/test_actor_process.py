@@ -18,8 +18,8 @@ except ResourceError as error:
 """
 
 
-def start_actor(began_in, working_folder) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "DVPO_WORKING_FOLDER": str(working_folder)}
+def start_actor(began_in, working_folder, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "DVPO_WORKING_FOLDER": str(working_folder), **variables}
     return subprocess.run([sys.executable, "-c", SCRIPT], cwd=began_in, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -35,3 +35,12 @@ def test_relative_paths_are_the_drivers(tmp_path):
 def test_a_folder_that_the_node_does_not_have_is_named(tmp_path):
     done = start_actor(tmp_path, tmp_path / "absent")
     assert done.returncode == 1 and str(tmp_path / "absent") in done.stderr and "all nodes share" in done.stderr
+
+
+def test_another_copy_of_the_package_than_the_drivers_is_refused(tmp_path):
+    copy = tmp_path / "clone" / "dvpo_ray"
+    copy.mkdir(parents=True)
+    done = start_actor(tmp_path, tmp_path, DVPO_PACKAGE_FOLDER=str(copy))
+    assert done.returncode == 1 and f"but this command runs {copy}" in done.stderr and "start it from another folder" in done.stderr
+    elsewhere = start_actor(tmp_path, tmp_path, DVPO_PACKAGE_FOLDER=str(tmp_path / "only" / "on" / "another" / "node"))
+    assert elsewhere.returncode == 0, elsewhere.stderr

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import psutil
 import ray
 
+import dvpo_ray
 from dvpo_ray.config.schema import RoleConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.monitoring.logs import redirect_process_output
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 WORKING_FOLDER = "DVPO_WORKING_FOLDER"
 """Environment variable with the driver's working folder. A process of a running cluster begins in the folder that the cluster
 was started from, where the relative paths of a config would mean something else."""
+
+
+PACKAGE_FOLDER = "DVPO_PACKAGE_FOLDER"
+"""Environment variable with the folder that the driver's `dvpo_ray` lies in. Ray puts the folder that a driver was started from
+first on its workers' search path, so a copy of the package there would be taken for the installed one."""
+
+
+def driver_folders() -> dict[str, str]:
+    """Environment variables that tell an actor where its driver works and where the driver's code is."""
+    return {WORKING_FOLDER: os.getcwd(), PACKAGE_FOLDER: str(_package_folder())}
+
+
+def _package_folder() -> Path:
+    return Path(dvpo_ray.__file__).resolve().parent
 
 
 def environment(role: RoleConfig) -> dict[str, str]:
@@ -62,6 +77,16 @@ def _enter_working_folder() -> None:
         raise ResourceError(f"{folder}: {error.strerror} on this node; the folder of a run must be on a file system that all nodes share") from None
 
 
+def _check_package() -> None:
+    """Refuse to compute with another copy of the package than the driver's, where both are on this node."""
+    drivers = Path(os.environ.get(PACKAGE_FOLDER, _package_folder()))
+    if drivers != _package_folder() and drivers.is_dir():
+        raise ResourceError(
+            f"actors would run {_package_folder()}, but this command runs {drivers}: Ray's workers look in the folder that a command was started from "
+            "first; start it from another folder"
+        )
+
+
 class BusyClock:
     """Seconds that an actor spent computing since it was last asked."""
 
@@ -95,6 +120,7 @@ class Actor:
         self.index = index
         self.clock = BusyClock()
         _enter_working_folder()
+        _check_package()
         redirect_process_output(Path(run_folder) / "logs" / f"{self.role}-{index}.log")
 
     def __repr__(self) -> str:

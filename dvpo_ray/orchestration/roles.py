@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from dvpo_ray.actors.critic import Critic
 from dvpo_ray.actors.experience_builder import ExperienceBuilder
 from dvpo_ray.actors.frozen import ReferenceModel, RewardScorer, ValueScorer
 from dvpo_ray.actors.policy_learner import PolicyLearner
-from dvpo_ray.actors.process import WORKING_FOLDER, Actor, environment
+from dvpo_ray.actors.process import Actor, driver_folders, environment
 from dvpo_ray.actors.rollout_engine import RolloutEngine
 from dvpo_ray.config.schema import Config, RayConfig, RoleConfig
 from dvpo_ray.errors import ResourceError
@@ -208,7 +207,7 @@ def spawn(
     Args:
         role: for the actor's name, where it is not the bundle's own.
     """
-    env = env | {WORKING_FOLDER: os.getcwd()}
+    env = env | driver_folders()
     name = f"{role or bundle.role}-{bundle.index}"
     options: dict = {"name": name, "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "runtime_env": {"env_vars": env}}
     if _resources(bundle):
