@@ -82,8 +82,8 @@ def _check_package() -> None:
     drivers = Path(os.environ.get(PACKAGE_FOLDER, _package_folder()))
     if drivers != _package_folder() and drivers.is_dir():
         raise ResourceError(
-            f"actors would run {_package_folder()}, but this command runs {drivers}: Ray's workers look in the folder that a command was started from "
-            "first; start it from another folder"
+            f"actors would run {_package_folder()}, but this command runs {drivers}: Ray's workers look first where a command was started; "
+            "start it from another folder"
         )
 
 

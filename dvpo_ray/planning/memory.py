@@ -13,7 +13,7 @@ ZERO3_STEP_ELEMENTS = 10**9
 REDUCE_BUCKET_ELEMENTS, ZERO3_LIVE_ELEMENTS = 5 * 10**8, 10**9
 """DeepSpeed's `reduce_bucket_size`, and the elements that ZeRO 3 has gathered at most, its `stage3_max_live_parameters`."""
 TRAINING_LOGIT_BYTES = 20
-"""Of each float32 logit at the peak of the learner's forward pass: the logit, its log-softmax, and for the entropy log-softmax, exp, product."""
+"""Of each logit at the peak of the learner's passes, at most: the 16-bit logit, its float32 copy, the log-softmax, and the gradients of the three."""
 SCORING_LOGIT_BYTES = 8
 """Of each float32 logit in a forward pass without gradients: the logit and its log-softmax."""
 SAMPLING_LOGIT_BYTES = 12
