@@ -18,7 +18,7 @@ from dvpo_ray.orchestration.placement import Bundle
 from dvpo_ray.planning.architecture import Architecture, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.devices import Device, calibrate
 from dvpo_ray.planning.fit import PROCESS_BYTES, in_host_memory, on_gpus
-from dvpo_ray.planning.memory import communication_buffers, rows_together, scoring_activations, trained_state, training_activations
+from dvpo_ray.planning.memory import communication_buffers, logit_bytes, rows_together, scoring_activations, trained_state, training_activations
 from dvpo_ray.planning.plan import GIB, RolePlan, predict_roles
 from dvpo_ray.planning.times import forward_flops, logit_flops, stage_seconds
 
@@ -172,12 +172,14 @@ def test_more_ranks_never_take_more_each(stage, ranks, element_bytes):
 
 def test_activations_by_hand():
     # 2 rows of 10 tokens, 4 of them responses; a forward pass that keeps 6,000 bytes, 3,000 a layer.
-    logits = 20 * 2 * 4 * 10
-    assert training_activations(6000, SIZES, 4, rows=2, length=10, responses=4, checkpointing=False) == 6000 + 3000
-    assert training_activations(600, SIZES, 4, rows=2, length=10, responses=4, checkpointing=False) == 600 + logits
-    assert training_activations(6000, SIZES, 4, rows=2, length=10, responses=4, checkpointing=True) == 2 * 10 * 8 * 4 * 2 + 3000
-    assert scoring_activations(600, SIZES, rows=2, responses=4) == 8 * 2 * 4 * 10
-    assert scoring_activations(600, SIZES, rows=2, responses=0) == 300
+    logits = (4 + 4 + 12) * 2 * 4 * 10  # with their gradients, all in one block
+    sizes = SIZES, 4, 2, 10, 4
+    assert training_activations(6000, *sizes, checkpointing=False, on_gpu=False) == 6000 + 3000
+    assert training_activations(600, *sizes, checkpointing=False, on_gpu=False) == 600 + logits
+    assert training_activations(6000, *sizes, checkpointing=True, on_gpu=False) == 2 * 10 * 8 * 4 * 2 + 3000
+    assert scoring_activations(600, SIZES, 4, rows=2, responses=4, on_gpu=False) == (4 + 12) * 2 * 4 * 10
+    assert scoring_activations(600, SIZES, 4, rows=2, responses=0, on_gpu=False) == 300
+    assert logit_bytes(10**9, 2, gradients=True, on_gpu=True) == 4 * 10**9 + 12 * 2**24
     assert [rows_together(tokens, 10) for tokens in (9, 10, 29)] == [1, 1, 2]
 
 

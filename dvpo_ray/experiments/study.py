@@ -262,4 +262,5 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
 
 
 def _changes(run: Run) -> str:
-    return " ".join([*run.overrides, *(f"{name}={value}" for name, value in run.options.items())])
+    options = (override(name, value) if isinstance(value, Mapping) else f"{name}={value}" for name, value in run.options.items())
+    return " ".join([*run.overrides, *options])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dvpo_ray.actors.memory import ActorMemory
 from dvpo_ray.config.schema import DeepSpeedConfig
+from dvpo_ray.models.token_log_probs import LOGITS_AT_ONCE
 from dvpo_ray.planning.architecture import Architecture
 
 MASTER, MOMENTS, FULL = 4, 8, 4
@@ -12,10 +13,8 @@ ZERO3_STEP_ELEMENTS = 10**9
 """Elements whose gradients ZeRO 3 turns into float32 at a time, DeepSpeed's `sub_group_size`."""
 REDUCE_BUCKET_ELEMENTS, ZERO3_LIVE_ELEMENTS = 5 * 10**8, 10**9
 """DeepSpeed's `reduce_bucket_size`, and the elements that ZeRO 3 has gathered at most, its `stage3_max_live_parameters`."""
-TRAINING_LOGIT_BYTES = 20
-"""Of each logit at the peak of the learner's passes, at most: the 16-bit logit, its float32 copy, the log-softmax, and the gradients of the three."""
-SCORING_LOGIT_BYTES = 8
-"""Of each float32 logit in a forward pass without gradients: the logit and its log-softmax."""
+BLOCK_LOGIT_BYTES = 12
+"""Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, and a product with that."""
 SAMPLING_LOGIT_BYTES = 12
 """Of each float32 logit of the sequences that an engine decodes together: the logit, its log-softmax, and a copy to sample from."""
 
@@ -55,7 +54,15 @@ def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedC
     return ActorMemory(parameters, round(gradients), optimizer, offloaded=offloaded)
 
 
-def training_activations(saved: int, model: Architecture, element_bytes: int, rows: int, length: int, responses: int, checkpointing: bool) -> int:
+def logit_bytes(logits: int, element_bytes: int, *, gradients: bool, on_gpu: bool) -> int:
+    """Bytes of logits at their peak: the model's, their gradients where there are some, and the block of rows that is worked on."""
+    block = min(logits, LOGITS_AT_ONCE["cuda" if on_gpu else "cpu"])
+    return (2 if gradients else 1) * element_bytes * logits + BLOCK_LOGIT_BYTES * block
+
+
+def training_activations(
+    saved: int, model: Architecture, element_bytes: int, rows: int, length: int, responses: int, *, checkpointing: bool, on_gpu: bool
+) -> int:
     """Peak of forward and backward of one micro-batch above the model's state.
 
     With gradient checkpointing each layer keeps its input, and one layer at a time is computed again.
@@ -67,12 +74,12 @@ def training_activations(saved: int, model: Architecture, element_bytes: int, ro
     """
     one_layer = saved // model.layers
     kept = rows * length * model.hidden * element_bytes * model.trained_layers if checkpointing else saved
-    return kept + max(one_layer, TRAINING_LOGIT_BYTES * rows * responses * model.vocabulary)
+    return kept + max(one_layer, logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=True, on_gpu=on_gpu))
 
 
-def scoring_activations(saved: int, model: Architecture, rows: int, responses: int) -> int:
+def scoring_activations(saved: int, model: Architecture, element_bytes: int, rows: int, responses: int, *, on_gpu: bool) -> int:
     """Peak of one forward pass of a frozen model: a layer at a time, then the logits of the responses."""
-    return max(saved // model.layers, SCORING_LOGIT_BYTES * rows * responses * model.vocabulary)
+    return max(saved // model.layers, logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=False, on_gpu=on_gpu))
 
 
 def communication_buffers(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig) -> int:

@@ -88,8 +88,10 @@ def _trained(shapes: _Shapes, plan: ModelPlan, role, deepspeed: DeepSpeedConfig,
     minibatch = shapes.samples // (role.num_actors * shapes.config.batch.minibatches_per_epoch)
     rows = min(rows_together(micro_batch_tokens, shapes.length), max(1, minibatch))
     saved = plan.saved_bytes(rows, shapes.length)
-    activations = training_activations(saved, model, shapes.element_bytes, rows, shapes.length, shapes.responses, deepspeed.gradient_checkpointing)
-    if role.gpus_per_actor > 0:
+    on_gpu = role.gpus_per_actor > 0
+    sizes = model, shapes.element_bytes, rows, shapes.length, shapes.responses
+    activations = training_activations(saved, *sizes, checkpointing=deepspeed.gradient_checkpointing, on_gpu=on_gpu)
+    if on_gpu:
         activations += communication_buffers(model, shapes.element_bytes, deepspeed)
     state = trained_state(model, shapes.element_bytes, deepspeed, role.num_actors)
     return RolePlan(model, role.num_actors, replace(state, activations=activations))
@@ -99,7 +101,9 @@ def _frozen(shapes: _Shapes, plan: ModelPlan, role, *, gives_logits: bool) -> Ro
     model = plan.architecture()
     chunk = min(shapes.config.rollout.rollouts_per_chunk, shapes.samples)
     rows = min(rows_together(role.micro_batch_tokens, shapes.length), chunk)
-    activations = scoring_activations(plan.saved_bytes(rows, shapes.length), model, rows, shapes.responses if gives_logits else 0)
+    responses = shapes.responses if gives_logits else 0
+    saved = plan.saved_bytes(rows, shapes.length)
+    activations = scoring_activations(saved, model, shapes.element_bytes, rows, responses, on_gpu=role.gpus_per_actor > 0)
     return RolePlan(model, role.num_actors, ActorMemory(model.parameters * shapes.element_bytes, activations=activations))
 
 

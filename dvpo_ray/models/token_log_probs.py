@@ -1,0 +1,90 @@
+"""Log-probabilities and entropies from logits, a few rows at a time, so that nothing of the logits' size is kept beside them.
+
+With a vocabulary of 128,000 the logits are the largest activation of a language model. A float32 copy of them, its `log_softmax` and
+their gradients are four more tensors of that size; here the forward pass keeps the logits as the model made them, and the backward pass makes
+their gradient, in the same precision. On a CPU the rows that are worked on stay in its cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
+"""Logits that are in float32 at a time, by the type of device: a megabyte, what a core has for itself, and 64 MiB."""
+
+
+class TokenLogProbs(NamedTuple):
+    """Log-probabilities of targets.
+
+    Attributes:
+        log_probs: float [n], of each target.
+        entropy: float [n], entropy in nats of the distribution that each target is from; None when not asked for.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor | None
+
+
+def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0, entropy: bool = False) -> TokenLogProbs:
+    """log softmax(logits / temperature) at the targets, and the entropy of that distribution; both differentiable once.
+
+    Args:
+        logits: [n, vocabulary] in any precision; computed with in float32 at least.
+        targets: int64 [n].
+        temperature: logits are divided by it.
+        entropy: compute it too.
+    """
+    log_probs, entropies = _TokenLogProbs.apply(logits, targets, temperature, entropy)
+    return TokenLogProbs(log_probs, entropies if entropy else None)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """With x = logits / T and p = softmax(x): d log p_t / dx_j = [j = t] - p_j, and dH / dx_j = -p_j (log p_j + H)."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        log_probs = torch.empty(len(targets), dtype=dtype, device=logits.device)
+        entropies = torch.empty_like(log_probs) if entropy else log_probs.new_empty(0)
+        for rows in _row_blocks(logits):
+            log_p = F.log_softmax(_scaled(logits[rows], temperature, dtype), dim=-1)
+            log_probs[rows] = log_p.gather(1, targets[rows, None])[:, 0]
+            if entropy:
+                entropies[rows] = -log_p.exp().mul_(log_p).sum(-1)
+        ctx.save_for_backward(logits, targets, entropies)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return log_probs, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, to_log_probs: Tensor | None, to_entropies: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        logits, targets, entropies = ctx.saved_tensors
+        dtype = entropies.dtype
+        gradient = torch.empty_like(logits)
+        for rows in _row_blocks(logits):
+            scaled = _scaled(logits[rows], ctx.temperature, dtype)
+            part = torch.zeros_like(scaled)
+            if to_log_probs is not None:
+                part = torch.softmax(scaled, dim=-1).mul_(-to_log_probs[rows, None])
+                part.scatter_add_(1, targets[rows, None], to_log_probs[rows, None])
+            if to_entropies is not None:
+                log_p = F.log_softmax(scaled, dim=-1)
+                part -= to_entropies[rows, None] * log_p.exp().mul_(log_p + entropies[rows, None])
+            gradient[rows] = part.div_(ctx.temperature) if ctx.temperature != 1.0 else part
+        return gradient, None, None, None
+
+
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
+    at_once = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE["cuda"]) // logits.shape[-1])
+    return (slice(start, start + at_once) for start in range(0, len(logits), at_once))
+
+
+def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    logits = logits.to(dtype)
+    return logits / temperature if temperature != 1.0 else logits
