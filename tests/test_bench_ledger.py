@@ -13,6 +13,7 @@ from dvpo_ray import cli
 from dvpo_ray.actors.memory import ActorMemory, ModelState, PeakMeter, measured
 from dvpo_ray.bench.ledger import config_for
 from dvpo_ray.bench.ledger_results import AlgorithmLedger, LedgerResults, training_cost
+from dvpo_ray.bench.measure import Spread
 from dvpo_ray.bench.overhead import StepProfile, StepTime
 from dvpo_ray.bench.random_weights import byte_tokenizer, with_random_weights
 from dvpo_ray.config import load_config
@@ -81,11 +82,11 @@ def test_samples_that_make_no_groups_are_refused():
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def _ledger(algorithm: str, seconds: float, state: int, predicted: int) -> AlgorithmLedger:
-    stages = {"generate": seconds, "step": seconds}
-    profile = StepProfile([StepTime(seconds, stages, 0.0)], peak_memory_gib=1.0)
+def _ledger(algorithm: str, seconds: float, state: int, predicted: int, rounds: int = 1) -> AlgorithmLedger:
+    """A step of so many seconds in the first round, and a machine that is slower by that much in each later one."""
+    profiles = [StepProfile([StepTime(seconds * n, {"generate": seconds * n, "step": seconds * n}, 0.0)], float(n)) for n in range(1, rounds + 1)]
     return AlgorithmLedger(
-        algorithm, 10, profile, {"learner": ActorMemory(state, activations=state)}, {"learner": ActorMemory(predicted, activations=state)}
+        algorithm, 10, profiles, {"learner": ActorMemory(state, activations=state)}, {"learner": ActorMemory(predicted, activations=state)}
     )
 
 
@@ -112,6 +113,17 @@ def test_ratios_verdicts_and_break_even(results):
     assert "step of dvpo / ppo: 0.600, target <= 0.65, met" in text
     assert "dvpo: the predicted model state is off by -20%" in text
     assert "| dvpo | 0.600 | 0.700 | 0.700 |" in results.markdown()
+
+
+def test_rounds_are_compared_each_by_itself():
+    results = LedgerResults([_ledger("ppo", 10.0, 1000, 1000, rounds=3), _ledger("dvpo", 6.0, 600, 600, rounds=3)], {}, on_gpu=False)
+    assert results.step_ratios_of_rounds("dvpo") == pytest.approx([0.6] * 3)
+    assert results.ratio("step", "dvpo") == pytest.approx(0.6)
+    assert results.algorithms[0].profile.total == Spread(20.0, 10.0, 30.0) and results.algorithms[0].profile.peak_memory_gib == 3.0
+    text = "\n".join(results.lines())
+    assert "step of dvpo / ppo: 0.600 (by round: 0.600, 0.600, 0.600), target <= 0.65, met" in text
+    assert "model state of dvpo / ppo: 0.600, target" in text
+    assert results.as_json()["step_ratio_to_ppo_by_round"]["dvpo"] == pytest.approx([0.6] * 3)
 
 
 def test_what_was_not_measured_is_no_verdict(results):

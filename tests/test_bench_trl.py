@@ -14,7 +14,7 @@ import torch
 
 from dvpo_ray.bench.overhead import StepProfile, StepTime
 from dvpo_ray.bench.trl import TRL_VERSION, check_trl, make_value_model, run_trl, same_work, trl_request, with_models
-from dvpo_ray.bench.trl_results import StageTimes, TRLResults
+from dvpo_ray.bench.trl_results import StageTimes, TRLResults, TRLRun
 from dvpo_ray.bench.trl_reward import Accuracy, heldout_scores, new_reward_model, pair_rows, result_lines, train_with_trl
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
@@ -78,12 +78,18 @@ def test_an_untrained_value_model_loads_as_an_artifact(tiny_model, tmp_path):
 # -------------------------------------------------------------------------------------------------------- results
 
 
-def trl_results() -> TRLResults:
+def trl_results(rounds: int = 1) -> TRLResults:
     stages = {"generate": 1.0, "score": 0.2, "reference": 0.1, "advantage": 0.1, "update": 2.0, "sync": 0.5, "step": 3.9}
     settings = config(batch={"prompts_per_step": 8, "update_epochs": 4, "minibatches_per_epoch": 4}, rollout={"max_response_tokens": 16})
-    trl = [StageTimes.of_trl({"step": seconds, "generation": 2.0, "scoring": 1.0, "training": 7.0}) for seconds in (10.0, 12.0, 11.0)]
-    ours = {name: StepProfile([StepTime(seconds, stages, 0.0)] * 3, 1.5) for name, seconds in (("ppo", 8.8), ("dvpo", 4.0))}
-    return TRLResults.of(settings, trl, 6.0, ours)
+    of_rounds = [10.0, 12.0, 11.0], [22.0] * 3  # the machine is half as fast in the second round
+    trl = [
+        TRLRun([StageTimes.of_trl({"step": s, "generation": 2.0, "scoring": 1.0, "training": 7.0}) for s in steps], {}, 6.0) for steps in of_rounds
+    ]
+    ours = {
+        name: [StepProfile([StepTime(slower * seconds, stages, 0.0)] * 3, 1.5) for slower in (1, 2)]
+        for name, seconds in (("ppo", 8.8), ("dvpo", 4.0))
+    }
+    return TRLResults.of(settings, trl[:rounds], {name: profiles[:rounds] for name, profiles in ours.items()})
 
 
 def test_ratios_and_gaps_are_of_medians():
@@ -102,6 +108,14 @@ def test_lines_say_the_work_and_whether_the_targets_are_met():
     assert lines[-1] == "dvpo: 2.75 x the samples per second of TRL's PPO, target >= 2.5, met"
     assert len({len(line) for line in lines[1:5]}) == 1  # a table
     assert json.loads(json.dumps(trl_results().as_json()))["ratios"]["dvpo"]["gap_seconds"]["training"] == 5.0
+
+
+def test_rounds_are_compared_each_by_itself():
+    results = trl_results(rounds=2)
+    assert results.ratios_of_rounds("dvpo") == pytest.approx([2.75, 2.75])
+    assert results.lines()[-1].startswith("dvpo: 2.75 x") and "TRL's PPO (by round: 2.75, 2.75), target" in results.lines()[-1]
+    assert results.as_json()["ratios"]["ppo"]["by_round"] == pytest.approx([1.25, 1.25])
+    assert len(results.as_json()["contestants"]["trl_ppo"]["steps"]) == 6
 
 
 # ------------------------------------------------------------------------------------------------------ TRL's side

@@ -12,7 +12,7 @@ from dvpo_ray.actors.memory import ActorMemory
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.bench.ledger_results import AlgorithmLedger, LedgerResults, training_cost
 from dvpo_ray.bench.machine import describe_measurement
-from dvpo_ray.bench.overhead import profile_steps
+from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder
 from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
@@ -25,7 +25,7 @@ from dvpo_ray.planning.plan import predict_roles
 
 
 def bench_ledger(
-    config: Config, algorithms: Sequence[str], run_folder: Path, repeats: int, group_size: int, settings: Mapping[str, Sequence[str]]
+    config: Config, algorithms: Sequence[str], run_folder: Path, repeats: int, group_size: int, settings: Mapping[str, Sequence[str]], rounds: int = 1
 ) -> tuple[dict, str]:
     """Measure a step of several algorithms, one after the other, and print the results.
 
@@ -35,6 +35,7 @@ def bench_ledger(
         repeats: measured steps; one more warms up. Memory is that of the last one.
         group_size: samples of a prompt for the algorithms that compare them, where the config has one.
         settings: overrides of each algorithm's own, such as the layout that suits it best.
+        rounds: the algorithms take so many turns, each from a new start; memory is that of the last round.
 
     Returns:
         The results with all that they depend on, ready for JSON, and their tables as Markdown.
@@ -45,22 +46,33 @@ def bench_ledger(
     measurement = describe_measurement(config)
     configs = {algorithm: config_for(override_config(config, settings[algorithm]), algorithm, group_size) for algorithm in algorithms}
     inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
-    ledgers = []
+    profiles: dict[str, list[StepProfile]] = {algorithm: [] for algorithm in configs}
+    meters = {algorithm: _RoleMemory() for algorithm in configs}
     with RunConsole() as console, connect(config.ray):
-        for algorithm, changed in configs.items():
-            folder = (run_folder / algorithm).resolve()
-            folder.mkdir(parents=True, exist_ok=True)
-            meter = _RoleMemory()
-            with console.stage(algorithm, repeats + 1, unit="steps") as progress:
-                profile = profile_steps(changed, inputs[algorithm], folder, repeats, progress.advance, meter.around_step)
-            predicted = {role: prediction.memory for role, prediction in predict_roles(changed).items()}
-            ledgers.append(AlgorithmLedger(algorithm, derive_batch(changed).samples_per_step, profile, meter.by_role, predicted))
+        for number in range(1, rounds + 1):
+            for algorithm, changed in configs.items():
+                folder = round_folder((run_folder / algorithm).resolve(), number, rounds)
+                title = algorithm if rounds == 1 else f"{algorithm}, round {number} of {rounds}"
+                with console.stage(title, repeats + 1, unit="steps") as progress:
+                    around_step = meters[algorithm].around_step
+                    profiles[algorithm].append(profile_steps(changed, inputs[algorithm], folder, repeats, progress.advance, around_step))
+        ledgers = [
+            AlgorithmLedger(
+                algorithm,
+                derive_batch(changed).samples_per_step,
+                profiles[algorithm],
+                meters[algorithm].by_role,
+                {role: prediction.memory for role, prediction in predict_roles(changed).items()},
+            )
+            for algorithm, changed in configs.items()
+        ]
         results = LedgerResults(ledgers, _costs(config, algorithms), on_gpu=torch.cuda.is_available() and config.policy.gpus_per_actor > 0)
         for line in results.lines():
             console.say(line)
     as_json = {
         "benchmark": "ledger",
         **measurement,
+        "rounds": rounds,
         "repeats": repeats,
         **results.as_json(),
         "settings": settings,

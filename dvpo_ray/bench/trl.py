@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dvpo_ray.bench.machine import describe_measurement
-from dvpo_ray.bench.overhead import StepProfile, profile_steps
-from dvpo_ray.bench.trl_results import StageTimes, TRLResults
+from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder
+from dvpo_ray.bench.trl_results import StageTimes, TRLResults, TRLRun
 from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
@@ -35,22 +34,7 @@ ALGORITHMS = ("ppo", "dvpo")
 SCRIPT = Path(__file__).with_name("trl_ppo_steps.py")
 
 
-@dataclass(frozen=True)
-class TRLRun:
-    """What the script in TRL's environment measured.
-
-    Attributes:
-        steps: the measured ones, without the first.
-        versions: of TRL, transformers and torch.
-        peak_memory_gib: of its process.
-    """
-
-    steps: list[StageTimes]
-    versions: dict[str, str]
-    peak_memory_gib: float
-
-
-def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, settings: Mapping[str, Sequence[str]]) -> dict:
+def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, settings: Mapping[str, Sequence[str]], rounds: int = 1) -> dict:
     """Measure steps of `algorithm: ppo`, of `algorithm: dvpo` and of TRL's PPO, one after the other, and print the results.
 
     All three sample exactly `rollout.max_response_tokens` tokens a response and make as many optimizer steps on the same
@@ -61,6 +45,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
         run_folder: gets the logs, what the steps write and, without `gvm.path`, a value model.
         repeats: measured steps of each; one more of each warms up.
         settings: overrides of each algorithm's own, such as the layout that suits it best; the work has to stay the same.
+        rounds: the three take so many turns, each from a new start.
 
     Returns:
         The results with all that they depend on, ready for JSON.
@@ -76,22 +61,36 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
         make_value_model(config, run_folder / "value_model")
     configs = {algorithm: override_config(run_as(config, algorithm), settings[algorithm]) for algorithm in ALGORITHMS}
     inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
-    profiles: dict[str, StepProfile] = {}
+    profiles: dict[str, list[StepProfile]] = {algorithm: [] for algorithm in configs}
+    trl: list[TRLRun] = []
     with RunConsole() as console:
-        with connect(config.ray):
-            for algorithm, changed in configs.items():
-                folder = run_folder / algorithm
-                folder.mkdir(parents=True, exist_ok=True)
-                with console.stage(algorithm, repeats + 1, unit="steps") as progress:
-                    profiles[algorithm] = profile_steps(changed, inputs[algorithm], folder, repeats, progress.advance)
-        with console.stage("TRL PPO", repeats + 1, unit="steps") as progress:
-            trl = run_trl(trl_request(config, inputs["dvpo"].prompts, repeats), trl_python, run_folder, progress.advance)
-        results = TRLResults.of(config, trl.steps, trl.peak_memory_gib, profiles)
+        for number in range(1, rounds + 1):
+            with connect(config.ray):
+                for algorithm, changed in configs.items():
+                    folder = round_folder(run_folder / algorithm, number, rounds)
+                    with console.stage(_title(algorithm, number, rounds), repeats + 1, unit="steps") as progress:
+                        profiles[algorithm].append(profile_steps(changed, inputs[algorithm], folder, repeats, progress.advance))
+            folder = round_folder(run_folder / "trl", number, rounds)
+            with console.stage(_title("TRL PPO", number, rounds), repeats + 1, unit="steps") as progress:
+                trl.append(run_trl(trl_request(config, inputs["dvpo"].prompts, repeats), trl_python, folder, progress.advance))
+        results = TRLResults.of(config, trl, profiles)
         for line in results.lines():
             console.say(line)
     layers = {"gvm": read_manifest(Path(config.gvm.path)).num_layers, "reward_model": read_manifest(Path(config.reward_model.path)).num_layers}
-    description = {"trl": {"threads": _cores(), "versions": trl.versions}, "value_model_layers": layers, "settings": settings}
-    return {"benchmark": "trl", **measurement, "repeats": repeats, **description, **results.as_json(), "config": config.model_dump(mode="json")}
+    description = {"trl": {"threads": _cores(), "versions": trl[0].versions}, "value_model_layers": layers, "settings": settings}
+    return {
+        "benchmark": "trl",
+        **measurement,
+        "rounds": rounds,
+        "repeats": repeats,
+        **description,
+        **results.as_json(),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _title(contestant: str, number: int, rounds: int) -> str:
+    return contestant if rounds == 1 else f"{contestant}, round {number} of {rounds}"
 
 
 # ------------------------------------------------------------------------------------------------------- settings

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trl-python", metavar="FILE", type=Path, required=True, help="Python of the environment that launch/bench_trl.sh makes, with TRL 1.12.0"
     )
     _add_repeats(trl, "measured steps of each contestant after one that warms up", 3)
+    _add_rounds(trl)
     add_set_option(trl)
     _add(benchmarks, "trl-reward", TRL_REWARD_HELP, TRL_REWARD_EXAMPLE, _trl_reward)
 
@@ -53,6 +54,11 @@ def _add(benchmarks, name: str, help_text: str, example: str, benchmark: Benchma
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of bench.json and the logs (default: runs/<name>-bench-<time>)")
     parser.set_defaults(bench_command=_measure, benchmark=benchmark)
     return parser
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    help = "turns that the contestants take, each from a new start; for a machine whose speed drifts (default: 1)"
+    parser.add_argument("--rounds", metavar="N", type=whole_number(at_least=1), default=1, help=help)
 
 
 def _add_repeats(parser: argparse.ArgumentParser, meaning: str, default: int) -> None:
@@ -70,6 +76,7 @@ def _add_ledger(benchmarks) -> None:
         help=f"comma-separated, of {', '.join(ALGORITHMS)} (default: {','.join(DEFAULT_ALGORITHMS)})",
     )
     _add_repeats(ledger, "measured steps after one that warms up", 3)
+    _add_rounds(ledger)
     ledger.add_argument(
         "--group-size",
         metavar="N",
@@ -132,7 +139,7 @@ def _trl(args: argparse.Namespace, config: Config, out: Path) -> dict:
     settings = settings_by_algorithm(args.set, ALGORITHMS)
     for algorithm in ALGORITHMS:
         check_train_config(args.config, override_config(with_models(run_as(config, algorithm), fallback="made"), settings[algorithm]))
-    return bench_trl(config, args.trl_python, out, args.repeats, settings)
+    return bench_trl(config, args.trl_python, out, args.repeats, settings, args.rounds)
 
 
 def _trl_reward(args: argparse.Namespace, config: Config, out: Path) -> dict:
@@ -161,7 +168,7 @@ def _ledger(args: argparse.Namespace) -> int:
 
     for algorithm in args.algorithms:
         check_train_config(args.config, config_for(override_config(config, settings[algorithm]), algorithm, args.group_size))
-    results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size, settings)
+    results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size, settings, args.rounds)
 
     from dvpo_ray.files import whole_file
 
