@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compare a training step with TRL's PPOTrainer: make an environment with the last TRL that has it, then `dvpo bench trl`.
 #
-#   launch/bench_trl.sh CONFIG [KEY=VALUE ...] [--repeats N] [--out DIR]
+#   launch/bench_trl.sh CONFIG [KEY=VALUE ...] [--set ALGORITHM:KEY=VALUE] [--repeats N] [--rounds N] [--out DIR]
 #
 # PYTHON=/path/to/python3.12      the Python to build on (that of .venv when not set)
 # DVPO_VENV=/path                 where dvpo is installed instead of .venv
@@ -32,7 +32,7 @@ make_environment() {
     echo "$torch $transformers $trl" >"$venv/complete"
 }
 
-(($#)) || fail "which config? usage: launch/bench_trl.sh CONFIG [KEY=VALUE ...] [--repeats N] [--out DIR]"
+(($#)) || fail "which config? usage: launch/bench_trl.sh CONFIG [KEY=VALUE ...] [--set ALGORITHM:KEY=VALUE] [--repeats N] [--rounds N] [--out DIR]"
 [[ $1 != -h && $1 != --help ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 [[ -x $bin/dvpo ]] || fail "$bin/dvpo is not there; run launch/install.sh first"
 unset PYTHONPATH PYTHONHOME

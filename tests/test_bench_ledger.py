@@ -82,11 +82,13 @@ def test_samples_that_make_no_groups_are_refused():
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def _ledger(algorithm: str, seconds: float, state: int, predicted: int, rounds: int = 1) -> AlgorithmLedger:
-    """A step of so many seconds in the first round, and a machine that is slower by that much in each later one."""
-    profiles = [StepProfile([StepTime(seconds * n, {"generate": seconds * n, "step": seconds * n}, 0.0)], float(n)) for n in range(1, rounds + 1)]
+def _profile(*seconds: float, peak: float = 1.0) -> StepProfile:
+    return StepProfile([StepTime(one, {"generate": one, "step": one}, 0.0) for one in seconds], peak)
+
+
+def _ledger(algorithm: str, seconds: float, state: int, predicted: int) -> AlgorithmLedger:
     return AlgorithmLedger(
-        algorithm, 10, profiles, {"learner": ActorMemory(state, activations=state)}, {"learner": ActorMemory(predicted, activations=state)}
+        algorithm, 10, [_profile(seconds)], {"learner": ActorMemory(state, activations=state)}, {"learner": ActorMemory(predicted, activations=state)}
     )
 
 
@@ -116,14 +118,22 @@ def test_ratios_verdicts_and_break_even(results):
 
 
 def test_rounds_are_compared_each_by_itself():
-    results = LedgerResults([_ledger("ppo", 10.0, 1000, 1000, rounds=3), _ledger("dvpo", 6.0, 600, 600, rounds=3)], {}, on_gpu=False)
-    assert results.step_ratios_of_rounds("dvpo") == pytest.approx([0.6] * 3)
+    """The machine is slow in the second round, and for DVPO in the third: steps of all rounds together would say otherwise."""
+    memory = {"learner": ActorMemory(600)}
+    ppo = AlgorithmLedger("ppo", 10, [_profile(10.0, 10.0, 11.0), _profile(30.0), _profile(10.0, 12.0, 10.0, peak=3.0)], memory, memory)
+    dvpo = AlgorithmLedger("dvpo", 10, [_profile(6.0, 6.0, 9.0), _profile(15.0), _profile(7.0)], memory, memory)
+    results = LedgerResults([ppo, dvpo], {}, on_gpu=False)
+    assert results.step_ratios_of_rounds("dvpo") == pytest.approx([0.6, 0.5, 0.7])
     assert results.ratio("step", "dvpo") == pytest.approx(0.6)
-    assert results.algorithms[0].profile.total == Spread(20.0, 10.0, 30.0) and results.algorithms[0].profile.peak_memory_gib == 3.0
+    assert ppo.step_seconds == Spread(10.0, 10.0, 30.0) and dvpo.step_seconds == Spread(7.0, 6.0, 15.0)
+    assert dvpo.stage_seconds["generate"] == 7.0 and dvpo.samples_per_second == pytest.approx(10 / 7)
     text = "\n".join(results.lines())
-    assert "step of dvpo / ppo: 0.600 (by round: 0.600, 0.600, 0.600), target <= 0.65, met" in text
-    assert "model state of dvpo / ppo: 0.600, target" in text
-    assert results.as_json()["step_ratio_to_ppo_by_round"]["dvpo"] == pytest.approx([0.6] * 3)
+    assert "step of dvpo / ppo: 0.600 (by round: 0.600, 0.500, 0.700), target <= 0.65, met" in text
+    assert "model state of dvpo / ppo: 1.000, target" in text
+    as_json = results.as_json()
+    assert as_json["step_ratio_to_ppo_by_round"]["dvpo"] == pytest.approx([0.6, 0.5, 0.7])
+    assert [one["median"] for one in as_json["algorithms"]["dvpo"]["step_seconds_by_round"]] == [6.0, 15.0, 7.0]
+    assert as_json["algorithms"]["ppo"]["peak_of_all_processes_gib"] == 3.0
 
 
 def test_what_was_not_measured_is_no_verdict(results):
@@ -195,11 +205,14 @@ def test_bad_input_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, argv, 
 def test_the_ledger_of_ppo_and_dvpo(ray_session, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, tiny_model, critic={"cpus_per_actor": 0, "deepspeed": {"zero_stage": 1}})
-    argv = ["bench", "ledger", str(config), "--algorithms", "ppo,dvpo", "--repeats", "1", "--random-weights", str(tiny_model), "--out", "results"]
+    argv = ["bench", "ledger", str(config), "--algorithms", "ppo,dvpo", "--repeats", "1", "--rounds", "2"]
+    argv += ["--random-weights", str(tiny_model), "--out", "results"]
     assert cli.main(argv) == 0
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "results" / "ledger.json").read_text(encoding="utf-8"))
     ppo, dvpo = (results["algorithms"][name] for name in ("ppo", "dvpo"))
+    assert len(results["step_ratio_to_ppo_by_round"]["dvpo"]) == len(dvpo["step_seconds_by_round"]) == 2
+    assert all((tmp_path / "results" / "dvpo" / folder / "metrics.jsonl").is_file() for folder in ("round-1", "round-2"))
     assert list(ppo["bytes"]) == ["rollout", "reward_model", "reference", "learner", "critic", "all"]
     learner, critic = ppo["bytes"]["learner"], ppo["bytes"]["critic"]
     weights = ppo["bytes"]["reference"]["parameters"]

@@ -115,7 +115,9 @@ def test_rounds_are_compared_each_by_itself():
     assert results.ratios_of_rounds("dvpo") == pytest.approx([2.75, 2.75])
     assert results.lines()[-1].startswith("dvpo: 2.75 x") and "TRL's PPO (by round: 2.75, 2.75), target" in results.lines()[-1]
     assert results.as_json()["ratios"]["ppo"]["by_round"] == pytest.approx([1.25, 1.25])
-    assert len(results.as_json()["contestants"]["trl_ppo"]["steps"]) == 6
+    trl = results.as_json()["contestants"]["trl_ppo"]
+    assert [[step["step"] for step in steps] for steps in trl["steps_by_round"]] == [[10.0, 12.0, 11.0], [22.0] * 3]
+    assert trl["seconds"]["step"] == 16.5 and trl["samples_per_second"]["median"] == pytest.approx(8 / 16.5)
 
 
 # ------------------------------------------------------------------------------------------------------ TRL's side

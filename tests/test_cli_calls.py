@@ -125,8 +125,11 @@ def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, t
 def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys, tmp_path):
     calls = []
     monkeypatch.setattr("dvpo_ray.bench.trl.bench_trl", lambda *args: calls.append(args) or {"benchmark": "trl"})
-    assert cli.main(["bench", "trl", LOCAL_CPU, "--trl-python", "p", "--out", "b", "--repeats", "2", "--set", "ppo:policy.threads=1"]) == 0
-    assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2, {"ppo": ["policy.threads=1"], "dvpo": []}, 1)]
+    assert (
+        cli.main(["bench", "trl", LOCAL_CPU, "--trl-python", "p", "--out", "b", "--repeats", "2", "--rounds", "3", "--set", "ppo:policy.threads=1"])
+        == 0
+    )
+    assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2, {"ppo": ["policy.threads=1"], "dvpo": []}, 3)]
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl"}
     assert capsys.readouterr().out == "b/bench.json\n"
     assert "data.prompts.path is not set" in refusal(capsys, "bench", "trl", LOCAL_CPU, "data.prompts=null", "--trl-python", "p")

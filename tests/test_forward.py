@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.models.forward import batch_log_probs, micro_batches
+from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
@@ -34,3 +34,23 @@ def test_log_probs_equal_a_row_at_a_time(tiny_model, max_tokens):
         expected = log_probs[torch.arange(prompt - 1, ids.shape[1] - 1), ids[0, prompt:]]
         np.testing.assert_allclose(flat[batch.response(r)], expected, atol=1e-5)
     assert (flat[~batch.response_mask] == 0).all()
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_gradients_of_log_probs_and_entropy_reach_the_weights(tiny_model, entropy_gradient):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    batch = RaggedBatch.from_rows([[1, 5, 6], [1, 7]], [[8, 9, 2], [30, 40, 5, 6]])
+    weights = model.get_input_embeddings().weight
+
+    out = response_log_probs(model, batch, np.array([1, 0]), temperature=0.7, entropy_gradient=entropy_gradient)
+    assert out.entropy.requires_grad == entropy_gradient
+    (ours,) = torch.autograd.grad(out.log_probs.sum() - 0.1 * out.entropy.sum(), weights)
+
+    log_probs, entropy = [], []
+    for r in range(batch.num_rows):
+        ids, prompt = torch.tensor(batch.tokens[batch.row(r)]), int(batch.prompt_lengths[r])
+        distribution = torch.distributions.Categorical(logits=model(ids[None]).logits[0, prompt - 1 : -1] / 0.7)
+        log_probs.append(distribution.log_prob(ids[prompt:]))
+        entropy.append(distribution.entropy())
+    loss = torch.cat(log_probs).sum() - (0.1 * torch.cat(entropy).sum() if entropy_gradient else 0.0)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss, weights)[0], atol=1e-5, rtol=1e-4)

@@ -35,7 +35,7 @@ def bench_ledger(
         repeats: measured steps; one more warms up. Memory is that of the last one.
         group_size: samples of a prompt for the algorithms that compare them, where the config has one.
         settings: overrides of each algorithm's own, such as the layout that suits it best.
-        rounds: the algorithms take so many turns, each from a new start; memory is that of the last round.
+        rounds: the algorithms take so many turns, each from a new start, in every second one the other way round; memory is that of the last.
 
     Returns:
         The results with all that they depend on, ready for JSON, and their tables as Markdown.
@@ -50,12 +50,12 @@ def bench_ledger(
     meters = {algorithm: _RoleMemory() for algorithm in configs}
     with RunConsole() as console, connect(config.ray):
         for number in range(1, rounds + 1):
-            for algorithm, changed in configs.items():
+            for algorithm in algorithms if number % 2 == 1 else algorithms[::-1]:
                 folder = round_folder((run_folder / algorithm).resolve(), number, rounds)
                 title = algorithm if rounds == 1 else f"{algorithm}, round {number} of {rounds}"
                 with console.stage(title, repeats + 1, unit="steps") as progress:
                     around_step = meters[algorithm].around_step
-                    profiles[algorithm].append(profile_steps(changed, inputs[algorithm], folder, repeats, progress.advance, around_step))
+                    profiles[algorithm].append(profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, progress.advance, around_step))
         ledgers = [
             AlgorithmLedger(
                 algorithm,

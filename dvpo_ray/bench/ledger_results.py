@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dvpo_ray.actors.memory import ActorMemory
+from dvpo_ray.bench.measure import Spread
 from dvpo_ray.bench.overhead import StepProfile
 from dvpo_ray.errors import InputError
 
@@ -59,9 +60,16 @@ class AlgorithmLedger:
     predicted: dict[str, ActorMemory]
 
     @property
-    def profile(self) -> StepProfile:
-        """The steps of all rounds."""
-        return StepProfile.of_rounds(self.rounds)
+    def step_seconds(self) -> Spread:
+        """The median over rounds of a round's median, and the range of all steps."""
+        rounds = [profile.total for profile in self.rounds]
+        return Spread(statistics.median(one.median for one in rounds), min(one.low for one in rounds), max(one.high for one in rounds))
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """The same median of each stage."""
+        rounds = [profile.stage_seconds() for profile in self.rounds]
+        return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
     @property
     def total(self) -> ActorMemory:
@@ -69,11 +77,11 @@ class AlgorithmLedger:
 
     @property
     def samples_per_second(self) -> float:
-        return self.samples / self.profile.total.median
+        return self.samples / self.step_seconds.median
 
     def quantity(self, name: str) -> float:
         """`step` in seconds, `model_state` or `peak` in bytes."""
-        return self.profile.total.median if name == "step" else getattr(self.total, name)
+        return self.step_seconds.median if name == "step" else getattr(self.total, name)
 
     def prediction_error(self, quantity: str) -> float | None:
         """Predicted over measured bytes of all roles, less 1; None where nothing was measured."""
@@ -81,13 +89,13 @@ class AlgorithmLedger:
         return predicted / measured - 1 if measured else None
 
     def as_json(self) -> dict:
-        profile = self.profile
         return {
             "samples_per_step": self.samples,
             "samples_per_second": self.samples_per_second,
-            "step_seconds": asdict(profile.total),
-            "stage_seconds": profile.stage_seconds(),
-            "peak_of_all_processes_gib": profile.peak_memory_gib,
+            "step_seconds": asdict(self.step_seconds),
+            "step_seconds_by_round": [asdict(profile.total) for profile in self.rounds],
+            "stage_seconds": self.stage_seconds,
+            "peak_of_all_processes_gib": max(profile.peak_memory_gib for profile in self.rounds),
             "bytes": {role: _with_sums(memory) for role, memory in self.roles.items()} | {"all": _with_sums(self.total)},
             "predicted_bytes": {role: _with_sums(memory) for role, memory in self.predicted.items()},
             "prediction_error": {name: self.prediction_error(name) for name in ("model_state", "activations", "cache")},
@@ -122,7 +130,7 @@ class LedgerResults:
         return pair[algorithm].quantity(quantity) / pair[baseline].quantity(quantity)
 
     def step_ratios_of_rounds(self, algorithm: str, baseline: str = BASELINE) -> list[float]:
-        """The ratio of median steps in each round by itself: a machine whose speed drifts changes it less than the seconds."""
+        """The ratio of median steps in each round by itself."""
         pair = (self._by_name[name].rounds for name in (algorithm, baseline))
         return [mine.total.median / others.total.median for mine, others in zip(*pair, strict=True)]
 
@@ -183,10 +191,10 @@ class LedgerResults:
         return f"Memory of a step, {name}", ["algorithm", "role", *KINDS, "model state", "peak without cache"], rows
 
     def _time_table(self) -> tuple[str, list[str], list[list[str]]]:
-        stages = list(dict.fromkeys(name for ledger in self.algorithms for name in ledger.profile.stage_seconds()))
+        stages = list(dict.fromkeys(name for ledger in self.algorithms for name in ledger.stage_seconds))
         rows = []
         for ledger in self.algorithms:
-            total, seconds = ledger.profile.total, ledger.profile.stage_seconds()
+            total, seconds = ledger.step_seconds, ledger.stage_seconds
             spent = [f"{seconds[name]:.3f}" if name in seconds else "–" for name in stages]
             rows.append([ledger.algorithm, *spent, f"{total.median:.3f} ({total.low:.3f}–{total.high:.3f})", f"{ledger.samples_per_second:.3f}"])
         return "Seconds of a step, median (range)", ["algorithm", *stages, "step", "samples/s"], rows

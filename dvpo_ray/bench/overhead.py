@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,11 +65,6 @@ class StepProfile:
     steps: list[StepTime]
     peak_memory_gib: float
 
-    @classmethod
-    def of_rounds(cls, profiles: Sequence[StepProfile]) -> StepProfile:
-        """The steps of all rounds, and the largest peak."""
-        return cls([step for profile in profiles for step in profile.steps], max(profile.peak_memory_gib for profile in profiles))
-
     @property
     def total(self) -> Spread:
         """Seconds of a step."""
@@ -93,7 +88,7 @@ class StepProfile:
 
 
 def round_folder(folder: Path, number: int, rounds: int) -> Path:
-    """A new folder for one of several rounds; of a single one it is the folder itself."""
+    """The folder of one of several rounds, made where it is missing; of a single round it is the folder itself."""
     chosen = folder if rounds == 1 else folder / f"round-{number}"
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen

@@ -45,7 +45,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
         run_folder: gets the logs, what the steps write and, without `gvm.path`, a value model.
         repeats: measured steps of each; one more of each warms up.
         settings: overrides of each algorithm's own, such as the layout that suits it best; the work has to stay the same.
-        rounds: the three take so many turns, each from a new start.
+        rounds: the three take so many turns, each from a new start, in every second one the other way round.
 
     Returns:
         The results with all that they depend on, ready for JSON.
@@ -64,15 +64,24 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
     profiles: dict[str, list[StepProfile]] = {algorithm: [] for algorithm in configs}
     trl: list[TRLRun] = []
     with RunConsole() as console:
-        for number in range(1, rounds + 1):
-            with connect(config.ray):
-                for algorithm, changed in configs.items():
-                    folder = round_folder(run_folder / algorithm, number, rounds)
-                    with console.stage(_title(algorithm, number, rounds), repeats + 1, unit="steps") as progress:
-                        profiles[algorithm].append(profile_steps(changed, inputs[algorithm], folder, repeats, progress.advance))
+
+        def measure_trl(number: int) -> None:
             folder = round_folder(run_folder / "trl", number, rounds)
             with console.stage(_title("TRL PPO", number, rounds), repeats + 1, unit="steps") as progress:
                 trl.append(run_trl(trl_request(config, inputs["dvpo"].prompts, repeats), trl_python, folder, progress.advance))
+
+        for number in range(1, rounds + 1):
+            forwards = number % 2 == 1
+            if not forwards:
+                measure_trl(number)
+            with connect(config.ray):
+                for algorithm in ALGORITHMS if forwards else ALGORITHMS[::-1]:
+                    folder = round_folder(run_folder / algorithm, number, rounds)
+                    with console.stage(_title(algorithm, number, rounds), repeats + 1, unit="steps") as progress:
+                        profile = profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, progress.advance)
+                    profiles[algorithm].append(profile)
+            if forwards:
+                measure_trl(number)
         results = TRLResults.of(config, trl, profiles)
         for line in results.lines():
             console.say(line)

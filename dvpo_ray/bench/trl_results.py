@@ -82,17 +82,19 @@ class Contestant:
 
     @property
     def samples_per_second(self) -> Spread:
-        return Spread.of([self.samples / step.step for step in self.steps])
+        """At the step's median over rounds, and the range of all steps."""
+        rates = [self.samples / step.step for step in self.steps]
+        return Spread(self.samples / self.seconds["step"], min(rates), max(rates))
 
     @property
-    def rates_of_rounds(self) -> list[float]:
-        """Median samples per second of each round."""
-        return [self.samples / statistics.median(step.step for step in steps) for steps in self.rounds]
+    def seconds_of_rounds(self) -> list[dict[str, float]]:
+        """Median seconds of a step and of its stages in each round."""
+        return [{name: statistics.median(getattr(step, name) for step in steps) for name in ("step", *STAGES)} for steps in self.rounds]
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Median seconds of a step and of its stages."""
-        return {name: statistics.median(getattr(step, name) for step in self.steps) for name in ("step", *STAGES)}
+        """The medians of these over the rounds."""
+        return {name: statistics.median(one[name] for one in self.seconds_of_rounds) for name in ("step", *STAGES)}
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ class TRLResults:
         return statistics.median(self.ratios_of_rounds(algorithm))
 
     def ratios_of_rounds(self, algorithm: str) -> list[float]:
-        """The ratio of medians in each round by itself: a machine whose speed drifts changes it less than the rates."""
-        return [ours / trls for ours, trls in zip(self.ours[algorithm].rates_of_rounds, self.trl.rates_of_rounds, strict=True)]
+        """The ratio of medians in each round by itself."""
+        pairs = zip(self.ours[algorithm].seconds_of_rounds, self.trl.seconds_of_rounds, strict=True)
+        return [trls["step"] / ours["step"] for ours, trls in pairs]
 
     def gap(self, algorithm: str) -> dict[str, float]:
         """Seconds that a step and its stages take longer in TRL."""
@@ -170,7 +173,7 @@ class TRLResults:
                     "samples_per_second": asdict(contestant.samples_per_second),
                     "seconds": contestant.seconds,
                     "peak_memory_gib": contestant.peak_memory_gib,
-                    "steps": [asdict(step) for step in contestant.steps],
+                    "steps_by_round": [[asdict(step) for step in steps] for steps in contestant.rounds],
                 }
                 for name, contestant in contestants.items()
             },

@@ -125,7 +125,7 @@ def response_log_probs(
     predicts = torch.zeros_like(response)
     predicts[:, :-1] = response[:, 1:]  # the logits at position j predict the token at j + 1
     with project_only(model, predicts):
-        logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits[0]
+        logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits.squeeze(0)
     log_probs, entropies = token_log_probs(logits, padded.input_ids[response], temperature=temperature, entropy=entropy)
     if entropies is not None and not entropy_gradient:
         entropies = entropies.detach()

@@ -2,7 +2,7 @@
 
 With a vocabulary of 128,000 the logits are the largest activation of a language model. A float32 copy of them, its `log_softmax` and
 their gradients are four more tensors of that size; here the forward pass keeps the logits as the model made them, and the backward pass makes
-their gradient, in the same precision. On a CPU the rows that are worked on stay in its cache.
+their gradient, in the same precision.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
-"""Logits that are in float32 at a time, by the type of device: a megabyte, what a core has for itself, and 64 MiB."""
+"""Logits that are in float32 at a time, by the type of device: 1 MiB, which caches hold, and 64 MiB."""
 
 
 class TokenLogProbs(NamedTuple):
@@ -56,6 +56,7 @@ class _TokenLogProbs(torch.autograd.Function):
             log_probs[rows] = log_p.gather(1, targets[rows, None])[:, 0]
             if entropy:
                 entropies[rows] = -log_p.exp().mul_(log_p).sum(-1)
+            del log_p  # else it would be there beside the next one
         ctx.save_for_backward(logits, targets, entropies)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -66,17 +67,23 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, to_log_probs: Tensor | None, to_entropies: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         logits, targets, entropies = ctx.saved_tensors
         dtype = entropies.dtype
+        if to_log_probs is None and to_entropies is None:
+            return None, None, None, None
         gradient = torch.empty_like(logits)
         for rows in _row_blocks(logits):
             scaled = _scaled(logits[rows], ctx.temperature, dtype)
-            part = torch.zeros_like(scaled)
-            if to_log_probs is not None:
+            if to_entropies is None:
                 part = torch.softmax(scaled, dim=-1).mul_(-to_log_probs[rows, None])
-                part.scatter_add_(1, targets[rows, None], to_log_probs[rows, None])
-            if to_entropies is not None:
+            else:
                 log_p = F.log_softmax(scaled, dim=-1)
-                part -= to_entropies[rows, None] * log_p.exp().mul_(log_p + entropies[rows, None])
+                part = log_p.exp()
+                weight = log_p.add_(entropies[rows, None]).mul_(-to_entropies[rows, None])
+                part *= weight if to_log_probs is None else weight.sub_(to_log_probs[rows, None])
+                del log_p, weight
+            if to_log_probs is not None:
+                part.scatter_add_(1, targets[rows, None], to_log_probs[rows, None])
             gradient[rows] = part.div_(ctx.temperature) if ctx.temperature != 1.0 else part
+            del scaled, part
         return gradient, None, None, None
 
 
@@ -86,5 +93,7 @@ def _row_blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    logits = logits.to(dtype)
-    return logits / temperature if temperature != 1.0 else logits
+    converted = logits.to(dtype)
+    if temperature == 1.0:
+        return converted
+    return converted / temperature if converted is logits else converted.div_(temperature)

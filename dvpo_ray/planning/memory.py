@@ -14,7 +14,7 @@ ZERO3_STEP_ELEMENTS = 10**9
 REDUCE_BUCKET_ELEMENTS, ZERO3_LIVE_ELEMENTS = 5 * 10**8, 10**9
 """DeepSpeed's `reduce_bucket_size`, and the elements that ZeRO 3 has gathered at most, its `stage3_max_live_parameters`."""
 BLOCK_LOGIT_BYTES = 12
-"""Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, and a product with that."""
+"""Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, and the probabilities."""
 SAMPLING_LOGIT_BYTES = 12
 """Of each float32 logit of the sequences that an engine decodes together: the logit, its log-softmax, and a copy to sample from."""
 
