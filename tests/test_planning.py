@@ -201,7 +201,15 @@ def test_every_role_of_an_algorithm_is_predicted(llama):
 def test_an_engine_takes_its_share_of_a_gpu(llama):
     config = config_of(llama, rollout={"backend": "vllm", "gpus_per_actor": 1, "gpu_memory_utilization": 0.5})
     engine = predict_roles(config, gpu_memory_gib=10)["rollout"].memory
-    assert engine.peak + engine.cache == 5 * GIB
+    arriving = 4 * PARAMETERS  # new weights, which come on top: all in one bucket
+    assert engine.peak + engine.cache == 5 * GIB + arriving
+
+
+@pytest.mark.parametrize(("weight_sync", "arriving"), [({}, 4 * PARAMETERS), ({"bucket_mib": 2**-10}, 2**10), ({"transport": "ipc"}, 0)])
+def test_an_engine_holds_a_bucket_of_new_weights(llama, weight_sync, arriving):
+    rollout = {"backend": "vllm", "max_concurrent_sequences": 8}
+    engine = predict_roles(config_of(llama, rollout=rollout, weight_sync=weight_sync))["rollout"].memory
+    assert engine.activations == 8 * 10 * 12 + arriving
 
 
 # -------------------------------------------------------------------------------------------------------- times

@@ -9,6 +9,7 @@ from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.models.loading import torch_dtype
+from dvpo_ray.orchestration.weight_sync import choose_transport
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.memory import (
     SAMPLING_LOGIT_BYTES,
@@ -107,21 +108,27 @@ def _frozen(shapes: _Shapes, plan: ModelPlan, role, *, gives_logits: bool) -> Ro
     return RolePlan(model, role.num_actors, ActorMemory(model.parameters * shapes.element_bytes, activations=activations))
 
 
+def weight_bucket_bytes(config: Config, parameters: int) -> int:
+    """What an engine holds of new weights beside its own while they arrive; with CUDA IPC it reads the learner's."""
+    return 0 if choose_transport(config) == "ipc" else min(parameters, round(config.weight_sync.bucket_mib * 2**20))
+
+
 def _rollout(shapes: _Shapes, model: Architecture, gpu_memory_gib: float | None) -> RolePlan:
     """An engine with all of its tensor-parallel shards."""
     rollout = shapes.config.rollout
     parameters = model.parameters * shapes.element_bytes
     together = min(rollout.max_concurrent_sequences, derive_batch(shapes.config).max_samples_per_engine)
+    arriving = weight_bucket_bytes(shapes.config, parameters)
     if rollout.backend == "transformers":  # it keeps the logits of every step, and the cache lives as long as the batch
         cache = together * shapes.length * model.cache_per_token * shapes.element_bytes
-        activations = cache + together * shapes.responses * model.vocabulary * 4
+        activations = cache + together * shapes.responses * model.vocabulary * 4 + arriving
         return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=activations))
-    activations = together * model.vocabulary * SAMPLING_LOGIT_BYTES
+    sampling = together * model.vocabulary * SAMPLING_LOGIT_BYTES
     if rollout.gpus_per_actor == 0:
         cache = rollout.kv_cache_gib * GIB
     elif gpu_memory_gib is None:
         cache = 0
     else:
         granted = rollout.gpu_memory_utilization * gpu_memory_gib * GIB * rollout.tensor_parallel_size
-        cache = max(0, round(granted - parameters - activations))
-    return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=activations, cache=cache))
+        cache = max(0, round(granted - parameters - sampling))
+    return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=sampling + arriving, cache=cache))
