@@ -12,7 +12,7 @@ from dvpo_ray.actors.memory import ActorMemory
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.bench.ledger_results import AlgorithmLedger, LedgerResults, training_cost
 from dvpo_ray.bench.machine import describe_measurement
-from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder
+from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder, round_title
 from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
@@ -52,8 +52,7 @@ def bench_ledger(
         for number in range(1, rounds + 1):
             for algorithm in algorithms if number % 2 == 1 else algorithms[::-1]:
                 folder = round_folder((run_folder / algorithm).resolve(), number, rounds)
-                title = algorithm if rounds == 1 else f"{algorithm}, round {number} of {rounds}"
-                with console.stage(title, repeats + 1, unit="steps") as progress:
+                with console.stage(round_title(algorithm, number, rounds), repeats + 1, unit="steps") as progress:
                     around_step = meters[algorithm].around_step
                     profiles[algorithm].append(profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, progress.advance, around_step))
         ledgers = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dvpo_ray.actors.memory import ActorMemory
 from dvpo_ray.bench.measure import Spread
-from dvpo_ray.bench.overhead import StepProfile
+from dvpo_ray.bench.overhead import StepProfile, by_round
 from dvpo_ray.errors import InputError
 
 BASELINE = "ppo"
@@ -227,10 +227,7 @@ class LedgerResults:
         return remarks
 
     def _by_round(self, target: Target) -> str:
-        if target.quantity != "step" or len(self.algorithms[0].rounds) == 1:
-            return ""
-        ratios = self.step_ratios_of_rounds(target.algorithm, target.baseline)
-        return f" (by round: {', '.join(f'{ratio:.3f}' for ratio in ratios)})"
+        return by_round(self.step_ratios_of_rounds(target.algorithm, target.baseline), digits=3) if target.quantity == "step" else ""
 
 
 def training_cost(artifact: Path) -> dict | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,16 @@ def round_folder(folder: Path, number: int, rounds: int) -> Path:
     chosen = folder if rounds == 1 else folder / f"round-{number}"
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen
+
+
+def round_title(contestant: str, number: int, rounds: int) -> str:
+    """What a progress line calls a round."""
+    return contestant if rounds == 1 else f"{contestant}, round {number} of {rounds}"
+
+
+def by_round(ratios: Sequence[float], digits: int) -> str:
+    """Each round's own ratio, to stand behind the median of them; nothing where there is one round."""
+    return f" (by round: {', '.join(f'{ratio:.{digits}f}' for ratio in ratios)})" if len(ratios) > 1 else ""
 
 
 def profile_steps(

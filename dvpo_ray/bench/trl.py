@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dvpo_ray.bench.machine import describe_measurement
-from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder
+from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder, round_title
 from dvpo_ray.bench.trl_results import StageTimes, TRLResults, TRLRun
 from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
@@ -67,7 +67,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
 
         def measure_trl(number: int) -> None:
             folder = round_folder(run_folder / "trl", number, rounds)
-            with console.stage(_title("TRL PPO", number, rounds), repeats + 1, unit="steps") as progress:
+            with console.stage(round_title("TRL PPO", number, rounds), repeats + 1, unit="steps") as progress:
                 trl.append(run_trl(trl_request(config, inputs["dvpo"].prompts, repeats), trl_python, folder, progress.advance))
 
         for number in range(1, rounds + 1):
@@ -77,7 +77,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
             with connect(config.ray):
                 for algorithm in ALGORITHMS if forwards else ALGORITHMS[::-1]:
                     folder = round_folder(run_folder / algorithm, number, rounds)
-                    with console.stage(_title(algorithm, number, rounds), repeats + 1, unit="steps") as progress:
+                    with console.stage(round_title(algorithm, number, rounds), repeats + 1, unit="steps") as progress:
                         profile = profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, progress.advance)
                     profiles[algorithm].append(profile)
             if forwards:
@@ -96,10 +96,6 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
         **results.as_json(),
         "config": config.model_dump(mode="json"),
     }
-
-
-def _title(contestant: str, number: int, rounds: int) -> str:
-    return contestant if rounds == 1 else f"{contestant}, round {number} of {rounds}"
 
 
 # ------------------------------------------------------------------------------------------------------- settings

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from dvpo_ray.bench.measure import Spread
-from dvpo_ray.bench.overhead import StepProfile, StepTime
+from dvpo_ray.bench.overhead import StepProfile, StepTime, by_round
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 
@@ -158,10 +158,9 @@ class TRLResults:
 
     def _verdict(self, algorithm: str) -> str:
         ratio, target = self.ratio(algorithm), TARGETS[algorithm]
-        rounds = self.ratios_of_rounds(algorithm)
-        by_round = f" (by round: {', '.join(f'{one:.2f}' for one in rounds)})" if len(rounds) > 1 else ""
+        rounds = by_round(self.ratios_of_rounds(algorithm), digits=2)
         met = "met" if ratio >= target else "MISSED"
-        return f"{algorithm}: {ratio:.2f} x the samples per second of TRL's PPO{by_round}, target >= {target:g}, {met}"
+        return f"{algorithm}: {ratio:.2f} x the samples per second of TRL's PPO{rounds}, target >= {target:g}, {met}"
 
     def as_json(self) -> dict:
         """The results for programs."""

@@ -65,13 +65,12 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, to_log_probs: Tensor | None, to_entropies: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        logits, targets, entropies = ctx.saved_tensors
-        dtype = entropies.dtype
         if to_log_probs is None and to_entropies is None:
             return None, None, None, None
+        logits, targets, entropies = ctx.saved_tensors
         gradient = torch.empty_like(logits)
         for rows in _row_blocks(logits):
-            scaled = _scaled(logits[rows], ctx.temperature, dtype)
+            scaled = _scaled(logits[rows], ctx.temperature, entropies.dtype)
             if to_entropies is None:
                 part = torch.softmax(scaled, dim=-1).mul_(-to_log_probs[rows, None])
             else:

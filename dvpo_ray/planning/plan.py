@@ -108,7 +108,7 @@ def _frozen(shapes: _Shapes, plan: ModelPlan, role, *, gives_logits: bool) -> Ro
     return RolePlan(model, role.num_actors, ActorMemory(model.parameters * shapes.element_bytes, activations=activations))
 
 
-def weight_bucket_bytes(config: Config, parameters: int) -> int:
+def _weight_bucket_bytes(config: Config, parameters: int) -> int:
     """What an engine holds of new weights beside its own while they arrive; with CUDA IPC it reads the learner's."""
     return 0 if choose_transport(config) == "ipc" else min(parameters, round(config.weight_sync.bucket_mib * 2**20))
 
@@ -118,7 +118,7 @@ def _rollout(shapes: _Shapes, model: Architecture, gpu_memory_gib: float | None)
     rollout = shapes.config.rollout
     parameters = model.parameters * shapes.element_bytes
     together = min(rollout.max_concurrent_sequences, derive_batch(shapes.config).max_samples_per_engine)
-    arriving = weight_bucket_bytes(shapes.config, parameters)
+    arriving = _weight_bucket_bytes(shapes.config, parameters)
     if rollout.backend == "transformers":  # it keeps the logits of every step, and the cache lives as long as the batch
         cache = together * shapes.length * model.cache_per_token * shapes.element_bytes
         activations = cache + together * shapes.responses * model.vocabulary * 4 + arriving
