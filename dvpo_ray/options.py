@@ -42,6 +42,16 @@ def shown(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
+def refuse_own_key(option: str, key: str) -> None:
+    """Refuse a setting that the command gives each run itself, and that would be ignored.
+
+    Raises:
+        InputError: names the option and the key.
+    """
+    if key in ("algorithm", "seed", "out"):
+        raise InputError(f"{option}: {key} is the command's own to choose; leave it out")
+
+
 def add_set_option(parser: ArgumentParser) -> None:
     """`--set`: settings of one algorithm alone."""
     parser.add_argument("--set", action="append", default=[], metavar="ALGORITHM:KEY=VALUE", help="a setting of one algorithm")
@@ -58,8 +68,6 @@ def settings_by_algorithm(texts: Sequence[str], algorithms: Collection[str]) -> 
         name, _, setting = text.partition(":")
         if name not in settings or "=" not in setting:
             raise InputError(f"--set {text}: expected ALGORITHM:KEY=VALUE with one of {', '.join(algorithms)}")
-        key = setting.partition("=")[0].strip()
-        if key in ("algorithm", "seed", "out"):
-            raise InputError(f"--set {text}: {key} is the command's own to choose; leave it out")
+        refuse_own_key(f"--set {text}", setting.partition("=")[0].strip())
         settings[name].append(setting)
     return settings

@@ -171,3 +171,30 @@ def test_a_folder_of_something_else_is_refused(file, content, line, mode, starte
 def test_runs_of_other_seeds_are_no_other_experiment(capsys):
     Path("out/td0-seed7").mkdir(parents=True)
     assert cli.main(["experiment", "gvm-quality", STORIES, "--variants", "td0", "--seeds", "0", "--out", "out", "--dry-run"]) == 0
+
+
+CURVES = ["evaluation.every_steps=5"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["advantage-modes", *CURVES, "--modes", "td", "td"], "the run td-seed0 is asked for twice; name every variant once"),
+        (["convergence", *CURVES, "--algorithms", "dvpo", "dvpo"], "the run dvpo-seed0 is asked for twice"),
+        (["convergence", *CURVES, "--algorithms", "dvpo", "--grid", "policy.learning_rate=1e-4,1e-4"], "the run dvpo-1e-4-seed0 is asked for twice"),
+        (["convergence", *CURVES, "--grid", "seed=1,2"], "--grid seed=1,2: seed is the command's own to choose; leave it out"),
+        (["advantage-modes", *CURVES, "algorithm=ppo"], f"{STORIES}: algorithm is ppo, which has no advantage modes to compare"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_comparisons_that_would_compare_nothing(argv, line, mode, started, capsys):
+    assert cli.main(["experiment", argv[0], STORIES, *argv[1:], "--seeds", "0", "--out", "out", *mode]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dvpo: {line}") and error.count("\n") == 1
+    assert not started
+
+
+def test_a_position_counts_once(capsys):
+    argv = ["experiment", "distribution-shift", STORIES, "--positions", "50", "0", "50", "--seeds", "0", "--out", "out", "--dry-run"]
+    assert cli.main(argv) == 0
+    assert "positions=[50.0, 0.0]" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.experiments.inputs import input_problems
 from dvpo_ray.experiments.registry import STUDIES
-from dvpo_ray.experiments.study import Run, Source, plan_lines, run_study
+from dvpo_ray.experiments.study import Run, Source, check_distinct, plan_lines, run_study
 from dvpo_ray.options import whole_number
 from dvpo_ray.orchestration.placement import check_local_cluster, plan_gvm_placement
 
@@ -57,8 +57,9 @@ def _check(path: str, runs: Sequence[Run]) -> None:
     """Refuse, before the first run starts, whatever would stop a later one.
 
     Raises:
-        InputError: impossible arithmetic or placement, a missing setting, or a folder of another run.
+        InputError: a variant named twice, impossible arithmetic or placement, a missing setting, or a folder of another run.
     """
+    check_distinct(runs)
     for run in runs:
         if run.stage == "policy":
             check_train_config(path, run.config)

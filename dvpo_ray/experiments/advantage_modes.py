@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 
+from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.curves import Curve, draw_gold, read_curve
 from dvpo_ray.experiments.results import Result, Statistic, over_seeds, with_deviation
 from dvpo_ray.experiments.study import Run, Study, override
@@ -26,6 +27,8 @@ class AdvantageModes(Study):
     def runs(self) -> list[Run]:
         self.require("gvm.path", "data.prompts.path")
         self.require_curves()
+        if self.config.algorithm != "dvpo":
+            raise InputError(f"{self.source.path}: algorithm is {self.config.algorithm}, which has no advantage modes to compare; set algorithm=dvpo")
         return [self.run("policy", mode, seed, override("advantage.mode", mode)) for seed in self.seeds for mode in self.options.modes]
 
     def result(self, runs: Sequence[Run]) -> Result:

@@ -17,7 +17,7 @@ from dvpo_ray.experiments.advantage_modes import add_kl_option
 from dvpo_ray.experiments.curves import Curve, draw_gold, last_metric, read_curve, training_seconds
 from dvpo_ray.experiments.results import Result, first_reaching, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
-from dvpo_ray.options import add_set_option, settings_by_algorithm, whole_number
+from dvpo_ray.options import add_set_option, refuse_own_key, settings_by_algorithm, whole_number
 
 COMPARED = ("dvpo", "ppo", "grpo", "rloo", "remax")
 TARGET = "ppo"
@@ -82,6 +82,7 @@ class Convergence(Study):
             yield algorithm, common
             return
         key, _, values = self.options.grid.partition("=")
+        refuse_own_key(f"--grid {self.options.grid}", key.strip())
         if any(setting.startswith(f"{key}=") for setting in common):
             raise InputError(f"--grid {key}: is set for {algorithm} already; search it or set it")
         for value in values.split(","):

@@ -60,7 +60,7 @@ class DistributionShift(Study):
         policy = self.run("policy", "policy", seed, *(override(f"checkpoint.{key}", value) for key, value in settings.items()))
         steps = [every * (i + 1) for i in range(self.options.snapshots)]
         at_step = {0: self.config.model.path} | {step: str(policy.folder / "checkpoints" / f"step_{step:06d}" / "policy") for step in steps}
-        options = {"continuations": self.options.continuations, "positions": list(self.options.positions)}
+        options = {"continuations": self.options.continuations, "positions": list(dict.fromkeys(self.options.positions))}
         prompts = override("evaluation.prompts", self.options.prompts)
         measured = [self.run("shift", f"step{step:04d}", seed, prompts, policy=path, **options) for step, path in at_step.items()]
         return [policy, *measured]

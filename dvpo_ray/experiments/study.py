@@ -211,6 +211,18 @@ def variants(runs: Iterable[Run], *, stage: str | None = None) -> dict[str, list
     return grouped
 
 
+def check_distinct(runs: Sequence[Run]) -> None:
+    """Refuse runs of one name: a variant that is named twice would count each seed twice, and its intervals would be too narrow.
+
+    Raises:
+        InputError: names the first such run.
+    """
+    names = [run.folder.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"the run {twice} is asked for twice; name every variant once")
+
+
 def run_study(study: Study, runs: Sequence[Run]) -> str:
     """Do the runs that are not finished yet and write result.json, table.md and plot.png.
 
