@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +188,10 @@ def test_bytes_are_tokens():
         ([], "{config}: reward_model.path is not set, and ppo needs rewards"),
         (["--algorithms", "dvpo", "gvm.path=null"], "{config}: gvm.path is not set"),
         (["reward_model.path=nowhere"], "nowhere: no such folder"),
+        (
+            ["--algorithms", "dvpo,reinforce", "reward_model.path=r", "--set", "reinforce:batch.prompts_per_step=24"],
+            "reinforce differs from dvpo in batch.prompts_per_step x batch.samples_per_prompt, which must be equal in all that are compared",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, argv, line):
@@ -196,6 +201,7 @@ def test_bad_input_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, argv, 
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"dvpo: {line.format(config=config)}")
+    assert not Path("runs").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ all of it

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_bench import write_config
 
+from dvpo_ray import cli
 from dvpo_ray.bench.overhead import StepProfile, StepTime
 from dvpo_ray.bench.trl import TRL_VERSION, check_trl, make_value_model, run_trl, same_work, trl_request, with_models
 from dvpo_ray.bench.trl_results import StageTimes, TRLResults, TRLRun
@@ -128,6 +130,15 @@ def stand_in(path: Path, script: str) -> Path:
     path.write_text("#!/usr/bin/env bash\n" + script + "\n")
     path.chmod(0o755)
     return path
+
+
+@pytest.mark.parametrize("setting", ["ppo:batch.update_epochs=3", "ppo:rollout.max_response_tokens=9", "ppo:batch.minibatches_per_epoch=8"])
+def test_unequal_work_is_refused(tiny_model, tmp_path, monkeypatch, capsys, setting):
+    monkeypatch.chdir(tmp_path)
+    file = write_config(tmp_path, tiny_model, critic={"cpus_per_actor": 0})
+    assert cli.main(["bench", "trl", str(file), "--trl-python", "python", "--set", setting]) == 2
+    key = setting.removeprefix("ppo:").partition("=")[0]
+    assert capsys.readouterr().err == f"dvpo: ppo differs from TRL in {key}, which must be equal in all that are compared\n"
 
 
 @pytest.mark.parametrize(("script", "found"), [("echo 1.16.0", "TRL 1.16.0"), ("exit 1", "TRL none")])

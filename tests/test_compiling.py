@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from loop_runs import rollouts, run, values_by_hand
 from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
-from dvpo_ray.config.schema import DeepSpeedConfig, LoraConfig, ModelConfig
+from dvpo_ray.actors.frozen import ReferenceModel
+from dvpo_ray.actors.process import environment
+from dvpo_ray.actors.vllm_backend import VLLMBackend
+from dvpo_ray.config.schema import Config, DeepSpeedConfig, LoraConfig, ModelConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models import cpu_linear
 from dvpo_ray.models.compiling import compile_layers
@@ -46,16 +51,45 @@ def test_logits_and_gradients_are_those_of_the_plain_layers(tiny_model, monkeypa
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_without_a_compiler_it_is_one_line(tiny_model, monkeypatch):
+@needs_compiler
+@pytest.mark.slow
+def test_engines_and_frozen_models_on_the_real_loop(loop_settings, tmp_path):
+    train = {"train": {"steps": 2, "trackers": []}}
+    compiled = {"rollout": {"backend": "vllm", "enforce_eager": False}, "scorer": {"compile": True}, "reference": {"compile": True}}
+    metrics = run(loop_settings | train, tmp_path / "run", **compiled)
+    assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-4  # the engine has the learner's weights, the new ones too
+    first, second = (rollouts(tmp_path / "run", step) for step in (1, 2))
+    for row in first:
+        np.testing.assert_allclose(row["reference_log_probs"], row["log_probs"], atol=1e-4)  # the same model yet
+        np.testing.assert_allclose(row["values"], values_by_hand(loop_settings["gvm"]["path"], row), atol=1e-4)
+    assert any(abs(a - b) > 1e-4 for row in second for a, b in zip(row["reference_log_probs"], row["log_probs"], strict=True))
+
+
+def test_vllm_compiles_nothing_unless_asked():
+    eager, compiled = (environment(RolloutConfig(enforce_eager=enforce_eager)) for enforce_eager in (True, False))
+    assert eager == compiled | {"TORCHDYNAMO_DISABLE": "1"}
+
+
+@pytest.mark.parametrize(
+    ("key", "ask"),
+    [
+        ("deepspeed.compile", lambda model, config: compile_layers(load_policy(model))),
+        ("reference.compile", lambda model, config: ReferenceModel(config, 0, "run")),
+        ("rollout.enforce_eager: false", lambda model, config: VLLMBackend(config, frozenset(), "object_store", 8)),
+    ],
+)
+def test_without_a_compiler_it_is_one_line(tiny_model, monkeypatch, tmp_path, key, ask):
     from torch._inductor import cpp_builder, exc
 
     def none_found():
         raise exc.InvalidCxxCompiler
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ResourceError, match=r"deepspeed.compile needs a C\+\+ compiler on this node"):
-        compile_layers(load_policy(ModelConfig(path=str(tiny_model), dtype="float32")))
+    model = ModelConfig(path=str(tiny_model), dtype="float32")
+    with pytest.raises(ResourceError, match=rf"^{key} needs a C\+\+ compiler on this node"):
+        ask(model, Config(model=model, rollout={"enforce_eager": False}, reference={"compile": True}))
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,19 @@ def test_a_key_with_one_letter_missing_is_found(path, data):
 def test_disagreement_needs_an_ensemble_of_value_models(write):
     file = write(MODEL)
     assert "advantage.disagreement_coefficient needs scorer.ensemble" in refusal(file, "advantage.disagreement_coefficient=1")
+    for named_twice in (["scorer.ensemble=[a]", "gvm.path=a"], ["scorer.ensemble=[b, a, a]"]):
+        assert "scorer.ensemble: a is named twice, here or by gvm.path" in refusal(file, *named_twice)
     assert "algorithm grpo has none of" in refusal(file, "scorer.ensemble=[a]", "algorithm=grpo", "batch.samples_per_prompt=2")
+
+
+@pytest.mark.parametrize("url", ["http://", "http:///path", "https://?x", "http://:80/", "ftp://host/", "host/path", "http://a b/"])
+def test_what_is_no_url(write, url):
+    assert f"gvm.refresh.url: '{url}' is no URL; expected http://HOST/PATH" in refusal(write(MODEL), f"gvm.refresh.url={url}")
+
+
+@pytest.mark.parametrize("url", ["http://h", "https://host:8/path?x=1", "http://[::1]:80/", "http://user:pass@host/"])
+def test_what_is_a_url(write, url):
+    assert load_config(write(MODEL), [f"gvm.refresh.url={url}"]).gvm.refresh.url == url
 
 
 @pytest.mark.parametrize("asked", ["gvm.refresh_every_steps=10", "health.on_alarm=refresh"])

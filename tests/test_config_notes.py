@@ -10,8 +10,10 @@ from gvm_artifacts import make_gvm
 
 from dvpo_ray import cli
 from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.health import GOLD_THRESHOLDS
 from dvpo_ray.config.inputs import is_local
 from dvpo_ray.config.notes import training_notes
+from dvpo_ray.health.alarms import RULES
 
 LOCAL_CPU = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "local-cpu.yaml")
 
@@ -29,6 +31,7 @@ def dry_run(capsys, *argv: str) -> list[str]:
 
 
 REFRESHED = ["gvm.refresh.source=judge"]
+UNARMED = [f"health.{key}=null" for key in GOLD_THRESHOLDS]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,16 @@ REFRESHED = ["gvm.refresh.source=judge"]
         (["kl.placement=off", "kl.coefficient=0.05"], "kl.coefficient 0.05 has no effect, since kl.placement is off"),
         (["kl.placement=off", "kl.adaptive_target_nats=6"], "kl.adaptive_target_nats 6 has no effect, since kl.placement is off"),
         (["train.steps=5", "health.window_steps=6"], "health.window_steps 6 is above train.steps 5; no alarm can be raised"),
+        (["health.on_alarm=stop", "evaluation.judge=none"], "health.on_alarm is stop, but no alarm can be raised, since evaluation.judge is none"),
+        (["health.on_alarm=stop", *UNARMED], "health.on_alarm is stop, but no alarm can be raised: every threshold is null"),
+        (
+            ["health.on_alarm=refresh", "gvm.refresh.source=file", "evaluation.judge=none"],
+            "health.on_alarm is refresh, but no alarm can be raised, since evaluation.judge is none",
+        ),
+        (
+            ["health.on_alarm=stop", *UNARMED, "algorithm=reinforce", "health.max_calibration_error=0.1"],
+            "health.on_alarm is stop, but no alarm can be raised: every threshold is null",
+        ),
         (["train.steps=12", "gvm.refresh_every_steps=12", *REFRESHED], "gvm.refresh_every_steps 12 is not below train.steps 12"),
         (
             ["gvm.refresh.samples_per_prompt=5", "gvm.refresh.pairs_per_prompt=3", *REFRESHED],
@@ -58,6 +71,11 @@ def test_contradictions(overrides, note, capsys):
         ["kl.coefficient=0.05"],
         ["kl.placement=off", "kl.coefficient=0"],
         ["train.steps=5", "health.window_steps=5"],
+        UNARMED,
+        ["health.on_alarm=stop"],
+        ["health.on_alarm=stop", *UNARMED[1:]],
+        ["health.on_alarm=stop", "evaluation.judge=none", "health.max_calibration_error=0.1"],
+        ["health.on_alarm=stop", "evaluation.judge=none", "health.max_calibration_error=0.1", "algorithm=ppo"],
         ["train.steps=12", "gvm.refresh_every_steps=11", *REFRESHED],
         ["gvm.refresh.pairs_per_prompt=9"],
         ["gvm.refresh.samples_per_prompt=6", "gvm.refresh.pairs_per_prompt=3", *REFRESHED],
@@ -67,6 +85,11 @@ def test_contradictions(overrides, note, capsys):
 )
 def test_no_contradictions(overrides):
     assert training_notes(load_config(LOCAL_CPU, overrides)) == []
+
+
+def test_the_rules_that_need_a_gold_judge():
+    gold = {rule.setting for rule in RULES.values() if any("gold" in metric or "bias" in metric for metric in rule.reads)}
+    assert gold == set(GOLD_THRESHOLDS)
 
 
 def test_a_default_coefficient_is_no_contradiction():
@@ -128,6 +151,40 @@ def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):
     assert dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm}") == []
     (note,) = dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm.parent}")
     assert note == f"gvm.path {gvm.parent}: no gvm.json, so this is no GVM artifact; did you mean {gvm}?"
+
+
+@pytest.mark.parametrize(
+    ("command", "note"),
+    [
+        (["train", "policy.trainable_layers=3"], "policy.trainable_layers 3: {model} has 2 decoder layers; give 2 or fewer"),
+        (
+            ["train", "rollout.max_response_tokens=9999", "batch.micro_batch_tokens=99999"],
+            "data.max_prompt_tokens 32 + rollout.max_response_tokens 9999 = 10031 tokens, but {model} has a context of 256",
+        ),
+        (["gvm", "train", "gvm.num_layers=3"], "gvm.num_layers 3: {model} has 2 decoder layers; give 2 or fewer"),
+        (["gvm", "train", "gvm.num_layers=3", "model.path=hub/name", "gvm.init_from={model}"], "gvm.num_layers 3: {model} has 2 decoder layers"),
+        (["rm", "train", "reward_model.num_layers=4"], "reward_model.num_layers 4: {model} has 2 decoder layers; give 2 or fewer"),
+    ],
+)
+def test_what_the_model_does_not_have_is_a_note(command, note, capsys, tiny_model):
+    split = 1 if command[0] == "train" else 2
+    settings = [text.format(model=tiny_model) for text in command[split:]]
+    quiet = [
+        "data.prompts.path=hub/prompts",
+        "data.prompts.heldout_path=null",
+        "data.preferences.path=hub/pairs",
+        "data.preferences.heldout_path=null",
+    ]
+    fitting = [
+        "gvm.path=hub/gvm",
+        "gvm.num_layers=2",
+        "reward_model.num_layers=2",
+        "scorer.micro_batch_tokens=99999",
+        "reference.micro_batch_tokens=99999",
+    ]
+    found = dry_run(capsys, *command[:split], LOCAL_CPU, f"model.path={tiny_model}", *quiet, *fitting, *settings)
+    found = [line for line in found if not line.startswith("gvm.path")]
+    assert len(found) == 1 and found[0].startswith(note.format(model=tiny_model))
 
 
 @pytest.mark.parametrize(

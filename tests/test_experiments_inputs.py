@@ -20,11 +20,12 @@ def in_a_folder_with_everything(tmp_path, monkeypatch):
     """All that stories-cpu.yaml names is there, by the looks of it; no run ever starts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
-    leave_model("stories260K", num_hidden_layers=5)
+    leave_model("stories260K", num_hidden_layers=5, max_position_embeddings=512)
     leave_artifact("runs/stories/gvm/final", "monte_carlo")
     leave_artifact("runs/stories/rm/final", "bradley_terry")
-    for file in (*PAIRS, PROMPTS):
-        Path(file).touch()
+    Path(PROMPTS).touch()
+    for file, rows in zip(PAIRS, (550, 1), strict=True):
+        Path(file).write_text("".join(json.dumps({"prompt": f"{file} {i}", "chosen": "yes", "rejected": "no"}) + "\n" for i in range(rows)))
 
 
 def leave_model(folder: str, **config) -> None:
@@ -97,6 +98,18 @@ MISSING = [
         ["gvm.path=runs/stories/gvm"],
         "gvm.path runs/stories/gvm: no gvm.json, so this is no GVM artifact; did you mean runs/stories/gvm/final?",
     ),
+    ("bound", ["--pairs", "50", "551", "500"], f"--pairs 551: {PAIRS[0]} has 550 training pairs; give fewer"),
+    (
+        "refresh",
+        [*JUDGED, "train.steps=11", "gvm.refresh.prompts=10", "gvm.refresh.pairs_per_prompt=2", "--pairs", "511", "--every", "10", "5"],
+        f"--pairs 511, with the 40 that refreshes can collect 551: {PAIRS[0]} has 550 training pairs; give fewer",
+    ),
+    ("advantage-modes", [*JUDGED, "policy.trainable_layers=6"], "policy.trainable_layers 6: ./stories260K has 5 decoder layers; give 5 or fewer"),
+    (
+        "convergence",
+        [*JUDGED, "rollout.max_response_tokens=496", "batch.micro_batch_tokens=999999"],
+        "data.max_prompt_tokens 17 + rollout.max_response_tokens 496 = 513 tokens, but ./stories260K has a context of 512",
+    ),
     ("refresh", [*JUDGED, "data.prompts.path=runs/prompts.jsonl"], "data.prompts.path runs/prompts.jsonl: no such file or folder"),
 ]
 
@@ -123,6 +136,15 @@ def test_names_of_the_hub_are_left_to_the_run(capsys):
     assert notes(capsys, "gvm-quality", "data.preferences.path=ultrafeedback_binarized") == []
     # What starts with a folder of this machine is no name of the hub.
     assert notes(capsys, "gvm-quality", "data.preferences.path=runs/pairs") == ["data.preferences.path runs/pairs: no such file or folder"]
+
+
+def test_pairs_on_the_hub_are_counted_by_the_run_alone(capsys, started, monkeypatch):
+    argv = ["bound", "data.preferences.path=ultrafeedback_binarized", "--pairs", "999999999"]
+    assert notes(capsys, *argv) == []
+    read = []
+    monkeypatch.setattr("dvpo_ray.data.preferences.read_rows", lambda path, split: read.append(path) or iter(()))
+    refusal(capsys, *argv)
+    assert read == ["ultrafeedback_binarized"] and not started
 
 
 def test_every_stage_says_what_it_reads():
@@ -182,6 +204,22 @@ CURVES = ["evaluation.every_steps=5"]
         (["advantage-modes", *CURVES, "--modes", "td", "td"], "the run td-seed0 is asked for twice; name every variant once"),
         (["convergence", *CURVES, "--algorithms", "dvpo", "dvpo"], "the run dvpo-seed0 is asked for twice"),
         (["convergence", *CURVES, "--algorithms", "dvpo", "--grid", "policy.learning_rate=1e-4,1e-4"], "the run dvpo-1e-4-seed0 is asked for twice"),
+        (
+            ["convergence", *CURVES, "--algorithms", "dvpo", "--grid", "policy.learning_rate=1e-4,0.0001"],
+            "the variants dvpo-1e-4 and dvpo-0.0001 are the same run; name every variant once",
+        ),
+        (
+            ["convergence", *CURVES, "--set", "ppo:train.steps=3"],
+            "ppo differs from dvpo in train.steps x batch.prompts_per_step x batch.samples_per_prompt, which must be equal in all that are compared",
+        ),
+        (["convergence", *CURVES, "--set", "grpo:evaluation.prompts=3"], "grpo differs from dvpo in evaluation, which must be equal"),
+        (
+            ["convergence", *CURVES, "--algorithms", "dvpo", "--grid", "rollout.max_response_tokens=8,9"],
+            "dvpo-9 differs from dvpo-8 in rollout.max_response_tokens, which must be equal",
+        ),
+        (["transfer", "--domain", "a=x,y", "--domain", "b=x,z"], "--domain: x is in both domains, a and b; transfer is between two different ones"),
+        (["transfer", "--domain", "a=x,y", "--domain", "b=z,y"], "--domain: y is in both domains, a and b"),
+        (["transfer", "--domain", "a=x,x", "--domain", "b=z,y"], "--domain a=x,x: the held-out pairs are the training pairs; give others"),
         (["convergence", *CURVES, "--grid", "seed=1,2"], "--grid seed=1,2: seed is the command's own to choose; leave it out"),
         (["advantage-modes", *CURVES, "algorithm=ppo"], f"{STORIES}: algorithm is ppo, which has no advantage modes to compare"),
     ],

@@ -97,9 +97,9 @@ def test_partial_training_counts_what_is_trained(llama):
 
 def test_value_models_are_truncated_and_have_a_head(llama):
     config = config_of(llama, gvm={"num_layers": 1}, critic={"init": "policy"})
-    assert value_plan(config, config.gvm, "gvm").architecture().parameters == VALUE_PARAMETERS - LAYER
+    assert value_plan(config, "gvm").architecture().parameters == VALUE_PARAMETERS - LAYER
     assert critic_plan(config).architecture().parameters == VALUE_PARAMETERS
-    assert value_plan(config, config.gvm, "gvm").architecture().vocabulary == 0
+    assert value_plan(config, "gvm").architecture().vocabulary == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -310,13 +310,42 @@ def test_what_does_not_fit_is_said_with_what_to_change(run_plan):
     assert "GiB too much on host memory: learner-0 takes most, lower batch.micro_batch_tokens" in out
 
 
+def test_a_plan_says_what_it_takes_for_granted(run_plan, tmp_path):
+    def notes(*argv):
+        return [line for line in run_plan(*argv)[1].splitlines() if line.startswith("note: ")]
+
+    planned = "planned is the GVM artifact that `dvpo gvm train` makes of this config"
+    assert notes() == [f"note: gvm.path is not set; {planned}"]
+    missing = tmp_path / "missing"
+    assert notes(f"gvm.path={missing}", "kl.placement=off", "kl.coefficient=1") == [
+        f"note: gvm.path {missing}: no such folder; {planned}",
+        "note: kl.coefficient 1 has no effect, since kl.placement is off; set kl.placement to reward or loss for a penalty",
+    ]
+    assert notes("algorithm=reinforce", "--json", str(tmp_path / "plan.json")) == [
+        "note: reward_model.path is not set; planned is the reward model that `dvpo rm train` makes of this config"
+    ]
+    assert json.loads((tmp_path / "plan.json").read_text())["notes"][0].startswith("reward_model.path is not set")
+
+
+def test_columns_stay_apart_whatever_the_size(run_plan):
+    _, out, _ = run_plan("batch.prompts_per_step=100000000", "rollout.max_concurrent_sequences=100000000", "batch.micro_batch_tokens=1000000000")
+    assert all(len(line.split()) == 9 + (line.split()[3] in "MB") for line in out.splitlines()[2:6])
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["model.path=./nowhere"], "dvpo: ./nowhere: no such checkpoint folder"),
+        (["model.path=./nowhere"], "dvpo: model.path ./nowhere: no such checkpoint folder"),
+        (["gvm.init_from=/nowhere"], "dvpo: gvm.init_from /nowhere: no such checkpoint folder"),
+        (["gvm.path=."], "dvpo: gvm.path .: no gvm.json, so this is no GVM artifact"),
+        (["algorithm=ppo", "reward_model.path=."], "dvpo: reward_model.path .: no gvm.json, so this is no reward model"),
         (["gvm.num_layers=5"], "dvpo: gvm.num_layers is 5, but"),
+        (["policy.trainable_layers=3"], "dvpo: policy.trainable_layers 3: "),
+        (["data.max_prompt_tokens=61"], "dvpo: data.max_prompt_tokens 61 + rollout.max_response_tokens 4 = 65 tokens, but "),
         (["--device", "a100-80gb"], "dvpo: --device is a100-80gb, but policy.gpus_per_actor is 0"),
-        (["--device", "abacus", "policy.gpus_per_actor=1"], "dvpo: --device is abacus; expected one of h200,"),
+        (["--device", "abacus"], "dvpo: --device 'abacus': not known; expected cpu or one of h200,"),
+        (["--device", ""], "dvpo: --device '': not known; expected cpu or one of h200,"),
+        (["--device", "cpu", "policy.gpus_per_actor=1"], "dvpo: --device is cpu, but policy.gpus_per_actor is 1; name a GPU: h200,"),
         (["--device", "l4", "--calibrate"], "dvpo: --calibrate measures this machine and --device l4 names another"),
         (["--node-memory-gib", "0"], "dvpo: argument --node-memory-gib: '0' is no finite number above 0"),
         (["batch.prompts_per_step=7", "batch.minibatches_per_epoch=2"], "dvpo: batch.prompts_per_step 7"),

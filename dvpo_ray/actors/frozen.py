@@ -14,6 +14,7 @@ from dvpo_ray.gvm.artifact import GVMManifest, load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.gvm.trajectories import Trajectories
 from dvpo_ray.health.disagreement import ensemble_std
+from dvpo_ray.models.compiling import compile_layers
 from dvpo_ray.models.forward import batch_log_probs, batch_values
 from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.models.memory import parameter_bytes
@@ -41,7 +42,10 @@ class ValueScorer(FrozenModel):
         self.others = [self._load(config, path)[0] for path in config.scorer.ensemble]
 
     def _load(self, config: Config, path: str) -> tuple[PreTrainedModel, GVMManifest]:
-        return load_gvm_of_run(config.model, path)
+        model, manifest = load_gvm_of_run(config.model, path)
+        if config.scorer.compile:
+            compile_layers(model, "scorer.compile")
+        return model, manifest
 
     def _artifact(self, config: Config) -> str:
         return config.gvm.path
@@ -97,6 +101,8 @@ class ReferenceModel(FrozenModel):
         self.max_tokens = config.reference.micro_batch_tokens
         self.temperature = config.rollout.temperature
         self.model = load_policy(config.model, default_device())
+        if config.reference.compile:
+            compile_layers(self.model, "reference.compile")
 
     @torch.inference_mode()
     def score(self, batch: RaggedBatch) -> np.ndarray:

@@ -63,8 +63,8 @@ def environment(role: RoleConfig) -> dict[str, str]:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(role.kv_cache_gib),
         }
-        if role.gpus_per_actor == 0:
-            # Else vLLM compiles a count over the logits for every new batch shape: half a minute, and it needs a C++ compiler.
+        if role.gpus_per_actor == 0 and role.enforce_eager:
+            # Else vLLM compiles a count over the logits all the same: half a minute, and it needs a C++ compiler.
             variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables
 

@@ -12,6 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.rollout_backend import Response
 from dvpo_ray.config.schema import Config
+from dvpo_ray.models.compiling import require_compiler
 from dvpo_ray.models.memory import TensorBytes, parameter_bytes
 
 WeightTransferEngineFactory.register_engine("object_store", "dvpo_ray.orchestration.vllm_object_store", "ObjectStoreWeightTransferEngine")
@@ -23,6 +24,8 @@ class VLLMBackend:
     def __init__(self, config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int) -> None:
         rollout = config.rollout
         on_gpu = rollout.gpus_per_actor > 0
+        if not rollout.enforce_eager:
+            require_compiler("rollout.enforce_eager: false")
         self.llm = LLM(
             model=config.model.path,
             dtype=config.model.dtype,

@@ -13,6 +13,7 @@ from dvpo_ray.commands.gvm import missing_pairs
 from dvpo_ray.commands.paths import check_new_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config import Config, override_config
+from dvpo_ray.config.comparable import SAME_STEP, SAME_UPDATE, check_equal
 from dvpo_ray.config.inputs import Needed, preference_inputs, problems
 from dvpo_ray.errors import InputError
 from dvpo_ray.options import add_set_option, settings_by_algorithm, whole_number
@@ -137,8 +138,10 @@ def _trl(args: argparse.Namespace, config: Config, out: Path) -> dict:
     from dvpo_ray.bench.trl import ALGORITHMS, bench_trl, run_as, with_models
 
     settings = settings_by_algorithm(args.set, ALGORITHMS)
-    for algorithm in ALGORITHMS:
-        check_train_config(args.config, override_config(with_models(run_as(config, algorithm), fallback="made"), settings[algorithm]))
+    configs = {algorithm: override_config(with_models(run_as(config, algorithm), fallback="made"), settings[algorithm]) for algorithm in ALGORITHMS}
+    for changed in configs.values():
+        check_train_config(args.config, changed)
+    check_equal({"TRL": config, **configs}, SAME_UPDATE)
     return bench_trl(config, args.trl_python, out, args.repeats, settings, args.rounds)
 
 
@@ -166,8 +169,10 @@ def _ledger(args: argparse.Namespace) -> int:
 
     from dvpo_ray.bench.ledger import bench_ledger, config_for
 
-    for algorithm in args.algorithms:
-        check_train_config(args.config, config_for(override_config(config, settings[algorithm]), algorithm, args.group_size))
+    configs = {algorithm: config_for(override_config(config, settings[algorithm]), algorithm, args.group_size) for algorithm in args.algorithms}
+    for changed in configs.values():
+        check_train_config(args.config, changed)
+    check_equal(configs, SAME_STEP)
     results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size, settings, args.rounds)
 
     from dvpo_ray.files import whole_file
@@ -187,5 +192,4 @@ def _with_models(args: argparse.Namespace, config: Config, out: Path) -> Config:
 
     from dvpo_ray.bench.random_weights import with_random_weights
 
-    out.mkdir(parents=True, exist_ok=True)
     return with_random_weights(config, args.random_weights, out.resolve() / "random-weights", args.tokenizer)

@@ -10,9 +10,8 @@ from pathlib import Path
 from dvpo_ray.commands.common import add_config_arguments
 from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.commands.train import check_train_config
-from dvpo_ray.experiments.inputs import input_problems
 from dvpo_ray.experiments.registry import STUDIES
-from dvpo_ray.experiments.study import Run, Source, check_distinct, plan_lines, run_study
+from dvpo_ray.experiments.study import Run, Source, check_distinct, plan_lines, run_study, study_problems
 from dvpo_ray.options import whole_number
 from dvpo_ray.orchestration.placement import check_local_cluster, plan_gvm_placement
 
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     study.check_folder()
     _check(args.config, runs)
     if args.dry_run:
-        print(*plan_lines(runs), *(f"note: {problem}" for problem in input_problems(runs)), sep="\n")
+        print(*plan_lines(runs), *(f"note: {problem}" for problem in study_problems(study, runs, ask_hub=False)), sep="\n")
         return 0
     print(run_study(study, runs))
     print(out)

@@ -10,7 +10,7 @@ from pathlib import Path
 from dvpo_ray.commands.common import add_config_arguments, add_run_arguments, choose_run_folder, dated_folder, load, print_plan
 from dvpo_ray.commands.paths import check_new_file, check_new_folder
 from dvpo_ray.config import Config
-from dvpo_ray.config.inputs import preference_inputs, problems
+from dvpo_ray.config.inputs import preference_inputs, problems, value_model_misfits
 from dvpo_ray.config.schema import ContextConfig, DataConfig, GVMConfig, PreferenceTraining
 from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import Bundle, check_local_cluster, plan_gvm_placement
@@ -70,7 +70,7 @@ def _train(args: argparse.Namespace) -> int:
     missing, bundles = missing_pairs(config), plan_gvm_placement(config)
     check_local_cluster(config, bundles)
     if args.dry_run:
-        print_training_plan(config, config.gvm, bundles, [*missing, *problems(preference_inputs(config))])
+        print_training_plan(config, config.gvm, bundles, [*missing, *problems(preference_inputs(config)), *value_model_misfits(config)])
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dvpo_ray.commands.common import add_config_arguments, load
 from dvpo_ray.commands.paths import check_new_file
+from dvpo_ray.config.inputs import not_made_yet, plan_inputs, policy_misfits, problems
+from dvpo_ray.config.notes import training_notes
 from dvpo_ray.errors import InputError
 from dvpo_ray.options import finite_number
 
@@ -30,14 +32,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_new_file(args.json, "--json")
 
+    for problem in [*problems(plan_inputs(config)), *policy_misfits(config)]:
+        raise InputError(problem)
+
     from dvpo_ray.files import whole_file
     from dvpo_ray.planning.devices import calibrate, choose_device
     from dvpo_ray.planning.report import make_plan
 
     device = calibrate(config) if args.calibrate else choose_device(config, args.device)
     plan = make_plan(config, device, args.node_memory_gib)
-    print(*plan.lines(), sep="\n")
+    notes = [note for note in (not_made_yet(config), *training_notes(config)) if note is not None]
+    print(*plan.lines(), *(f"note: {note}" for note in notes), sep="\n")
     if args.json is not None:
         with whole_file(args.json) as file:
-            json.dump(plan.as_json(), file, indent=2)
+            json.dump({**plan.as_json(), "notes": notes}, file, indent=2)
     return 0

@@ -7,7 +7,7 @@ import argparse
 from dvpo_ray.baselines.reward_model import train_reward_model
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load
 from dvpo_ray.commands.gvm import missing_pairs, print_training_plan
-from dvpo_ray.config.inputs import preference_inputs, problems
+from dvpo_ray.config.inputs import preference_inputs, problems, value_model_misfits
 from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import check_local_cluster, plan_reward_model_placement
 
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     missing, bundles = missing_pairs(config), plan_reward_model_placement(config)
     check_local_cluster(config, bundles)
     if args.dry_run:
-        print_training_plan(config, config.reward_model, bundles, [*missing, *problems(preference_inputs(config, "reward_model"))])
+        misfits = value_model_misfits(config, "reward_model")
+        print_training_plan(config, config.reward_model, bundles, [*missing, *problems(preference_inputs(config, "reward_model")), *misfits])
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")

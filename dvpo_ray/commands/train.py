@@ -8,7 +8,7 @@ from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan
 from dvpo_ray.config import Config
 from dvpo_ray.config.arithmetic import derive_batch
-from dvpo_ray.config.inputs import policy_inputs, problems
+from dvpo_ray.config.inputs import policy_inputs, policy_misfits, problems
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import check_local_cluster, plan_placement
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load(args)
     if args.dry_run:
-        print_train_plan(config, [*_missing(config), *problems(policy_inputs(config))])
+        print_train_plan(config, [*_missing(config), *problems(policy_inputs(config)), *policy_misfits(config)])
         return 0
     check_train_config(args.config, config)
     config = config.model_copy(update={"out": str(choose_run_folder(args, config))})

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dvpo_ray.config.section import Count, Fraction, NonNegative, Positive, Section
+
+_URL = re.compile(r"https?://[^\s/?#:]\S*")
+GOLD_THRESHOLDS = ("trend_significance", "max_gold_divergence", "min_gold_correlation", "max_value_bias")
+"""Keys of the rules that compare the estimate with the score of a gold judge."""
 
 
 class HealthConfig(Section):
@@ -54,7 +59,14 @@ class RefreshConfig(Section):
     )
     epochs: Positive = Field(1.0, description="Passes over the new and the old pairs, from the last GVM on.")
     timeout_seconds: Positive = Field(86400.0, description="How long `file` waits for the last label.")
-    url: str | None = Field(None, pattern=r"^https?://", description="Address that `endpoint` posts pairs to.")
+    url: str | None = Field(None, description="Address that `endpoint` posts pairs to, `http://` or `https://`.")
     request_timeout_seconds: Positive = Field(60.0, description="How long one answer of the endpoint may take.")
     pairs_per_request: Count = Field(16, description="Pairs in one request to the endpoint.")
     retries: Annotated[int, Field(ge=0)] = Field(4, description="How often a failed request is sent again, after 1, 2, 4 ... seconds.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_url(cls, url: str | None) -> str | None:
+        if url is not None and not _URL.fullmatch(url):
+            raise ValueError(f"'{url}' is no URL; expected http://HOST/PATH or https://HOST/PATH")
+        return url

@@ -112,14 +112,53 @@ def _objective(folder: Path) -> str | None:
         return None
 
 
-def decoder_layers(checkpoint: str) -> int | None:
-    """Decoder layers of a checkpoint folder by its config.json; None for a hub name, or a config that calls them otherwise."""
+# ------------------------------------------------------------------------------------- what a checkpoint allows
+
+
+def too_many_layers(key: str, layers: int | None, checkpoint: str) -> str | None:
+    """Why a checkpoint folder has not so many decoder layers, in a line that begins with the key; None where it may have them."""
+    there = _model_number(checkpoint, "num_hidden_layers")
+    if layers is None or there is None or layers <= there:
+        return None
+    return f"{key} {layers}: {checkpoint} has {there} decoder layers; give {there} or fewer"
+
+
+def too_long_rows(config: Config, context: int | None = None) -> str | None:
+    """Why the longest row of policy optimisation does not fit the positions of `model.path`; None where it may.
+
+    Args:
+        context: positions of the model; by its config.json where that is on this machine, when not given.
+    """
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    context = context or _model_number(config.model.path, "max_position_embeddings")
+    if context is None or prompt + response <= context:
+        return None
+    return (
+        f"data.max_prompt_tokens {prompt} + rollout.max_response_tokens {response} = {prompt + response} tokens, but {config.model.path} has a "
+        f"context of {context}"
+    )
+
+
+def policy_misfits(config: Config) -> list[str]:
+    """What a run of policy optimisation asks of `model.path` that its config.json denies; nothing for a hub name."""
+    layers = too_many_layers("policy.trainable_layers", config.policy.trainable_layers, config.model.path)
+    return [problem for problem in (layers, too_long_rows(config)) if problem is not None]
+
+
+def value_model_misfits(config: Config, section: Literal["gvm", "reward_model"] = "gvm") -> list[str]:
+    """What training a value model asks of the checkpoint it starts from that its config.json denies; nothing for a hub name."""
+    problem = too_many_layers(f"{section}.num_layers", getattr(config, section).num_layers, value_model_start(config, section)[1])
+    return [] if problem is None else [problem]
+
+
+def _model_number(checkpoint: str, name: str) -> int | None:
+    """A number of a checkpoint folder's config.json; None for a hub name, or a config that calls it otherwise."""
     try:
         config = json.loads((Path(checkpoint).expanduser() / "config.json").read_text(encoding="utf-8"))
-        layers = config.get("text_config", config).get("num_hidden_layers")
+        number = config.get("text_config", config).get(name)
     except (OSError, ValueError, AttributeError):
         return None
-    return layers if isinstance(layers, int) else None
+    return number if isinstance(number, int) else None
 
 
 # ------------------------------------------------------------------------------------------ of each kind of run
@@ -136,11 +175,45 @@ def policy_inputs(config: Config, scored: bool = True) -> Iterator[Needed]:
 
 
 def _scoring_inputs(config: Config) -> Iterator[Needed]:
-    if ALGORITHMS[config.algorithm].scorer == "reward_model":
-        yield from _if_set("reward_model.path", config.reward_model.path, "reward_model")
+    section = _scoring_section(config)
+    yield from _if_set(f"{section}.path", getattr(config, section).path, section)
+    yield from (Needed("scorer.ensemble", path, "gvm") for path in config.scorer.ensemble)
+
+
+def _scoring_section(config: Config) -> Literal["gvm", "reward_model"]:
+    return "gvm" if ALGORITHMS[config.algorithm].scorer == "scorer" else "reward_model"
+
+
+def plan_inputs(config: Config) -> Iterator[Needed]:
+    """What `dvpo plan` reads: the policy, and what scores rollouts or, where that is not made yet, what it will start from."""
+    yield Needed("model.path", config.model.path, "policy")
+    section = _scoring_section(config)
+    path = getattr(config, section).path
+    if is_made(path):
+        yield Needed(f"{section}.path", path, section)
     else:
-        yield from _if_set("gvm.path", config.gvm.path, "gvm")
-        yield from (Needed("scorer.ensemble", path, "gvm") for path in config.scorer.ensemble)
+        yield Needed(*value_model_start(config, section), "trunk")
+
+
+def not_made_yet(config: Config) -> str | None:
+    """Of which model a plan has to go by the config, because what scores rollouts is not there; None where it is."""
+    section = _scoring_section(config)
+    path = getattr(config, section).path
+    if is_made(path):
+        return None
+    missing = f"{section}.path is not set" if path is None else f"{section}.path {path}: no such folder"
+    return f"{missing}; planned is the {_NAMES[section]} that {_MAKERS[section]} makes of this config"
+
+
+def is_made(path: str | None) -> bool:
+    """Whether the folder of a value or reward model is there."""
+    return path is not None and Path(path).expanduser().is_dir()
+
+
+def value_model_start(config: Config, section: Literal["gvm", "reward_model"]) -> tuple[str, str]:
+    """The key that names the checkpoint which a value model starts from, and the checkpoint."""
+    init_from = getattr(config, section).init_from
+    return ("model.path", config.model.path) if init_from is None else (f"{section}.init_from", init_from)
 
 
 def preference_inputs(config: Config, section: Literal["gvm", "reward_model", "dpo"] = "gvm") -> Iterator[Needed]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import batch_notes
+from dvpo_ray.config.health import GOLD_THRESHOLDS
 from dvpo_ray.config.schema import Config
 
 
@@ -32,6 +33,16 @@ def _health_notes(config: Config) -> Iterator[str]:
     window, steps = config.health.window_steps, config.train.steps
     if window > steps:
         yield f"health.window_steps {window} is above train.steps {steps}; no alarm can be raised"
+    elif config.health.on_alarm != "warn" and not _can_alarm(config):
+        why = ", since evaluation.judge is none" if config.evaluation.judge == "none" else ": every threshold is null"
+        yield f"health.on_alarm is {config.health.on_alarm}, but no alarm can be raised{why}"
+
+
+def _can_alarm(config: Config) -> bool:
+    """Whether any rule has its threshold and what it reads: a gold judge, or values along the responses."""
+    health, algorithm = config.health, ALGORITHMS[config.algorithm]
+    by_gold = config.evaluation.judge != "none" and any(getattr(health, key) is not None for key in GOLD_THRESHOLDS)
+    return by_gold or ((algorithm.scorer == "scorer" or algorithm.has_critic) and health.max_calibration_error is not None)
 
 
 def _refresh_notes(config: Config) -> Iterator[str]:

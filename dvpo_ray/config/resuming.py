@@ -58,7 +58,8 @@ MAY_CHANGE: tuple[str, ...] = (
     *(f"{role}.num_actors" for role in _FROZEN),
     *(f"{part}.micro_batch_tokens" for part in ("batch", *_FROZEN, "critic", "gvm", "reward_model")),
     *(f"{role}.deepspeed.{name}" for role in _TRAINED for name in ("gradient_checkpointing", "compile")),
-    *("rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
+    *(f"{role}.compile" for role in _FROZEN),
+    *("rollout.enforce_eager", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
 )
 """Settings and whole sections that may change."""
 

@@ -49,6 +49,11 @@ class Bound(Study):
         self.require_judge()
         return [run for seed in self.seeds for run in self._of_seed(seed)]
 
+    @property
+    def training_pairs(self) -> tuple[str, int]:
+        most = max(self.options.pairs)
+        return f"--pairs {most}", most
+
     def _of_seed(self, seed: int) -> list[Run]:
         trained = {
             pairs: {

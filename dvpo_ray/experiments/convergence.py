@@ -12,6 +12,7 @@ import numpy as np
 from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.baselines.reward_model import as_value_model
 from dvpo_ray.config import Config
+from dvpo_ray.config.comparable import SAME_RUN, check_equal
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.advantage_modes import add_kl_option
 from dvpo_ray.experiments.curves import Curve, draw_gold, last_metric, read_curve, training_seconds
@@ -56,6 +57,7 @@ class Convergence(Study):
             for algorithm in self.options.algorithms
             for variant, overrides in self._of_algorithm(algorithm)
         ]
+        _check_comparable(policies)
         return [*models.values(), *policies]
 
     def _models(self) -> dict[str, Run]:
@@ -115,6 +117,21 @@ class Convergence(Study):
             "curves": [curve.as_json() for curve in every],
         }
         return Result(table, lambda figure: draw_gold(figure, every, against=("step", "seconds", "kl")), details)
+
+
+def _check_comparable(policies: Sequence[Run]) -> None:
+    """Refuse runs that cannot be compared, and two variants that are the same run.
+
+    Raises:
+        InputError: names the variants.
+    """
+    configs = {run.variant: run.config for run in policies if run.seed == policies[0].seed}
+    check_equal(configs, SAME_RUN)
+    by_settings: dict[str, str] = {}
+    for variant, config in configs.items():
+        same = by_settings.setdefault(config.model_dump_json(exclude={"out"}), variant)
+        if same != variant:
+            raise InputError(f"the variants {same} and {variant} are the same run; name every variant once")
 
 
 def compare(curves: dict[str, list[Curve]], kl_grid: Sequence[float]) -> Iterator[dict]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dvpo_ray.config.inputs import Needed, decoder_layers, policy_inputs, preference_inputs, problems
+from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import Needed, is_local, policy_inputs, policy_misfits, preference_inputs, problems, value_model_misfits
+from dvpo_ray.config.schema import DataConfig
 from dvpo_ray.experiments.study import Run
 
 
@@ -19,16 +21,25 @@ def input_problems(runs: Sequence[Run]) -> list[str]:
     folders = [run.folder.absolute() for run in runs]
     needed = (one for run in todo for one in _NEEDED[run.stage](run))
     found = problems(one for one in needed if not any(Path(one.path).absolute().is_relative_to(folder) for folder in folders))
-    return [*found, *dict.fromkeys(problem for run in todo if run.stage == "gvm" and (problem := _too_many_layers(run)) is not None)]
+    return [*found, *dict.fromkeys(problem for run in todo if run.stage in _MISFITS for problem in _MISFITS[run.stage](run.config))]
 
 
-def _too_many_layers(run: Run) -> str | None:
-    gvm = run.config.gvm
-    start = gvm.init_from or run.config.model.path
-    there = decoder_layers(start)
-    if gvm.num_layers is None or there is None or gvm.num_layers <= there:
-        return None
-    return f"gvm.num_layers {gvm.num_layers}: {start} has {there} decoder layers; give {there} or fewer"
+def too_many_pairs(data: DataConfig, asked: str, pairs: int, *, ask_hub: bool) -> list[str]:
+    """One line where `data.preferences` has fewer training pairs than are asked for, else nothing.
+
+    Args:
+        asked: what asks for them, for the message.
+        ask_hub: also count the pairs of a data set that is not on this machine.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    if not (ask_hub or is_local(data.preferences.path)):
+        return []
+    from dvpo_ray.data.preferences import load_preferences
+
+    there = len(load_preferences(data.preferences.model_copy(update={"limit": None}), data.on_bad_row).train)
+    return [f"{asked}: {data.preferences.path} has {there} training pairs; give fewer"] if pairs > there else []
 
 
 def _of_value_model(run: Run) -> Iterator[Needed]:
@@ -58,3 +69,6 @@ _NEEDED: dict[str, Callable[[Run], Iterator[Needed]]] = {
     "bound": _of_measurement,
 }
 """By stage; the keys are those of `dvpo_ray.experiments.stages.STAGES`."""
+
+_MISFITS: dict[str, Callable[[Config], list[str]]] = {"gvm": value_model_misfits, "policy": policy_misfits}
+"""By stage, what the config asks of a checkpoint that its config.json denies."""

@@ -44,8 +44,18 @@ class Refresh(Study):
                 raise InputError(f"--every {every}: expected less than train.steps, which is {self.config.train.steps}; else there is no refresh")
         return [run for seed in self.seeds for run in self._of_seed(seed)]
 
+    @property
+    def training_pairs(self) -> tuple[str, int]:
+        most = self._most_pairs
+        return f"--pairs {self.options.pairs}, with the {most - self.options.pairs} that refreshes can collect {most}", most
+
+    @property
+    def _most_pairs(self) -> int:
+        """Pairs of the frozen value model that has as much feedback as the one that is refreshed most often."""
+        return self.options.pairs + max(map(self._most_feedback, self.options.every))
+
     def _of_seed(self, seed: int) -> Iterator[Run]:
-        few, many = self.options.pairs, self.options.pairs + max(map(self._most_feedback, self.options.every))
+        few, many = self.options.pairs, self._most_pairs
         for pairs in (few, many):
             yield self.run("gvm", f"gvm-{pairs}", seed, override("data.preferences.limit", pairs))
         yield self._policy(f"frozen-{few}", seed, few)

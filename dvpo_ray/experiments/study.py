@@ -146,6 +146,11 @@ class Study(ABC):
             InputError: the config lacks something.
         """
 
+    @property
+    def training_pairs(self) -> tuple[str, int] | None:
+        """The most training pairs that one of its runs asks of `data.preferences`, after the option that asks for them, if one does."""
+        return None
+
     @abstractmethod
     def result(self, runs: Sequence[Run]) -> Result:
         """What the finished runs say."""
@@ -223,6 +228,24 @@ def check_distinct(runs: Sequence[Run]) -> None:
         raise InputError(f"the run {twice} is asked for twice; name every variant once")
 
 
+def study_problems(study: Study, runs: Sequence[Run], *, ask_hub: bool) -> list[str]:
+    """What the runs that are still to do lack, one line each.
+
+    Args:
+        runs: `study.runs()`.
+        ask_hub: also count the pairs of a data set that is not on this machine.
+
+    Raises:
+        InputError: the pairs are to be counted and cannot be read.
+    """
+    from dvpo_ray.experiments.inputs import input_problems, too_many_pairs
+
+    missing = input_problems(runs)
+    if missing or study.training_pairs is None or all(run.is_finished for run in runs):
+        return missing
+    return too_many_pairs(study.config.data, *study.training_pairs, ask_hub=ask_hub)
+
+
 def run_study(study: Study, runs: Sequence[Run]) -> str:
     """Do the runs that are not finished yet and write result.json, table.md and plot.png.
 
@@ -235,12 +258,10 @@ def run_study(study: Study, runs: Sequence[Run]) -> str:
     Raises:
         InputError: a folder holds another run than the one it should, or something that a run reads isn't there; found before anything starts.
     """
-    from dvpo_ray.experiments.inputs import input_problems
-
     study.check_folder()
     for run in runs:
         run.check_kept()
-    for problem in input_problems(runs):
+    for problem in study_problems(study, runs, ask_hub=True):
         raise InputError(problem)
     study.out.mkdir(parents=True, exist_ok=True)
     if not all(run.is_finished for run in runs):

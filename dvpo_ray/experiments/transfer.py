@@ -36,6 +36,8 @@ class Domain:
         train, _, heldout = paths.partition(",")
         if not name.isidentifier() or not train or not heldout:
             raise InputError(f"--domain {text}: expected NAME=TRAIN,HELDOUT, for example helpful=helpful.train.jsonl,helpful.dev.jsonl")
+        if train == heldout:
+            raise InputError(f"--domain {text}: the held-out pairs are the training pairs; give others")
         return cls(name, train, heldout)
 
     def overrides(self, section: str) -> list[str]:
@@ -62,6 +64,10 @@ class Transfer(Study):
         domains = [Domain.parse(text) for text in self.options.domain]
         if len({domain.name for domain in domains}) != 2 or len(domains) != 2:
             raise InputError(f"--domain: transfer is between two domains of different names, got {', '.join(domain.name for domain in domains)}")
+        first, second = domains
+        for mine, other in ((first.train, second.train), (first.heldout, second.heldout)):
+            if mine == other:
+                raise InputError(f"--domain: {mine} is in both domains, {first.name} and {second.name}; transfer is between two different ones")
         if not self.options.accuracy_only:
             self.require_judge()
         return [run for seed in self.seeds for run in self._of_seed(domains, seed)]

@@ -9,26 +9,38 @@ from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.trainable import decoder_layers
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, key: str = "deepspeed.compile") -> None:
     """Compile the decoder layers of a model in place, for any number and length of rows; the first passes then take half a minute.
 
     Layer by layer (what PyTorch calls regional compilation): all layers share one compiled function, so the time does not
     grow with their number. Parameters, their names and hooks stay as they are.
 
+    Args:
+        key: the setting that asks for it, for the error.
+
     Raises:
         ResourceError: this is a CPU node without a C++ compiler.
     """
-    if not torch.cuda.is_available():
-        _require_compiler()
+    require_compiler(key)
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
 
 
-def _require_compiler() -> None:
+def require_compiler(key: str) -> None:
+    """Refuse to compile on a CPU node that cannot.
+
+    Args:
+        key: the setting that asks for it, for the error.
+
+    Raises:
+        ResourceError: there is neither a GPU nor a C++ compiler.
+    """
+    if torch.cuda.is_available():
+        return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ResourceError("deepspeed.compile needs a C++ compiler on this node (Debian, Ubuntu: apt install g++), or CXX naming one") from error
+        raise ResourceError(f"{key} needs a C++ compiler on this node (Debian, Ubuntu: apt install g++), or CXX naming one") from error

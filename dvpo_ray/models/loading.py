@@ -92,13 +92,16 @@ def context_tokens(path: str, trust_remote_code: bool = False) -> int:
     return load_model_config(path, trust_remote_code).get_text_config().max_position_embeddings
 
 
-def load_model_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_model_config(path: str, trust_remote_code: bool = False, **settings) -> PretrainedConfig:
     """The model config of a checkpoint.
+
+    Args:
+        settings: take the place of the checkpoint's own.
 
     Raises:
         InputError: the folder or hub name has none.
     """
-    return _load("model config", path, lambda p: AutoConfig.from_pretrained(p, trust_remote_code=trust_remote_code))
+    return _load("model config", path, lambda p: AutoConfig.from_pretrained(p, trust_remote_code=trust_remote_code, **settings))
 
 
 def default_device() -> torch.device:

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.inputs import too_long_rows
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
@@ -55,14 +56,11 @@ def load_inputs(config: Config) -> Inputs:
     check_partial_training(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     context = context_tokens(config.model.path, config.model.trust_remote_code)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > context:
-        raise InputError(
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens {config.rollout.max_response_tokens} = "
-            f"{longest} tokens, but {config.model.path} has a context of {context}"
-        )
+    too_long = too_long_rows(config, context)
+    if too_long is not None:
+        raise InputError(too_long)
     manifest = _scoring_manifest(config, tokenizer)
-    _check_examples(config, manifest.context, longest)
+    _check_examples(config, manifest.context, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
     _check_ensemble(config, manifest, tokenizer)
     if config.gvm.refresh.source is not None:
         old_pairs(config.data, [])  # read again at each refresh; a mistake in them shows now

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
 
+from dvpo_ray.config.inputs import is_made, value_model_start
 from dvpo_ray.config.schema import Config, ModelConfig, PreferenceTraining
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.model import first_line, keep_first_layers
-from dvpo_ray.models.loading import torch_dtype
+from dvpo_ray.gvm.model import keep_first_layers
+from dvpo_ray.models.loading import load_model_config, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, decoder_layers, train_last_layers
 
 ZERO3_WHOLE_BELOW = 100_000
@@ -133,19 +134,20 @@ def _layers_reached(layers: list[nn.Module]) -> int:
 
 def policy_plan(config: Config, *, trained: bool) -> ModelPlan:
     """The policy as the learner trains it, or its frozen copies."""
-    return ModelPlan(_read(config.model.path, config), False, config.model, config.policy if trained else None)
+    return ModelPlan(_read("model.path", config.model.path, config), False, config.model, config.policy if trained else None)
 
 
-def value_plan(config: Config, section: PreferenceTraining, name: str) -> ModelPlan:
+def value_plan(config: Config, name: Literal["gvm", "reward_model"]) -> ModelPlan:
     """The GVM or the reward model: its artifact where that is there already, else what the config would train.
 
     Raises:
         InputError: the artifact's folder has no config.json, or there are fewer layers than `num_layers`.
     """
-    if section.path is not None and Path(section.path).expanduser().is_dir():
-        return ModelPlan(_read(section.path, config), True, config.model)
-    path = section.init_from or config.model.path
-    model_config = _read(path, config)
+    section: PreferenceTraining = getattr(config, name)
+    if is_made(section.path):
+        return ModelPlan(_read(f"{name}.path", section.path, config), True, config.model)
+    key, path = value_model_start(config, name)
+    model_config = _read(key, path, config)
     if section.num_layers is not None:
         keep_first_layers(model_config, section.num_layers, path, key=f"{name}.num_layers")
     return ModelPlan(model_config, True, config.model)
@@ -154,20 +156,17 @@ def value_plan(config: Config, section: PreferenceTraining, name: str) -> ModelP
 def critic_plan(config: Config) -> ModelPlan:
     """PPO's critic: it starts from the reward model or from the policy, and is trained whole."""
     if config.critic.init == "reward_model":
-        return value_plan(config, config.reward_model, "reward_model")
-    return ModelPlan(_read(config.model.path, config), True, config.model)
+        return value_plan(config, "reward_model")
+    return ModelPlan(_read("model.path", config.model.path, config), True, config.model)
 
 
-def _read(path: str, config: Config) -> PretrainedConfig:
+def _read(key: str, path: str, config: Config) -> PretrainedConfig:
     """A config.json with one label, so that a value head has the size it has in training.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none; names the key.
     """
-    where = str(Path(path).expanduser()) if path.startswith("~") else path
-    if path.startswith((".", "/", "~")) and not Path(where).exists():
-        raise InputError(f"{path}: no such checkpoint folder; give a folder with config.json or a hub name")
     try:
-        return AutoConfig.from_pretrained(where, num_labels=1, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot load the model config: {first_line(error)}") from error
+        return load_model_config(path, config.model.trust_remote_code, num_labels=1)
+    except InputError as error:
+        raise InputError(f"{key} {error}") from error

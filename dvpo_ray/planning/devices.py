@@ -12,6 +12,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.gvm.model import keep_first_layers
 from dvpo_ray.models.loading import default_device
+from dvpo_ray.options import shown
 from dvpo_ray.planning.architecture import ModelPlan, policy_plan
 from dvpo_ray.planning.memory import rows_together
 from dvpo_ray.planning.times import forward_flops
@@ -77,14 +78,16 @@ def choose_device(config: Config, name: str | None) -> Device:
     Raises:
         InputError: no GPU of that name is known. ResourceError: the config asks for GPUs, none is named and this machine has none.
     """
+    if name not in (None, "cpu", *GPUS):
+        raise InputError(f"--device {shown(name)}: not known; expected cpu or one of {', '.join(GPUS)}")
     if config.policy.gpus_per_actor == 0:
         if name not in (None, "cpu"):
             raise InputError(f"--device is {name}, but policy.gpus_per_actor is 0: this config computes on the CPU")
         flops = _CPU_FLOPS_PER_THREAD * config.policy.threads
         return Device("cpu", None, flops, flops, _CPU_BYTES_PER_SECOND)
+    if name == "cpu":
+        raise InputError(f"--device is cpu, but policy.gpus_per_actor is {config.policy.gpus_per_actor:g}; name a GPU: {', '.join(GPUS)}")
     if name is not None:
-        if name not in GPUS:
-            raise InputError(f"--device is {name}; expected one of {', '.join(GPUS)}")
         return GPUS[name]
     if not torch.cuda.is_available():
         raise ResourceError(f"the config computes on GPUs and this machine has none; name one with --device: {', '.join(GPUS)}")

@@ -75,7 +75,7 @@ def predict_roles(config: Config, gpu_memory_gib: float | None = None) -> dict[s
     section = "gvm" if algorithm.scorer == "scorer" else "reward_model"
     roles = {
         "rollout": _rollout(shapes, frozen.architecture(), gpu_memory_gib),
-        algorithm.scorer: _frozen(shapes, value_plan(config, getattr(config, section), section), config.scorer, gives_logits=False),
+        algorithm.scorer: _frozen(shapes, value_plan(config, section), config.scorer, gives_logits=False),
         "reference": _frozen(shapes, frozen, config.reference, gives_logits=True),
         "learner": _trained(shapes, policy_plan(config, trained=True), config.policy, config.policy.deepspeed, config.batch.micro_batch_tokens),
     }

@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass
 
 import psutil
 
+from dvpo_ray.config.inputs import too_long_rows
 from dvpo_ray.config.schema import Config
+from dvpo_ray.errors import InputError
 from dvpo_ray.orchestration.placement import plan_placement
+from dvpo_ray.planning.architecture import policy_plan
 from dvpo_ray.planning.devices import Device
 from dvpo_ray.planning.fit import Place, advice, in_host_memory, on_gpus
 from dvpo_ray.planning.plan import GIB, RolePlan, predict_roles
@@ -56,14 +59,14 @@ class Plan:
         }
 
     def _memory_lines(self) -> list[str]:
-        header = f"{'role':<14}{'actors':>7}{'weights':>10}" + "".join(f"{part:>13}" for part in _PARTS) + f"{'total':>10}"
+        header = f"{'role':<14}{'actors':>7}{'weights':>10}" + "".join(f" {part:>12}" for part in _PARTS) + f" {'total':>9}"
         lines = ["memory of one actor, GiB", header]
         for name, role in self.roles.items():
             memory = role.per_actor
-            cells = "".join(f"{(getattr(memory, part) or 0) / GIB:>13.3f}" for part in _PARTS)
+            cells = "".join(f" {(getattr(memory, part) or 0) / GIB:>12.3f}" for part in _PARTS)
             total = memory.model_state + (memory.activations or 0) + memory.cache
             offloaded = f"  ({memory.offloaded / GIB:.3f} of it in host memory)" if memory.offloaded else ""
-            lines.append(f"{name:<14}{role.actors:>7}{_count(role.model.parameters):>10}{cells}{total / GIB:>10.3f}{offloaded}")
+            lines.append(f"{name:<14}{role.actors:>7} {_count(role.model.parameters):>9}{cells} {total / GIB:>9.3f}{offloaded}")
         return lines
 
     def _place_lines(self) -> list[str]:
@@ -71,7 +74,7 @@ class Plan:
         for place in self.places:
             contents = ", ".join(f"{name} {size / GIB:.2f}" for name, size in place.contents.items())
             verdict = "fits" if place.fits else "DOES NOT FIT"
-            lines.append(f"{place.name:<12}{place.used / GIB:>9.2f} of {place.capacity / GIB:.2f}  {verdict}: {contents}")
+            lines.append(f"{place.name:<11} {place.used / GIB:>9.2f} of {place.capacity / GIB:.2f}  {verdict}: {contents}")
         return [*lines, *(self._problem(place) for place in self.places if not place.fits)]
 
     def _problem(self, place: Place) -> str:
@@ -84,7 +87,7 @@ class Plan:
         lines = [
             f"seconds of a step with responses of full length, at least; {device.name}, {speed}, {device.bytes_per_second / 1e9:.3g} GB/s, {source}"
         ]
-        return lines + [f"  {stage:<12}{seconds:>10.3f}" for stage, seconds in self.seconds.items()]
+        return lines + [f"  {stage:<11} {seconds:>10.3f}" for stage, seconds in self.seconds.items()]
 
 
 def make_plan(config: Config, device: Device, node_memory_gib: float | None = None) -> Plan:
@@ -94,8 +97,11 @@ def make_plan(config: Config, device: Device, node_memory_gib: float | None = No
         node_memory_gib: host memory of a node; of this machine when not given. All actors are taken to be on one node.
 
     Raises:
-        InputError: a model's config.json is missing, or placement and batch don't work out.
+        InputError: a model's config.json is missing, rows are longer than the policy's context, or placement and batch don't work out.
     """
+    too_long = too_long_rows(config, policy_plan(config, trained=False).model_config.get_text_config().max_position_embeddings)
+    if too_long is not None:
+        raise InputError(too_long)
     bundles = plan_placement(config)
     roles = predict_roles(config, device.memory_gib)
     seconds = stage_seconds(config, {name: role.model for name, role in roles.items()}, device)
