@@ -188,6 +188,7 @@ def test_bytes_are_tokens():
         ([], "{config}: reward_model.path is not set, and ppo needs rewards"),
         (["--algorithms", "dvpo", "gvm.path=null"], "{config}: gvm.path is not set"),
         (["reward_model.path=nowhere"], "nowhere: no such folder"),
+        (["--random-weights", "{model}", "--set", "dvpo:rollout.max_response_tokens=9"], "dvpo differs from ppo in rollout.max_response_tokens"),
         (
             ["--algorithms", "dvpo,reinforce", "reward_model.path=r", "--set", "reinforce:batch.prompts_per_step=24"],
             "reinforce differs from dvpo in batch.prompts_per_step x batch.samples_per_prompt, which must be equal in all that are compared",
@@ -197,7 +198,7 @@ def test_bytes_are_tokens():
 def test_bad_input_is_one_line(tiny_model, tmp_path, monkeypatch, capsys, argv, line):
     monkeypatch.chdir(tmp_path)
     config = write_config(tmp_path, tiny_model, critic={"cpus_per_actor": 0})
-    assert cli.main(["bench", "ledger", str(config), *argv]) == 2
+    assert cli.main(["bench", "ledger", str(config), *(text.format(model=tiny_model) for text in argv)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith(f"dvpo: {line.format(config=config)}")

@@ -41,14 +41,14 @@ UNARMED = [f"health.{key}=null" for key in GOLD_THRESHOLDS]
         (["kl.placement=off", "kl.adaptive_target_nats=6"], "kl.adaptive_target_nats 6 has no effect, since kl.placement is off"),
         (["train.steps=5", "health.window_steps=6"], "health.window_steps 6 is above train.steps 5; no alarm can be raised"),
         (["health.on_alarm=stop", "evaluation.judge=none"], "health.on_alarm is stop, but no alarm can be raised, since evaluation.judge is none"),
-        (["health.on_alarm=stop", *UNARMED], "health.on_alarm is stop, but no alarm can be raised: every threshold is null"),
+        (["health.on_alarm=stop", *UNARMED], "health.on_alarm is stop, but no alarm can be raised: the threshold of every rule that applies is null"),
         (
             ["health.on_alarm=refresh", "gvm.refresh.source=file", "evaluation.judge=none"],
             "health.on_alarm is refresh, but no alarm can be raised, since evaluation.judge is none",
         ),
         (
             ["health.on_alarm=stop", *UNARMED, "algorithm=reinforce", "health.max_calibration_error=0.1"],
-            "health.on_alarm is stop, but no alarm can be raised: every threshold is null",
+            "health.on_alarm is stop, but no alarm can be raised: the threshold of every rule that applies is null",
         ),
         (["train.steps=12", "gvm.refresh_every_steps=12", *REFRESHED], "gvm.refresh_every_steps 12 is not below train.steps 12"),
         (

@@ -98,3 +98,9 @@ def test_behind_a_proxy_it_is_the_proxys_to_find_out(online):
     online.setattr(hub.urllib.request, "getproxies", lambda: {"https": "http://proxy:1"})
     online.setattr(constants, "ENDPOINT", "https://hub.invalid")
     assert hub.prepare_hub()
+
+
+def test_a_model_of_any_length_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(InputError, match="its config.json has no max_position_embeddings"):
+        context_tokens(str(tmp_path))

@@ -165,14 +165,16 @@ def _ledger(args: argparse.Namespace) -> int:
     settings = settings_by_algorithm(args.set, args.algorithms)
     out = args.out or dated_folder(config, "-ledger")
     check_new_folder(out, "the results")
-    config = _with_models(args, config, out)
 
     from dvpo_ray.bench.ledger import bench_ledger, config_for
 
-    configs = {algorithm: config_for(override_config(config, settings[algorithm]), algorithm, args.group_size) for algorithm in args.algorithms}
-    for changed in configs.values():
+    def by_algorithm(config: Config) -> dict[str, Config]:
+        return {name: config_for(override_config(config, settings[name]), name, args.group_size) for name in args.algorithms}
+
+    check_equal(by_algorithm(config), SAME_STEP)
+    config = _with_models(args, config, out)
+    for changed in by_algorithm(config).values():
         check_train_config(args.config, changed)
-    check_equal(configs, SAME_STEP)
     results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size, settings, args.rounds)
 
     from dvpo_ray.files import whole_file

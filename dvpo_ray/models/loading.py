@@ -88,8 +88,15 @@ def load_policy(model: ModelConfig, device: torch.device | str = "cpu") -> PreTr
 
 
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:
-    """The longest prompt and response together, in tokens, that a checkpoint's positions allow."""
-    return load_model_config(path, trust_remote_code).get_text_config().max_position_embeddings
+    """The longest prompt and response together, in tokens, that a checkpoint's positions allow.
+
+    Raises:
+        InputError: the folder or hub name has no config, or one that does not say.
+    """
+    context = getattr(load_model_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        raise InputError(f"{path}: its config.json has no max_position_embeddings, so nothing says how long a prompt with its response may be")
+    return context
 
 
 def load_model_config(path: str, trust_remote_code: bool = False, **settings) -> PretrainedConfig:

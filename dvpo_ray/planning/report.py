@@ -99,7 +99,8 @@ def make_plan(config: Config, device: Device, node_memory_gib: float | None = No
     Raises:
         InputError: a model's config.json is missing, rows are longer than the policy's context, or placement and batch don't work out.
     """
-    too_long = too_long_rows(config, policy_plan(config, trained=False).model_config.get_text_config().max_position_embeddings)
+    model = policy_plan(config, trained=False).model_config.get_text_config()
+    too_long = too_long_rows(config, getattr(model, "max_position_embeddings", None))
     if too_long is not None:
         raise InputError(too_long)
     bundles = plan_placement(config)
