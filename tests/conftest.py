@@ -168,6 +168,7 @@ def faked(monkeypatch):
 
     monkeypatch.setattr(cluster, "connect", lambda config: nullcontext())
     monkeypatch.setattr(inputs, "input_problems", lambda runs: [])
+    monkeypatch.setattr(inputs, "too_many_pairs", lambda *_, **__: [])
     return faked
 
 
