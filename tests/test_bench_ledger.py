@@ -189,6 +189,7 @@ def test_bytes_are_tokens():
         (["--algorithms", "dvpo", "gvm.path=null"], "{config}: gvm.path is not set"),
         (["reward_model.path=nowhere"], "nowhere: no such folder"),
         (["--random-weights", "{model}", "--set", "dvpo:rollout.max_response_tokens=9"], "dvpo differs from ppo in rollout.max_response_tokens"),
+        (["--set", "dvpo:batch.update_epochs=2"], "dvpo differs from ppo in batch.update_epochs, which must be equal in all that are compared"),
         (
             ["--algorithms", "dvpo,reinforce", "reward_model.path=r", "--set", "reinforce:batch.prompts_per_step=24"],
             "reinforce differs from dvpo in batch.prompts_per_step x batch.samples_per_prompt, which must be equal in all that are compared",

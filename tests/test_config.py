@@ -236,7 +236,7 @@ def test_a_key_with_one_letter_missing_is_found(path, data):
 def test_disagreement_needs_an_ensemble_of_value_models(write):
     file = write(MODEL)
     assert "advantage.disagreement_coefficient needs scorer.ensemble" in refusal(file, "advantage.disagreement_coefficient=1")
-    for named_twice in (["scorer.ensemble=[a]", "gvm.path=a"], ["scorer.ensemble=[b, a, a]"]):
+    for named_twice in (["scorer.ensemble=[a]", "gvm.path=a"], ["scorer.ensemble=[a/]", "gvm.path=./a"], ["scorer.ensemble=[b, a, a]"]):
         assert "scorer.ensemble: a is named twice, here or by gvm.path" in refusal(file, *named_twice)
     assert "algorithm grpo has none of" in refusal(file, "scorer.ensemble=[a]", "algorithm=grpo", "batch.samples_per_prompt=2")
 

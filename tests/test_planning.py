@@ -16,7 +16,7 @@ from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.models.loading import load_policy
 from dvpo_ray.orchestration.placement import Bundle
 from dvpo_ray.planning.architecture import Architecture, critic_plan, policy_plan, value_plan
-from dvpo_ray.planning.devices import Device, calibrate
+from dvpo_ray.planning.devices import Device, calibrate, choose_device
 from dvpo_ray.planning.fit import PROCESS_BYTES, in_host_memory, on_gpus
 from dvpo_ray.planning.memory import communication_buffers, logit_bytes, rows_together, scoring_activations, trained_state, training_activations
 from dvpo_ray.planning.plan import GIB, RolePlan, predict_roles
@@ -325,6 +325,16 @@ def test_a_plan_says_what_it_takes_for_granted(run_plan, tmp_path):
         "note: reward_model.path is not set; planned is the reward model that `dvpo rm train` makes of this config"
     ]
     assert json.loads((tmp_path / "plan.json").read_text())["notes"][0].startswith("reward_model.path is not set")
+
+
+def test_an_ensemble_is_planned_model_by_model(llama):
+    alone, three = (config_of(llama, scorer={"ensemble": ensemble}) for ensemble in ([], ["a", "b"]))
+    assert predict_roles(three)["scorer"].per_actor.parameters == 3 * predict_roles(alone)["scorer"].per_actor.parameters
+    seconds = [
+        stage_seconds(config, {name: role.model for name, role in predict_roles(config).items()}, choose_device(config, None))
+        for config in (alone, three)
+    ]
+    assert seconds[1]["score"] == pytest.approx(3 * seconds[0]["score"]) and seconds[1]["reference"] == seconds[0]["reference"]
 
 
 def test_columns_stay_apart_whatever_the_size(run_plan):

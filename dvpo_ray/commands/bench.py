@@ -13,7 +13,7 @@ from dvpo_ray.commands.gvm import missing_pairs
 from dvpo_ray.commands.paths import check_new_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config import Config, override_config
-from dvpo_ray.config.comparable import SAME_STEP, SAME_UPDATE, check_equal
+from dvpo_ray.config.comparable import SAME_UPDATE, check_equal
 from dvpo_ray.config.inputs import Needed, preference_inputs, problems
 from dvpo_ray.errors import InputError
 from dvpo_ray.options import add_set_option, settings_by_algorithm, whole_number
@@ -171,7 +171,7 @@ def _ledger(args: argparse.Namespace) -> int:
     def by_algorithm(config: Config) -> dict[str, Config]:
         return {name: config_for(override_config(config, settings[name]), name, args.group_size) for name in args.algorithms}
 
-    check_equal(by_algorithm(config), SAME_STEP)
+    check_equal(by_algorithm(config), SAME_UPDATE)
     config = _with_models(args, config, out)
     for changed in by_algorithm(config).values():
         check_train_config(args.config, changed)

@@ -17,14 +17,13 @@ _ROWS: Equal = {
     "data": lambda config: config.data,
     "rollout.max_response_tokens": lambda config: config.rollout.max_response_tokens,
 }
-SAME_STEP: Equal = {"batch.prompts_per_step x batch.samples_per_prompt": lambda config: derive_batch(config).samples_per_step, **_ROWS}
-"""For the cost of a step: as many samples of the same lengths by the same model."""
 SAME_UPDATE: Equal = {
-    **SAME_STEP,
+    "batch.prompts_per_step x batch.samples_per_prompt": lambda config: derive_batch(config).samples_per_step,
+    **_ROWS,
     "batch.update_epochs": lambda config: config.batch.update_epochs,
     "batch.minibatches_per_epoch": lambda config: config.batch.minibatches_per_epoch,
 }
-"""The same with as many optimizer steps."""
+"""For the cost of a step: as many samples of the same lengths by the same model, and as many optimizer steps."""
 SAME_RUN: Equal = {
     "train.steps x batch.prompts_per_step x batch.samples_per_prompt": lambda config: derive_batch(config).total_samples,
     **_ROWS,

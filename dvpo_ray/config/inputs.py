@@ -52,7 +52,8 @@ def no_checkpoint(path: str) -> str | None:
     if (folder / "config.json").is_file():
         return None
     if not folder.is_dir():
-        return f"{path}: no such checkpoint folder; give a folder with config.json or a hub name"
+        what = "a file, no checkpoint folder" if folder.exists() else "no such checkpoint folder"
+        return f"{path}: {what}; give a folder with config.json or a hub name"
     return f"{path}: no config.json, so this is no checkpoint; {_final_of(folder, 'config.json') or 'give the folder that save_pretrained wrote'}"
 
 

@@ -8,6 +8,7 @@ everything derived from them is computed in `dvpo_ray.config.arithmetic`.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -367,7 +368,8 @@ class Config(Section):
     def _disagreement_has_an_ensemble(self) -> Config:
         if self.scorer.ensemble and self.algorithm != "dvpo":
             raise ValueError(f"scorer.ensemble holds value models, which algorithm {self.algorithm} has none of; remove it")
-        twice = next((path for i, path in enumerate(self.scorer.ensemble) if path in (self.gvm.path, *self.scorer.ensemble[:i])), None)
+        named = [Path(path) for path in (self.gvm.path, *self.scorer.ensemble) if path is not None]
+        twice = next((path for i, path in enumerate(named) if path in named[:i]), None)
         if twice is not None:
             raise ValueError(f"scorer.ensemble: {twice} is named twice, here or by gvm.path; give GVM artifacts that can disagree")
         if self.advantage.disagreement_coefficient > 0 and not self.scorer.ensemble:

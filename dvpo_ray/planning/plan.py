@@ -75,7 +75,7 @@ def predict_roles(config: Config, gpu_memory_gib: float | None = None) -> dict[s
     section = "gvm" if algorithm.scorer == "scorer" else "reward_model"
     roles = {
         "rollout": _rollout(shapes, frozen.architecture(), gpu_memory_gib),
-        algorithm.scorer: _frozen(shapes, value_plan(config, section), config.scorer, gives_logits=False),
+        algorithm.scorer: _frozen(shapes, value_plan(config, section), config.scorer, gives_logits=False, copies=1 + len(config.scorer.ensemble)),
         "reference": _frozen(shapes, frozen, config.reference, gives_logits=True),
         "learner": _trained(shapes, policy_plan(config, trained=True), config.policy, config.policy.deepspeed, config.batch.micro_batch_tokens),
     }
@@ -98,14 +98,15 @@ def _trained(shapes: _Shapes, plan: ModelPlan, role, deepspeed: DeepSpeedConfig,
     return RolePlan(model, role.num_actors, replace(state, activations=activations))
 
 
-def _frozen(shapes: _Shapes, plan: ModelPlan, role, *, gives_logits: bool) -> RolePlan:
+def _frozen(shapes: _Shapes, plan: ModelPlan, role, *, gives_logits: bool, copies: int = 1) -> RolePlan:
+    """A frozen model, or several of its size that score one after the other."""
     model = plan.architecture()
     chunk = min(shapes.config.rollout.rollouts_per_chunk, shapes.samples)
     rows = min(rows_together(role.micro_batch_tokens, shapes.length), chunk)
     responses = shapes.responses if gives_logits else 0
     saved = plan.saved_bytes(rows, shapes.length)
     activations = scoring_activations(saved, model, shapes.element_bytes, rows, responses, on_gpu=role.gpus_per_actor > 0)
-    return RolePlan(model, role.num_actors, ActorMemory(model.parameters * shapes.element_bytes, activations=activations))
+    return RolePlan(model, role.num_actors, ActorMemory(copies * model.parameters * shapes.element_bytes, activations=activations))
 
 
 def _weight_bucket_bytes(config: Config, parameters: int) -> int:

@@ -70,10 +70,11 @@ def stage_seconds(config: Config, models: Mapping[str, Architecture], device: Sp
         config.batch.prompts_per_step if ALGORITHMS[config.algorithm].has_greedy_baseline else 0,
     )
     scorer = ALGORITHMS[config.algorithm].scorer
+    value_models = 1 + len(config.scorer.ensemble)
     generate = _generation(work, models["rollout"], device)
     seconds = {
         "generate": generate,
-        "score": _visible(work, config.scorer, _scoring(work, models[scorer], config.scorer, device, samples + work.greedy)),
+        "score": _visible(work, config.scorer, value_models * _scoring(work, models[scorer], config.scorer, device, samples + work.greedy)),
         "reference": _visible(work, config.reference, _scoring(work, models["reference"], config.reference, device, samples)),
     }
     epochs = config.batch.update_epochs
