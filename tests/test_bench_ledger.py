@@ -187,7 +187,7 @@ def test_bytes_are_tokens():
         (["--random-weights", "nowhere"], "nowhere: no config.json there"),
         ([], "{config}: reward_model.path is not set, and ppo needs rewards"),
         (["--algorithms", "dvpo", "gvm.path=null"], "{config}: gvm.path is not set"),
-        (["reward_model.path=nowhere"], "nowhere: no such folder"),
+        (["reward_model.path=nowhere"], "reward_model.path nowhere: no such folder"),
         (["--random-weights", "{model}", "--set", "dvpo:rollout.max_response_tokens=9"], "dvpo differs from ppo in rollout.max_response_tokens"),
         (["--set", "dvpo:batch.update_epochs=2"], "dvpo differs from ppo in batch.update_epochs, which must be equal in all that are compared"),
         (

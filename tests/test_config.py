@@ -241,7 +241,9 @@ def test_disagreement_needs_an_ensemble_of_value_models(write):
     assert "algorithm grpo has none of" in refusal(file, "scorer.ensemble=[a]", "algorithm=grpo", "batch.samples_per_prompt=2")
 
 
-@pytest.mark.parametrize("url", ["http://", "http:///path", "https://?x", "http://:80/", "ftp://host/", "host/path", "http://a b/"])
+@pytest.mark.parametrize(
+    "url", ["http://", "http:///path", "https://?x", "http://:80/", "ftp://host/", "host/path", "http://a b/", "http://h:99999/x", "http://h:x/"]
+)
 def test_what_is_no_url(write, url):
     assert f"gvm.refresh.url: '{url}' is no URL; expected http://HOST/PATH" in refusal(write(MODEL), f"gvm.refresh.url={url}")
 

@@ -50,6 +50,10 @@ UNARMED = [f"health.{key}=null" for key in GOLD_THRESHOLDS]
             ["health.on_alarm=stop", *UNARMED, "algorithm=reinforce", "health.max_calibration_error=0.1"],
             "health.on_alarm is stop, but no alarm can be raised: the threshold of every rule that applies is null",
         ),
+        (
+            ["health.on_alarm=stop", "evaluation.judge=none", "algorithm=reinforce", "health.max_calibration_error=0.1"],
+            "health.on_alarm is stop, but no alarm can be raised, since evaluation.judge is none and reinforce has no values",
+        ),
         (["train.steps=12", "gvm.refresh_every_steps=12", *REFRESHED], "gvm.refresh_every_steps 12 is not below train.steps 12"),
         (
             ["gvm.refresh.samples_per_prompt=5", "gvm.refresh.pairs_per_prompt=3", *REFRESHED],

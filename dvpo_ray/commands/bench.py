@@ -14,7 +14,7 @@ from dvpo_ray.commands.paths import check_new_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config import Config, override_config
 from dvpo_ray.config.comparable import SAME_UPDATE, check_equal
-from dvpo_ray.config.inputs import Needed, preference_inputs, problems
+from dvpo_ray.config.inputs import Needed, policy_inputs, preference_inputs, problems
 from dvpo_ray.errors import InputError
 from dvpo_ray.options import add_set_option, settings_by_algorithm, whole_number
 
@@ -175,6 +175,8 @@ def _ledger(args: argparse.Namespace) -> int:
     config = _with_models(args, config, out)
     for changed in by_algorithm(config).values():
         check_train_config(args.config, changed)
+        for problem in problems(policy_inputs(changed)):
+            raise InputError(problem)
     results, markdown = bench_ledger(config, args.algorithms, out, args.repeats, args.group_size, settings, args.rounds)
 
     from dvpo_ray.files import whole_file

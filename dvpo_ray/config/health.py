@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -67,6 +68,14 @@ class RefreshConfig(Section):
     @field_validator("url")
     @classmethod
     def _is_a_url(cls, url: str | None) -> str | None:
-        if url is not None and not _URL.fullmatch(url):
+        if url is not None and not (_URL.fullmatch(url) and _has_a_port(url)):
             raise ValueError(f"'{url}' is no URL; expected http://HOST/PATH or https://HOST/PATH")
         return url
+
+
+def _has_a_port(url: str) -> bool:
+    """Whether the port of a URL can be one; the scheme has its own where none is written."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False

@@ -34,7 +34,9 @@ def _health_notes(config: Config) -> Iterator[str]:
     if window > steps:
         yield f"health.window_steps {window} is above train.steps {steps}; no alarm can be raised"
     elif config.health.on_alarm != "warn" and not _can_alarm(config):
-        why = ", since evaluation.judge is none" if config.evaluation.judge == "none" else ": the threshold of every rule that applies is null"
+        valueless = f" and {config.algorithm} has no values" if config.health.max_calibration_error is not None else ""
+        unjudged = f", since evaluation.judge is none{valueless}"
+        why = unjudged if config.evaluation.judge == "none" else ": the threshold of every rule that applies is null"
         yield f"health.on_alarm is {config.health.on_alarm}, but no alarm can be raised{why}"
 
 
