@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Algorithm:
     has_critic: bool = False
     has_greedy_baseline: bool = False
     min_samples_per_prompt: int = 1
+
+    @property
+    def section(self) -> Literal["gvm", "reward_model"]:
+        """Section of the config whose `path` is the frozen model that scores finished rollouts."""
+        return "gvm" if self.scorer == "scorer" else "reward_model"
 
 
 ALGORITHMS: dict[str, Algorithm] = {

@@ -122,5 +122,5 @@ class _RoleMemory:
 
 def _costs(config: Config, algorithms: Sequence[str]) -> dict[str, dict | None]:
     """What training the frozen models cost before, by config section."""
-    sections = {"gvm" if ALGORITHMS[algorithm].scorer == "scorer" else "reward_model" for algorithm in algorithms}
+    sections = {ALGORITHMS[algorithm].section for algorithm in algorithms}
     return {section: training_cost(Path(getattr(config, section).path)) for section in sorted(sections)}

@@ -116,7 +116,7 @@ def _objective(folder: Path) -> str | None:
 # ------------------------------------------------------------------------------------- what a checkpoint allows
 
 
-def too_many_layers(key: str, layers: int | None, checkpoint: str) -> str | None:
+def _too_many_layers(key: str, layers: int | None, checkpoint: str) -> str | None:
     """Why a checkpoint folder has not so many decoder layers, in a line that begins with the key; None where it may have them."""
     there = _model_number(checkpoint, "num_hidden_layers")
     if layers is None or there is None or layers <= there:
@@ -142,13 +142,13 @@ def too_long_rows(config: Config, context: int | None = None) -> str | None:
 
 def policy_misfits(config: Config) -> list[str]:
     """What a run of policy optimisation asks of `model.path` that its config.json denies; nothing for a hub name."""
-    layers = too_many_layers("policy.trainable_layers", config.policy.trainable_layers, config.model.path)
+    layers = _too_many_layers("policy.trainable_layers", config.policy.trainable_layers, config.model.path)
     return [problem for problem in (layers, too_long_rows(config)) if problem is not None]
 
 
 def value_model_misfits(config: Config, section: Literal["gvm", "reward_model"] = "gvm") -> list[str]:
     """What training a value model asks of the checkpoint it starts from that its config.json denies; nothing for a hub name."""
-    problem = too_many_layers(f"{section}.num_layers", getattr(config, section).num_layers, value_model_start(config, section)[1])
+    problem = _too_many_layers(f"{section}.num_layers", getattr(config, section).num_layers, value_model_start(config, section)[1])
     return [] if problem is None else [problem]
 
 
@@ -176,19 +176,15 @@ def policy_inputs(config: Config, scored: bool = True) -> Iterator[Needed]:
 
 
 def _scoring_inputs(config: Config) -> Iterator[Needed]:
-    section = _scoring_section(config)
+    section = ALGORITHMS[config.algorithm].section
     yield from _if_set(f"{section}.path", getattr(config, section).path, section)
     yield from (Needed("scorer.ensemble", path, "gvm") for path in config.scorer.ensemble)
-
-
-def _scoring_section(config: Config) -> Literal["gvm", "reward_model"]:
-    return "gvm" if ALGORITHMS[config.algorithm].scorer == "scorer" else "reward_model"
 
 
 def plan_inputs(config: Config) -> Iterator[Needed]:
     """What `dvpo plan` reads: the policy, and what scores rollouts or, where that is not made yet, what it will start from."""
     yield Needed("model.path", config.model.path, "policy")
-    section = _scoring_section(config)
+    section = ALGORITHMS[config.algorithm].section
     path = getattr(config, section).path
     if is_made(path):
         yield Needed(f"{section}.path", path, section)
@@ -198,7 +194,7 @@ def plan_inputs(config: Config) -> Iterator[Needed]:
 
 def not_made_yet(config: Config) -> str | None:
     """Of which model a plan has to go by the config, because what scores rollouts is not there; None where it is."""
-    section = _scoring_section(config)
+    section = ALGORITHMS[config.algorithm].section
     path = getattr(config, section).path
     if is_made(path):
         return None

@@ -187,6 +187,5 @@ def _best_of_target(curves: Sequence[Curve]) -> dict[int, Curve]:
 
 def _seconds_of_frozen_model(config: Config) -> float:
     """Seconds of training that the GVM or reward model took, where its run folder is still around it; NaN otherwise."""
-    path = config.gvm.path if ALGORITHMS[config.algorithm].scorer == "scorer" else config.reward_model.path
-    folder = Path(path).parent
+    folder = Path(getattr(config, ALGORITHMS[config.algorithm].section).path).parent
     return training_seconds(folder) if (folder / "metrics.jsonl").exists() else float("nan")

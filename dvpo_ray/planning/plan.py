@@ -72,10 +72,10 @@ def predict_roles(config: Config, gpu_memory_gib: float | None = None) -> dict[s
     )
     algorithm = ALGORITHMS[config.algorithm]
     frozen = policy_plan(config, trained=False)
-    section = "gvm" if algorithm.scorer == "scorer" else "reward_model"
+    value_models = 1 + len(config.scorer.ensemble)
     roles = {
         "rollout": _rollout(shapes, frozen.architecture(), gpu_memory_gib),
-        algorithm.scorer: _frozen(shapes, value_plan(config, section), config.scorer, gives_logits=False, copies=1 + len(config.scorer.ensemble)),
+        algorithm.scorer: _frozen(shapes, value_plan(config, algorithm.section), config.scorer, gives_logits=False, copies=value_models),
         "reference": _frozen(shapes, frozen, config.reference, gives_logits=True),
         "learner": _trained(shapes, policy_plan(config, trained=True), config.policy, config.policy.deepspeed, config.batch.micro_batch_tokens),
     }
