@@ -1,36 +1,61 @@
 """Ragged rollout batches: flat token arrays with row offsets, and no padding anywhere.
 
-A row is one prompt and its response. Per-token fields are aligned to the row's tokens; what a field means at position j:
+A row is one prompt and its response. Fields by token are aligned to the row's tokens; what a field means at position j:
 
     tokens[j]          the token itself
     log_probs[j]       log p(tokens[j] | tokens[<j]); 0 on prompt positions
-    values[j]          the GVM's value of the state after tokens[..j], so that the T+1 values of METHOD's `values[0..T]`
+    values[j]          the GVM's value of the state after tokens[..j], so that the T+1 values `values[0..T]` of docs/method.md
                        are the row's positions P-1 .. P+T-1 (P prompt tokens, T response tokens)
     advantages[j]      credit of choosing tokens[j]; 0 on prompt positions
+
+Fields by row hold one number for each row:
+
+    truncated          bool, the response was cut off at the length limit and has no terminal state
+    rewards            float64, a reward model's reward of the response
+    gold               float64, the gold judge's score of the response
 
 Arrays are numpy, so that Ray shares them between the processes of a node without a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+PROMPT_VERSION = -1
+"""The policy version of prompt tokens, which no policy sampled."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a role that scores rollouts says of a batch of N tokens in R rows.
+
+    Attributes:
+        by_token: float32 [N] arrays by name.
+        by_row: [R] arrays by name.
+    """
+
+    by_token: Mapping[str, np.ndarray] = field(default_factory=dict)
+    by_row: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RaggedBatch:
     """R rows of N tokens in all. Construction checks every shape; a batch that exists is well formed.
 
+    A row's identity is `(steps[r], row_ids[r])` for its whole life; results never depend on the order of rows.
+
     Attributes:
         tokens: int64 [N], prompt and response of row 0, then of row 1, ...
         offsets: int64 [R + 1], row r is `tokens[offsets[r]:offsets[r + 1]]`.
         prompt_lengths: int64 [R], at least 1 each: the first response token needs a state before it.
-        row_ids: int64 [R], the row's index within its step; results never depend on the order of rows.
-        truncated: bool [R], the response was cut off at the length limit and has no terminal state.
-        policy_version: int64 [R], version of the weights that sampled the row.
-        fields: per-token float32 [N] arrays by name (`log_probs`, `reference_log_probs`, `values`, `advantages`, ...).
+        steps: int64 [R], the training step that the row was begun for.
+        row_ids: int64 [R], the row's index within that step.
+        policy_versions: int64 [N], version of the weights that sampled each token; `PROMPT_VERSION` on prompts.
+        by_token: float32 [N] arrays by name (`log_probs`, `reference_log_probs`, `values`, `advantages`, ...).
+        by_row: [R] arrays by name (`truncated` always; `rewards`, `gold`, ...).
 
     Raises:
         ValueError: a shape, an offset or a prompt length does not fit.
@@ -39,24 +64,27 @@ class RaggedBatch:
     tokens: np.ndarray
     offsets: np.ndarray
     prompt_lengths: np.ndarray
+    steps: np.ndarray
     row_ids: np.ndarray
-    truncated: np.ndarray
-    policy_version: np.ndarray
-    fields: dict[str, np.ndarray] = field(default_factory=dict)
+    policy_versions: np.ndarray
+    by_token: dict[str, np.ndarray] = field(default_factory=dict)
+    by_row: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = len(self.offsets) - 1
         if rows < 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
             raise ValueError(f"offsets must run from 0 to {len(self.tokens)} tokens, got {self.offsets!r}")
-        lengths = np.diff(self.offsets)
-        for name in ("prompt_lengths", "row_ids", "truncated", "policy_version"):
-            if getattr(self, name).shape != (rows,):
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected ({rows},)")
-        if rows and (self.prompt_lengths.min() < 1 or (self.prompt_lengths > lengths).any()):
-            raise ValueError("every row needs at least one prompt token and no more prompt tokens than tokens")
-        for name, values in self.fields.items():
+        by_row = {"prompt_lengths": self.prompt_lengths, "steps": self.steps, "row_ids": self.row_ids, **self.by_row}
+        if "truncated" not in by_row:
+            raise ValueError("the row field truncated is missing")
+        for name, values in by_row.items():
+            if values.shape != (rows,):
+                raise ValueError(f"{name} has shape {values.shape}, expected ({rows},): one number a row")
+        for name, values in {"policy_versions": self.policy_versions, **self.by_token}.items():
             if values.shape != self.tokens.shape:
-                raise ValueError(f"field {name} has shape {values.shape}, expected {self.tokens.shape}")
+                raise ValueError(f"{name} has shape {values.shape}, expected {self.tokens.shape}: one number a token")
+        if rows and (self.prompt_lengths.min() < 1 or (self.prompt_lengths > np.diff(self.offsets)).any()):
+            raise ValueError("every row needs at least one prompt token and no more prompt tokens than tokens")
 
     # ------------------------------------------------------------------------------------------------ shape
 
@@ -72,6 +100,11 @@ class RaggedBatch:
     def lengths(self) -> np.ndarray:
         """Tokens of each row, prompt and response, int64 [R]."""
         return np.diff(self.offsets)
+
+    @property
+    def truncated(self) -> np.ndarray:
+        """The responses that were cut off at the length limit, bool [R]."""
+        return self.by_row["truncated"]
 
     @property
     def response_lengths(self) -> np.ndarray:
@@ -101,6 +134,17 @@ class RaggedBatch:
         """The slice of row r's T + 1 states: last prompt token to last response token."""
         return slice(int(self.offsets[r] + self.prompt_lengths[r] - 1), int(self.offsets[r + 1]))
 
+    @property
+    def state_lengths(self) -> np.ndarray:
+        """T + 1 of every row, int64 [R]."""
+        return self.response_lengths + 1
+
+    @property
+    def state_index(self) -> np.ndarray:
+        """Positions of all T + 1 states of every row, int64 [S], row after row."""
+        first, lengths = self.offsets[:-1] + self.prompt_lengths - 1, self.state_lengths
+        return np.repeat(first - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+
     # ------------------------------------------------------------------------------------------ construction
 
     @classmethod
@@ -109,44 +153,58 @@ class RaggedBatch:
         prompts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         *,
+        step: int = 0,
         row_ids: Sequence[int] | None = None,
         truncated: Sequence[bool] | None = None,
         policy_version: int = 0,
-        response_fields: dict[str, Sequence[Sequence[float]]] | None = None,
+        by_response_token: dict[str, Sequence[Sequence[float]]] | None = None,
+        by_row: Mapping[str, Sequence | np.ndarray] | None = None,
     ) -> RaggedBatch:
-        """Build a batch from token lists; `response_fields` hold one value per response token and are 0 on prompts."""
+        """Build a batch from token lists.
+
+        Args:
+            row_ids: 0, 1, ... when not given.
+            policy_version: of all response tokens.
+            by_response_token: one value per response token; the token fields are 0 on prompts.
+            by_row: row fields.
+        """
         rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
-        fields = {
-            name: _concatenate([[0.0] * len(p) + list(v) for p, v in zip(prompts, values, strict=True)], np.float32)
-            for name, values in (response_fields or {}).items()
-        }
         count = len(rows)
+
+        def spread(on_prompt: float, per_response: Iterable[Sequence[float]], dtype) -> np.ndarray:
+            return _concatenate([[on_prompt] * len(p) + list(v) for p, v in zip(prompts, per_response, strict=True)], dtype)
+
         return cls(
             tokens=_concatenate(rows, np.int64),
             offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64),
             prompt_lengths=np.array([len(p) for p in prompts], dtype=np.int64),
+            steps=np.full(count, step, dtype=np.int64),
             row_ids=np.arange(count) if row_ids is None else np.asarray(row_ids, dtype=np.int64),
-            truncated=np.zeros(count, bool) if truncated is None else np.asarray(truncated, dtype=bool),
-            policy_version=np.full(count, policy_version, dtype=np.int64),
-            fields=fields,
+            policy_versions=spread(PROMPT_VERSION, [[policy_version] * len(r) for r in responses], np.int64),
+            by_token={name: spread(0.0, values, np.float32) for name, values in (by_response_token or {}).items()},
+            by_row={
+                "truncated": np.zeros(count, bool) if truncated is None else np.asarray(truncated, dtype=bool),
+                **{name: np.asarray(values) for name, values in (by_row or {}).items()},
+            },
         )
 
     @classmethod
     def concatenate(cls, batches: Iterable[RaggedBatch]) -> RaggedBatch:
         """All rows of several batches with the same fields, in the order given."""
         batches = list(batches)
-        names = set(batches[0].fields)
-        if any(set(b.fields) != names for b in batches):
-            raise ValueError(f"batches have different fields: {[sorted(b.fields) for b in batches]}")
+        by_token, by_row = sorted(batches[0].by_token), sorted(batches[0].by_row)
+        if any(sorted(b.by_token) != by_token or sorted(b.by_row) != by_row for b in batches):
+            raise ValueError(f"batches have different fields: {[sorted([*b.by_token, *b.by_row]) for b in batches]}")
         lengths = np.concatenate([b.lengths for b in batches])
         return cls(
             tokens=np.concatenate([b.tokens for b in batches]),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             prompt_lengths=np.concatenate([b.prompt_lengths for b in batches]),
+            steps=np.concatenate([b.steps for b in batches]),
             row_ids=np.concatenate([b.row_ids for b in batches]),
-            truncated=np.concatenate([b.truncated for b in batches]),
-            policy_version=np.concatenate([b.policy_version for b in batches]),
-            fields={name: np.concatenate([b.fields[name] for b in batches]) for name in sorted(names)},
+            policy_versions=np.concatenate([b.policy_versions for b in batches]),
+            by_token={name: np.concatenate([b.by_token[name] for b in batches]) for name in by_token},
+            by_row={name: np.concatenate([b.by_row[name] for b in batches]) for name in by_row},
         )
 
     def select(self, rows: Sequence[int] | np.ndarray) -> RaggedBatch:
@@ -159,19 +217,33 @@ class RaggedBatch:
             tokens=self.tokens[index],
             offsets=offsets,
             prompt_lengths=self.prompt_lengths[rows],
+            steps=self.steps[rows],
             row_ids=self.row_ids[rows],
-            truncated=self.truncated[rows],
-            policy_version=self.policy_version[rows],
-            fields={name: values[index] for name, values in self.fields.items()},
+            policy_versions=self.policy_versions[index],
+            by_token={name: values[index] for name, values in self.by_token.items()},
+            by_row={name: values[rows] for name, values in self.by_row.items()},
         )
 
-    def sorted_by_row_id(self) -> RaggedBatch:
-        """The same rows in the order of their ids, whatever order they finished in."""
-        return self.select(np.argsort(self.row_ids, kind="stable"))
+    def sorted_by_id(self) -> RaggedBatch:
+        """The same rows in the order of their identities, whatever order they finished in."""
+        return self.select(np.lexsort((self.row_ids, self.steps)))
 
-    def with_fields(self, **fields: np.ndarray) -> RaggedBatch:
-        """The same rows with per-token fields added or replaced."""
-        return replace(self, fields={**self.fields, **fields})
+    def with_token_fields(self, **fields: np.ndarray) -> RaggedBatch:
+        """The same rows with fields by token added or replaced, [N] each."""
+        return replace(self, by_token={**self.by_token, **fields})
+
+    def with_row_fields(self, **fields: np.ndarray) -> RaggedBatch:
+        """The same rows with fields by row added or replaced, [R] each."""
+        return replace(self, by_row={**self.by_row, **fields})
+
+    def with_fields(self, *scores: Fields) -> RaggedBatch:
+        """The same rows with what several roles say of them."""
+        by_token = {name: values for score in scores for name, values in score.by_token.items()}
+        return self.with_token_fields(**by_token).with_row_fields(**{name: values for score in scores for name, values in score.by_row.items()})
+
+    def only(self, *names: str) -> RaggedBatch:
+        """The same rows without fields by token other than these."""
+        return replace(self, by_token={name: self.by_token[name] for name in names})
 
 
 def balanced_shards(lengths: np.ndarray, num_shards: int) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from dvpo_ray.commands import bench, doctor, dpo, experiment, gvm, plan, quickst
 from dvpo_ray.commands import eval as evaluate
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
-from dvpo_ray.termination import Termination
+from dvpo_ray.runtime.termination import Termination
 
 COMMANDS: dict[str, ModuleType] = {
     "quickstart": quickstart,

@@ -7,3 +7,13 @@ class InputError(ValueError):
 
 class ResourceError(RuntimeError):
     """Something the run needs (a GPU, a port, disk space, an engine's answer) is not there. One line, exit status 2."""
+
+
+def diverged(finding: str, section: str) -> ResourceError:
+    """The error of a training that has diverged.
+
+    Args:
+        finding: which number is not finite, and when.
+        section: of the config, whose `learning_rate` it is.
+    """
+    return ResourceError(f"training has diverged: {finding}; lower {section}.learning_rate and start anew")

@@ -153,8 +153,8 @@ def faked(monkeypatch):
     taken to be there, and Ray is left alone."""
     from contextlib import nullcontext
 
-    from dvpo_ray.experiments import inputs, stages
-    from dvpo_ray.orchestration import cluster
+    from dvpo_ray.experiments import runner
+    from dvpo_ray.runtime import cluster
 
     def faked(leave) -> list:
         started: list = []
@@ -163,12 +163,12 @@ def faked(monkeypatch):
             started.append(run)
             leave(run)
 
-        monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, do))
+        monkeypatch.setattr(runner, "STAGES", dict.fromkeys(runner.STAGES, do))
         return started
 
     monkeypatch.setattr(cluster, "connect", lambda config: nullcontext())
-    monkeypatch.setattr(inputs, "input_problems", lambda runs: [])
-    monkeypatch.setattr(inputs, "too_many_pairs", lambda *_, **__: [])
+    monkeypatch.setattr(runner, "input_problems", lambda runs: [])
+    monkeypatch.setattr(runner, "too_many_pairs", lambda *_, **__: [])
     return faked
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from dvpo_ray.gvm.artifact import GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec, head_spec, save_gvm
-from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
+from dvpo_ray.gvm.artifact import GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec, chat_template_hash, head_spec, save_gvm, tokenizer_hash
 from dvpo_ray.gvm.model import new_value_model
 
 

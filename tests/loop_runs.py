@@ -15,7 +15,7 @@ MEASURES_TIME = ("time", "time/", "throughput/", "memory/", "idle/")
 
 def run(settings: dict, out: Path, resume: bool = False, **sections) -> list[dict]:
     """Train and return the metrics of all steps."""
-    from dvpo_ray.orchestration.run import train
+    from dvpo_ray.training.policy import train
 
     merged = settings | {name: settings.get(name, {}) | changes for name, changes in sections.items()}
     train(Config.model_validate(merged | {"out": str(out)}), resume)

@@ -8,7 +8,7 @@ import sys
 
 SCRIPT = """
 import os, sys
-from dvpo_ray.actors.process import Actor
+from dvpo_ray.runtime.process import Actor
 from dvpo_ray.errors import ResourceError
 try:
     Actor(3, "run")

@@ -31,12 +31,12 @@ def make_batch(rows: list[dict]) -> RaggedBatch:
         [[1] * row["prompt"] for row in rows],
         [[2] * len(row["log_probs"]) for row in rows],
         truncated=[row.get("truncated", False) for row in rows],
-        response_fields={
+        by_response_token={
             "log_probs": [row["log_probs"] for row in rows],
             "reference_log_probs": [row["reference"] for row in rows],
         },
     )
-    return batch.with_fields(values=np.array([v for row in rows for v in row["values"]], dtype=np.float32))
+    return batch.with_token_fields(values=np.array([v for row in rows for v in row["values"]], dtype=np.float32))
 
 
 def advantages_of(rows: list[dict] | RaggedBatch, **settings_) -> SimpleNamespace:
@@ -119,7 +119,7 @@ def test_release_identity():
     result = compute_advantages(
         batch, mode="release", gae_lambda=0.3, kl_coefficient=0.05, whiten=False, truncated="bootstrap", truncation_penalty=0.0
     )
-    values = batch.fields["values"].astype(np.float64)
+    values = batch.by_token["values"].astype(np.float64)
     whitened = (values - values.mean()) / math.sqrt(values.var(ddof=1) + 1e-8)
     for r in range(batch.num_rows):
         state = whitened[batch.states(r)][:-1]
@@ -262,10 +262,10 @@ def test_order_and_sharding_of_rows_change_nothing(rows, chosen, random):
     shards = [batch.select(order[cut:]), batch.select(order[:cut])]
     assembled = RaggedBatch.concatenate(shards)
     result = compute_advantages(assembled, **chosen)
-    restored = assembled.with_fields(advantages=result.advantages, mask=result.loss_mask.astype(np.float32)).sorted_by_row_id()
+    restored = assembled.with_token_fields(advantages=result.advantages, mask=result.loss_mask.astype(np.float32)).sorted_by_id()
     whole = compute_advantages(batch, **chosen)
-    np.testing.assert_array_equal(restored.fields["advantages"], whole.advantages)
-    np.testing.assert_array_equal(restored.fields["mask"].astype(bool), whole.loss_mask)
+    np.testing.assert_array_equal(restored.by_token["advantages"], whole.advantages)
+    np.testing.assert_array_equal(restored.by_token["mask"].astype(bool), whole.loss_mask)
 
 
 @settings(max_examples=60, deadline=None)
@@ -286,7 +286,7 @@ def test_masked_rows_are_as_if_absent(rows, chosen):
     whole = compute_advantages(batch, **chosen)
     kept = np.flatnonzero(~batch.truncated)
     without = compute_advantages(batch.select(kept), **chosen)
-    np.testing.assert_array_equal(batch.with_fields(a=whole.advantages).select(kept).fields["a"], without.advantages)
+    np.testing.assert_array_equal(batch.with_token_fields(a=whole.advantages).select(kept).by_token["a"], without.advantages)
     assert not whole.advantages[~whole.loss_mask].any()
 
 
@@ -321,12 +321,12 @@ def test_padding_of_the_scoring_pass_changes_nothing(mode, max_tokens):
     prompts, responses = ([rng.integers(0, 20, n).tolist() for n in column] for column in lengths.T)
     kl = [rng.normal(size=n).tolist() for n in lengths[:, 1]]
     zeros = [[0.0] * n for n in lengths[:, 1]]
-    batch = RaggedBatch.from_rows(prompts, responses, response_fields={"log_probs": kl, "reference_log_probs": zeros})
+    batch = RaggedBatch.from_rows(prompts, responses, by_response_token={"log_probs": kl, "reference_log_probs": zeros})
     model = RunningSum()
     weight = model.weight.detach().numpy()
     exact = np.concatenate([weight[batch.tokens[batch.row(r)]].cumsum(dtype=np.float32) for r in range(batch.num_rows)])
-    padded = advantages_of(batch.with_fields(values=batch_values(model, batch, max_tokens)), mode=mode, kl_coefficient=0.05, whiten=True)
-    plain = advantages_of(batch.with_fields(values=exact), mode=mode, kl_coefficient=0.05, whiten=True)
+    padded = advantages_of(batch.with_token_fields(values=batch_values(model, batch, max_tokens)), mode=mode, kl_coefficient=0.05, whiten=True)
+    plain = advantages_of(batch.with_token_fields(values=exact), mode=mode, kl_coefficient=0.05, whiten=True)
     np.testing.assert_allclose(padded.advantages, plain.advantages, atol=1e-6)
 
 
@@ -381,7 +381,7 @@ def test_a_batch_with_nothing_in_the_loss(mode):
     [
         ({"mode": "gea"}, "unknown advantage mode 'gea'; choose one of static_q, td, gae, release"),
         ({"truncated": "drop"}, "unknown truncated 'drop'; choose one of bootstrap, mask, penalty"),
-        ({"mode": "ppo"}, "advantages need the field 'rewards'; the batch has log_probs, reference_log_probs, values"),
+        ({"mode": "ppo"}, "advantages need the field 'rewards'; the batch has log_probs, reference_log_probs, truncated, values"),
     ],
 )
 def test_errors_name_what_is_wrong(settings_, message):

@@ -11,19 +11,20 @@ from test_bench import write_config
 from torch import nn
 
 from dvpo_ray import cli
-from dvpo_ray.actors.memory import ActorMemory, ModelState, PeakMeter, measured
 from dvpo_ray.bench.ledger import config_for
 from dvpo_ray.bench.ledger_results import AlgorithmLedger, LedgerResults, training_cost
 from dvpo_ray.bench.measure import Spread
+from dvpo_ray.bench.memory import ModelState, PeakMeter, measured
 from dvpo_ray.bench.overhead import StepProfile, StepTime
 from dvpo_ray.bench.random_weights import byte_tokenizer, with_random_weights
+from dvpo_ray.bench.tensor_bytes import TensorBytes, parameter_bytes
 from dvpo_ray.config import load_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import read_manifest
-from dvpo_ray.models.memory import TensorBytes, parameter_bytes
-from dvpo_ray.orchestration.inputs import load_inputs
+from dvpo_ray.planning.memory import ActorMemory
+from dvpo_ray.training.policy_inputs import load_inputs
 
 CPU = torch.device("cpu")
 

@@ -195,7 +195,7 @@ def test_accuracies_are_compared_by_view():
 @pytest.fixture
 def separable(tiny_model, tmp_path):
     """A config and data whose pairs differ by one word."""
-    from dvpo_ray.baselines.reward_model import as_value_model
+
     from dvpo_ray.gvm.dataset import load_gvm_data
 
     def write(name: str, start: int, count: int) -> str:
@@ -209,7 +209,7 @@ def separable(tiny_model, tmp_path):
         data={"preferences": {"path": write("train.jsonl", 0, 32), "heldout_path": write("heldout.jsonl", 100, 9)}, "max_prompt_tokens": 32},
         reward_model={"learning_rate": 3e-3, "epochs": 4, "pairs_per_step": 4},
     )
-    return settings, load_gvm_data(as_value_model(settings))
+    return settings, load_gvm_data(settings, settings.reward_model)
 
 
 def test_trl_trains_on_the_value_models_ids(separable):

@@ -18,7 +18,7 @@ from dvpo_ray import cli
 from dvpo_ray.config import load_config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.experiments.registry import STUDIES
-from dvpo_ray.termination import keeps_termination
+from dvpo_ray.runtime.termination import keeps_termination
 
 GVM_COMMANDS = ("train", "eval", "score")
 NESTED = [
@@ -209,14 +209,14 @@ def test_dry_run_loads_neither_torch_nor_ray():
 
 
 def test_default_run_folders_are_named_and_dated(backend):
-    calls = backend("dvpo_ray.orchestration.run", "train", Path("x"))
+    calls = backend("dvpo_ray.training.policy", "train", Path("x"))
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "name=mine"]) == 0
     (config,), _ = calls[0]
     assert re.fullmatch(r"runs/mine-\d{8}-\d{6}", config.out)
 
 
 def test_out_option_precedes_out_of_the_config(backend):
-    calls = backend("dvpo_ray.orchestration.run", "train", Path("x"))
+    calls = backend("dvpo_ray.training.policy", "train", Path("x"))
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "out=a"]) == 0
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "out=a", "--out", "b"]) == 0
     assert [args[0].out for args, _ in calls] == ["a", "b"]
@@ -264,7 +264,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(comma
 
 def test_a_folder_that_can_be_made_is_not_there_before_the_command_makes_it(monkeypatch, tmp_path):
     there = []
-    module = ModuleType("dvpo_ray.orchestration.run")
+    module = ModuleType("dvpo_ray.training.policy")
     module.train = lambda config, resume: there.append(Path(config.out).exists())
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "a/b/run"]) == 0

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 def test_train_calls_the_run(backend, capsys, tmp_path):
-    calls = backend("dvpo_ray.orchestration.run", "train", Path("done"))
+    calls = backend("dvpo_ray.training.policy", "train", Path("done"))
     (tmp_path / "run").mkdir()
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "run", "--resume"]) == 0
     ((config,), options) = calls[0]
@@ -38,9 +38,10 @@ def test_quickstart_dry_run(capsys):
 
 
 def test_gvm_train_calls_the_training(backend):
-    calls = backend("dvpo_ray.gvm.training", "train_gvm", Path("done"))
+    calls = backend("dvpo_ray.training.value_model", "train_value_model", Path("done"))
     assert cli.main(["gvm", "train", LOCAL_CPU, "--out", "run"]) == 0
-    assert calls[0] == ((load_config(LOCAL_CPU), Path("run"), False), {})
+    config = load_config(LOCAL_CPU)
+    assert calls[0] == ((config, config.gvm, Path("run"), False), {})
 
 
 def test_gvm_eval_calls_the_evaluation_and_prints_json(backend, capsys):
@@ -60,13 +61,13 @@ def test_gvm_score_calls_the_scoring(backend, capsys):
 
 
 def test_sft_calls_the_training(backend):
-    calls = backend("dvpo_ray.sft", "train_sft", Path("done"))
+    calls = backend("dvpo_ray.training.sft", "train_sft", Path("done"))
     assert cli.main(["sft", LOCAL_CPU, "data.sft=s.jsonl", "--out", "run"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU, ["data.sft=s.jsonl"]), Path("run"), False), {})
 
 
 def test_dpo_calls_the_training(backend):
-    calls = backend("dvpo_ray.baselines.dpo", "train_dpo", Path("done"))
+    calls = backend("dvpo_ray.training.dpo", "train_dpo", Path("done"))
     assert cli.main(["dpo", LOCAL_CPU, "--out", "run"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU), Path("run"), False), {})
 
@@ -101,7 +102,7 @@ def test_dry_run_of_rm_train_speaks_of_the_reward_model(capsys):
 
 
 def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
-    calls = backend("dvpo_ray.orchestration.evaluate", "evaluate_policy", {"prompts": 3})
+    calls = backend("dvpo_ray.training.evaluate", "evaluate_policy", {"prompts": 3})
     assert cli.main(["eval", LOCAL_CPU, "--policy", "runs/a/final", "--out", "there"]) == 0
     assert cli.main(["eval", LOCAL_CPU, "model.path=m"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU), "runs/a/final", Path("there")), {})

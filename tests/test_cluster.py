@@ -9,7 +9,7 @@ import ray
 
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import InputError, ResourceError
-from dvpo_ray.orchestration.cluster import connect, get
+from dvpo_ray.runtime.cluster import connect, get
 
 
 def free_port() -> int:

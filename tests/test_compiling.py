@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from torch._dynamo.utils import counters
 
 from dvpo_ray.actors.frozen import ReferenceModel
-from dvpo_ray.actors.process import environment
 from dvpo_ray.actors.vllm_backend import VLLMBackend
 from dvpo_ray.config.schema import Config, DeepSpeedConfig, LoraConfig, ModelConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
@@ -20,6 +19,7 @@ from dvpo_ray.models import cpu_linear
 from dvpo_ray.models.compiling import compile_layers
 from dvpo_ray.models.loading import load_policy
 from dvpo_ray.models.trainable import apply_lora
+from dvpo_ray.runtime.process import environment
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
 

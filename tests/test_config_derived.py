@@ -17,7 +17,7 @@ from dvpo_ray.config.arithmetic import batch_notes, derive_batch
 from dvpo_ray.config.docs import configuration_page
 from dvpo_ray.config.keys import known_keys
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import Bundle, plan_gvm_placement, plan_placement, total_resources
+from dvpo_ray.planning.placement import Bundle, plan_placement, plan_training_placement, total_resources
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))
@@ -95,14 +95,14 @@ def test_placement_of_every_role():
         Bundle("experience", 0, 0, 0),
     ]
     assert total_resources(bundles) == (10, 7)
-    assert plan_gvm_placement(config) == [Bundle("gvm_trainer", index, 2, 1) for index in range(3)]
+    assert plan_training_placement(config.gvm) == [Bundle("gvm_trainer", index, 2, 1) for index in range(3)]
 
 
 def test_a_share_that_ray_cannot_give_is_refused():
     with pytest.raises(InputError, match=r"rollout.gpus_per_actor 0.75 times rollout.tensor_parallel_size 2 is 1.5 GPUs"):
         plan_placement(make(rollout={"gpus_per_actor": 0.75, "tensor_parallel_size": 2}))
     with pytest.raises(InputError, match=r"gvm.gpus_per_actor 1.5 is 1.5 GPUs"):
-        plan_gvm_placement(make(gvm={"gpus_per_actor": 1.5}))
+        plan_training_placement(make(gvm={"gpus_per_actor": 1.5}).gvm)
 
 
 # ------------------------------------------------------------------------------------- shipped configs and docs
@@ -116,7 +116,7 @@ def test_shipped_configs_fit_the_machine_they_are_named_after(path):
     derive_batch(config)
     assert batch_notes(config) == []
     assert min(gpus, 1) / 2 <= total_resources(plan_placement(config))[1] <= gpus
-    assert total_resources(plan_gvm_placement(config))[1] == gpus
+    assert total_resources(plan_training_placement(config.gvm))[1] == gpus
     assert config.data.preferences and config.data.prompts
     if config.ray.num_cpus:
         assert total_resources(plan_placement(config))[0] <= config.ray.num_cpus
@@ -159,6 +159,6 @@ def test_every_setting_is_explained():
 
 
 def test_importing_the_config_loads_neither_torch_nor_ray():
-    code = "import sys, dvpo_ray.config, dvpo_ray.config.arithmetic, dvpo_ray.orchestration.placement; print(*sys.modules)"
+    code = "import sys, dvpo_ray.config, dvpo_ray.config.arithmetic, dvpo_ray.planning.placement; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "ray", "transformers", "vllm", "deepspeed"} & set(loaded)

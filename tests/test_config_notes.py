@@ -101,7 +101,7 @@ def test_a_default_coefficient_is_no_contradiction():
 
 
 def test_a_run_warns_of_them(tiny_model, tmp_path):
-    from dvpo_ray.orchestration.inputs import load_inputs
+    from dvpo_ray.training.policy_inputs import load_inputs
 
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"a good day {i}"}) + "\n" for i in range(30)))
     settings = {

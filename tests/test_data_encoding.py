@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from dvpo_ray.config.schema import DataConfig, PreferenceData
-from dvpo_ray.data.encoding import Encoder, trajectories
+from dvpo_ray.data.encoding import Encoder, rows_of_pairs
 from dvpo_ray.data.preferences import PreferencePair, load_preferences
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.errors import InputError
@@ -339,7 +339,7 @@ def test_a_row_beyond_the_context_names_itself_and_the_numbers():
 def test_trajectories_are_two_rows_a_pair():
     encode = encoder("chatml")
     rows = [encode.encode_pair(pair("a", "yes", "no", rejected_truncated=True)), encode.encode_pair(pair("b", "one", "two"))]
-    batch = trajectories(rows)
+    batch = rows_of_pairs(rows)
     assert batch.truncated.tolist() == [False, True, False, False]
     assert batch.row_ids.tolist() == [0, 1, 2, 3]
     for r, (row, side) in enumerate((row, side) for row in rows for side in ("chosen", "rejected")):

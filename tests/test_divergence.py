@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dvpo_ray.config.schema import Config
-from dvpo_ray.divergence import check_finite
 from dvpo_ray.errors import ResourceError
+from dvpo_ray.training.run import check_finite
 
 SOUND = {"gvm/loss": 0.5, "gvm/grad_norm": 2.0}
 

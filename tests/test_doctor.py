@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dvpo_ray import doctor
-from dvpo_ray.doctor import GIB, Check, Library
+from dvpo_ray.runtime import doctor
+from dvpo_ray.runtime.doctor import GIB, Check, Library
 
 SOUND_MODULES = {
     "torch.py": """

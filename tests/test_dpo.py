@@ -26,15 +26,15 @@ def config(model, folder, rows, **sections) -> Config:
 
 
 def test_rows_are_the_ids_of_the_value_models_pairs(tiny_chat_model, tmp_path):
-    from dvpo_ray.baselines.dpo import encode_pairs
     from dvpo_ray.gvm.dataset import load_gvm_data
     from dvpo_ray.models.loading import load_tokenizer
+    from dvpo_ray.training.dpo import encode_pairs
 
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS)
     tokenizer = load_tokenizer(str(tiny_chat_model))
     rows, notes = encode_pairs(settings, tokenizer)
     assert notes == []
-    values = load_gvm_data(settings).train.batch
+    values = load_gvm_data(settings, settings.gvm).train.batch
     for i, row in enumerate(rows):
         for j, response in enumerate(("chosen_ids", "rejected_ids")):
             start, end = values.offsets[2 * i + j : 2 * i + j + 2]
@@ -45,8 +45,8 @@ def test_rows_are_the_ids_of_the_value_models_pairs(tiny_chat_model, tmp_path):
 
 
 def test_what_becomes_of_long_rows_is_said(tiny_chat_model, tmp_path):
-    from dvpo_ray.baselines.dpo import encode_pairs
     from dvpo_ray.models.loading import load_tokenizer
+    from dvpo_ray.training.dpo import encode_pairs
 
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS)
     tokenizer = load_tokenizer(str(tiny_chat_model))
@@ -56,8 +56,8 @@ def test_what_becomes_of_long_rows_is_said(tiny_chat_model, tmp_path):
 
 
 def test_no_pair_left_is_one_line(tiny_chat_model, tmp_path):
-    from dvpo_ray.baselines.dpo import encode_pairs
     from dvpo_ray.models.loading import load_tokenizer
+    from dvpo_ray.training.dpo import encode_pairs
 
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS)
     settings.data.max_prompt_tokens, settings.data.long_prompt = 3, "drop"
@@ -74,8 +74,8 @@ def response_log_probs(model, prompt: list[int], response: list[int]) -> torch.T
 @pytest.mark.slow
 def test_the_first_steps_are_dpos(tiny_model, tmp_path):
     """Loss 1 is log 2. After one step by hand, loss 2 is -log sigmoid of beta times the change of the log-ratio."""
-    from dvpo_ray.baselines.dpo import encode_pairs, train_dpo
     from dvpo_ray.models.loading import load_policy, load_tokenizer
+    from dvpo_ray.training.dpo import encode_pairs, train_dpo
 
     rows = [{"prompt": "The big dog", "chosen": " was happy", "rejected": " was sad and bad"}]
     dpo = {"learning_rate": 1e-2, "beta": 0.3, "epochs": 2, "batch_size": 1}
@@ -104,8 +104,8 @@ def test_the_first_steps_are_dpos(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_the_preference_and_a_resumed_run_ends_alike(tiny_chat_model, tmp_path):
-    from dvpo_ray.baselines.dpo import train_dpo
     from dvpo_ray.models.loading import load_policy
+    from dvpo_ray.training.dpo import train_dpo
 
     rows = [{"prompt": f"Tell me story {n}", "chosen": "A great sunny day", "rejected": "A terrible storm"} for n in range(12)]
     dpo = {"learning_rate": 3e-3, "batch_size": 4, "epochs": 2}
@@ -129,8 +129,8 @@ def test_it_learns_the_preference_and_a_resumed_run_ends_alike(tiny_chat_model, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "finding"), [(2, r"dpo/(loss|grad_norm) is (nan|inf) at step 2"), (1, "is not finite after the last step")])
 def test_a_run_that_diverges_is_stopped_and_leaves_no_model(tiny_model, tmp_path, monkeypatch, epochs, finding):
-    from dvpo_ray.baselines.dpo import train_dpo
-    from dvpo_ray.run_folder import check_new
+    from dvpo_ray.training.dpo import train_dpo
+    from dvpo_ray.training.run_folder import check_new
 
     rows = [{"prompt": "The big dog", "chosen": " was happy", "rejected": " was sad and bad"}]
     settings = config(tiny_model, tmp_path, rows, dpo={"learning_rate": 3e38, "epochs": epochs, "batch_size": 1}, checkpoint={"every_steps": 1})
@@ -147,8 +147,8 @@ def test_a_run_that_diverges_is_stopped_and_leaves_no_model(tiny_model, tmp_path
 
 @pytest.mark.slow
 def test_only_whole_checkpoints_are_resumed(tiny_chat_model, tmp_path, caplog):
-    from dvpo_ray.baselines.dpo import train_dpo
-    from dvpo_ray.trl_stage import checkpoint_to_resume
+    from dvpo_ray.training.dpo import train_dpo
+    from dvpo_ray.training.trl_stage import checkpoint_to_resume
 
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS, dpo={"batch_size": 1}, checkpoint={"every_steps": 1})
     out = tmp_path / "run"
@@ -170,9 +170,9 @@ def test_only_whole_checkpoints_are_resumed(tiny_chat_model, tmp_path, caplog):
 
 
 def test_every_metric_is_in_the_catalogue():
-    from dvpo_ray.baselines.dpo import METRICS
     from dvpo_ray.monitoring.catalogue import find_metric
-    from dvpo_ray.trl_stage import OPTIMIZER_METRICS
+    from dvpo_ray.training.dpo import METRICS
+    from dvpo_ray.training.trl_stage import OPTIMIZER_METRICS
 
     for stage, names in (("dpo", METRICS), ("sft", OPTIMIZER_METRICS)):
         for name in names.values():

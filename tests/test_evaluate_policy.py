@@ -28,14 +28,14 @@ def prompts(tmp_path):
 
 
 def test_it_needs_a_judge(tiny_chat_model, prompts, tmp_path):
-    from dvpo_ray.orchestration.evaluate import evaluate_policy
+    from dvpo_ray.training.evaluate import evaluate_policy
 
     with pytest.raises(InputError, match="evaluation.judge is none; set evaluation.judge=vader"):
         evaluate_policy(config(prompts, judge="none"), str(tiny_chat_model), tmp_path / "out")
 
 
 def test_prompts_that_are_all_too_long(tiny_chat_model, prompts, tmp_path):
-    from dvpo_ray.orchestration.evaluate import evaluate_policy
+    from dvpo_ray.training.evaluate import evaluate_policy
 
     settings = config(prompts)
     settings.data.max_prompt_tokens, settings.data.long_prompt = 2, "drop"
@@ -46,7 +46,7 @@ def test_prompts_that_are_all_too_long(tiny_chat_model, prompts, tmp_path):
 @pytest.mark.slow
 def test_every_heldout_prompt_is_judged_once(ray_session, tiny_chat_model, prompts, tmp_path):
     from dvpo_ray.data.prompts import load_prompts
-    from dvpo_ray.orchestration.evaluate import evaluate_policy
+    from dvpo_ray.training.evaluate import evaluate_policy
 
     settings = config(prompts, prompts=9)
     summary = evaluate_policy(settings, str(tiny_chat_model), tmp_path / "out")

@@ -179,7 +179,7 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_or_begins_anew(monkeypatch, t
     """Steps before the first checkpoint are lost, not in the way."""
     from dvpo_ray.experiments import stages
     from dvpo_ray.experiments.study import Source
-    from dvpo_ray.gvm import training
+    from dvpo_ray.training import value_model as training
 
     options = Namespace(seeds=[0], layers=[1], init_from=[], policies=False)
     run = STUDIES["gvm-size"](Source(STORIES), options, tmp_path).runs()[0]
@@ -187,6 +187,10 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_or_begins_anew(monkeypatch, t
     (run.folder / "config.yaml").write_text("{}")
     (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
     calls = []
-    monkeypatch.setattr(training, "train_gvm", lambda config, out, resume, console: calls.append((resume, (out / "metrics.jsonl").exists())))
-    stages.train_value_model(run, console=None)
+
+    def train_value_model(config, settings, out, resume, console):
+        calls.append((resume, (out / "metrics.jsonl").exists()))
+
+    monkeypatch.setattr(training, "train_value_model", train_value_model)
+    stages.train_gvm(run, console=None)
     assert calls == [(resumed, resumed)]

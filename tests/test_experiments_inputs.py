@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dvpo_ray import cli
-from dvpo_ray.experiments import stages
+from dvpo_ray.experiments import runner
 from dvpo_ray.experiments.inputs import _NEEDED
 
 STORIES = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "stories-cpu.yaml")
@@ -42,7 +42,7 @@ def leave_artifact(folder: str, objective: str) -> None:
 def started(monkeypatch) -> list:
     """The runs that were started."""
     started: list = []
-    monkeypatch.setattr(stages, "STAGES", dict.fromkeys(stages.STAGES, lambda run, console: started.append(run)))
+    monkeypatch.setattr(runner, "STAGES", dict.fromkeys(runner.STAGES, lambda run, console: started.append(run)))
     return started
 
 
@@ -148,7 +148,7 @@ def test_pairs_on_the_hub_are_counted_by_the_run_alone(capsys, started, monkeypa
 
 
 def test_every_stage_says_what_it_reads():
-    assert set(_NEEDED) == set(stages.STAGES)
+    assert set(_NEEDED) == set(runner.STAGES)
 
 
 # ------------------------------------------------------------------------------------------------- options and folder

@@ -49,8 +49,8 @@ def test_all_algorithms_train_on_as_many_samples(faked, tmp_path):
     assert [run.variant for run in started] == ["reward-model", *["dvpo", "ppo", "grpo", "rloo", "remax"] * 2]
     batches = {run.config.algorithm: (run.config.batch.prompts_per_step, run.config.batch.samples_per_prompt) for run in started[1:]}
     assert batches == {"dvpo": (64, 1), "ppo": (64, 1), "grpo": (16, 4), "rloo": (16, 4), "remax": (64, 1)}
-    model = started[0].config.gvm
-    assert (model.objective, model.epochs, model.learning_rate) == ("bradley_terry", 2, 2e-3)  # those of reward_model
+    model = started[0].config.reward_model
+    assert (started[0].stage, model.epochs, model.learning_rate) == ("rm", 2, 2e-3)
     assert started[2].config.reward_model.path == str(tmp_path / "reward-model-seed0" / "final")
     assert started[1].config.gvm.path == "runs/stories/gvm/final"  # the config has a value model
     table = {row["algorithm"]: row for row in result_of(tmp_path)["table"]}

@@ -17,8 +17,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, PreTrai
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.errors import InputError, ResourceError
-from dvpo_ray.gvm.artifact import load_gvm, read_manifest, save_gvm
-from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
+from dvpo_ray.gvm.artifact import chat_template_hash, load_gvm, read_manifest, save_gvm, tokenizer_hash
 from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.models.forward import batch_values
 

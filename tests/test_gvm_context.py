@@ -31,6 +31,10 @@ from dvpo_ray.gvm.scoring import score_file
 TWO = ContextSpec(examples=2, max_tokens=40)
 
 
+def gvm_data(config):
+    return load_gvm_data(config, config.gvm)
+
+
 def rows_of(batch: RaggedBatch) -> list[list[int]]:
     return [batch.tokens[batch.row(r)].tolist() for r in range(batch.num_rows)]
 
@@ -79,14 +83,14 @@ def test_all_other_prompts_are_drawn_alike_however_many_examples_they_have():
 # ---------------------------------------------------------------------------------------------------------- layout
 
 BATCH = RaggedBatch.from_rows([[1, 10], [1, 20, 21]], [[11, 12, 2], [22]], row_ids=[4, 9], truncated=[False, True], policy_version=3)
-EXAMPLES = RaggedBatch.from_rows([[1, 30], [1, 40], [1]], [[31, 2], [41], [50, 51, 2]], response_fields={"log_probs": [[1, 1], [1], [1, 1, 1]]})
+EXAMPLES = RaggedBatch.from_rows([[1, 30], [1, 40], [1]], [[31, 2], [41], [50, 51, 2]], by_response_token={"log_probs": [[1, 1], [1], [1, 1, 1]]})
 
 
 def test_examples_stand_before_the_prompt_in_the_order_chosen():
     extended = with_context(BATCH, EXAMPLES, np.array([[2, 0], [0, 1]]))
     assert rows_of(extended) == [[1, 50, 51, 2, 1, 30, 31, 2, 1, 10, 11, 12, 2], [1, 30, 31, 2, 1, 40, 41, 1, 20, 21, 22]]
     assert extended.prompt_lengths.tolist() == [10, 10]
-    for name in ("response_lengths", "row_ids", "truncated", "policy_version"):
+    for name in ("response_lengths", "row_ids", "truncated", "steps"):
         np.testing.assert_array_equal(getattr(extended, name), getattr(BATCH, name))
     for r in range(2):  # the supervised states are the same tokens
         np.testing.assert_array_equal(extended.tokens[extended.states(r)], BATCH.tokens[BATCH.states(r)])
@@ -215,29 +219,30 @@ def test_contexts_of_raw_ultrafeedback_keep_models_and_sides_apart(tiny_model, t
     config = config_of(
         tiny_model, write(tmp_path / "t.jsonl", ultrafeedback("train", 6)), write(tmp_path / "h.jsonl", ultrafeedback("held", 5)), max_tokens=64
     )
-    data = load_gvm_data(config)
-    for trajectories, side in ((data.train, "train"), (data.heldout, "held")):
-        batch = trajectories.batch
+    data = gvm_data(config)
+    for pairs, side in ((data.train, "train"), (data.heldout, "held")):
+        batch = pairs.batch
         for r, context in enumerate(texts_before(batch, data.tokenizer)):
             own = data.tokenizer.decode(batch.tokens[batch.response(r)])
             assert len(context) == 2 and all(text.startswith(side) for text in context)
             assert all(f"by {'A' if 'by A' in own else 'B'}" in text for text in context)
-    entries = manifest_entries(config, data)
+    entries = manifest_entries(config, config.gvm, data)
     assert entries["context"] == ContextSpec(examples=2, max_tokens=64)
 
 
 def test_contexts_are_the_same_every_time_and_change_with_the_seed(tiny_model, tmp_path):
     config = config_of(tiny_model, write(tmp_path / "t.jsonl", plain_pairs(12)), write(tmp_path / "h.jsonl", plain_pairs(12, "held")))
-    first, again = load_gvm_data(config), load_gvm_data(config)
-    other = load_gvm_data(config.model_copy(update={"seed": 5}))
+    first, again = gvm_data(config), gvm_data(config)
+    other = gvm_data(config.model_copy(update={"seed": 5}))
     assert rows_of(first.train.batch) == rows_of(again.train.batch) != rows_of(other.train.batch)
 
 
 def test_without_examples_nothing_changes(tiny_model, tmp_path):
     paths = write(tmp_path / "t.jsonl", plain_pairs(4)), write(tmp_path / "h.jsonl", plain_pairs(4, "held"))
-    data = load_gvm_data(config_of(tiny_model, *paths, examples=0))
+    config = config_of(tiny_model, *paths, examples=0)
+    data = gvm_data(config)
     assert data.train.batch.prompt_lengths.max() < 20
-    assert manifest_entries(config_of(tiny_model, *paths, examples=0), data)["context"] == ContextSpec(examples=0, max_tokens=0)
+    assert manifest_entries(config, config.gvm, data)["context"] == ContextSpec(examples=0, max_tokens=0)
 
 
 def test_rows_that_do_not_fit_the_context_are_refused(tiny_model, tmp_path):
@@ -245,7 +250,7 @@ def test_rows_that_do_not_fit_the_context_are_refused(tiny_model, tmp_path):
     long = [{"prompt": f"p{i}", "chosen": " dog" * 60, "rejected": " rain" * 60} for i in range(6)]
     config = config_of(tiny_model, write(tmp_path / "t.jsonl", long), write(tmp_path / "h.jsonl", plain_pairs(6)), examples=4, max_tokens=70)
     with pytest.raises(InputError, match=r"t.jsonl:\d: \d+ tokens of prompt and response and \d+ of examples exceed the model's context of 256"):
-        load_gvm_data(config)
+        gvm_data(config)
 
 
 def plain_pairs(count: int, name: str = "train") -> list[dict]:

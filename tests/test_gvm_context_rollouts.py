@@ -16,7 +16,7 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, load_gvm
 from dvpo_ray.gvm.context import rollout_values, with_rollout_examples
 from dvpo_ray.models.forward import batch_values
-from dvpo_ray.orchestration.inputs import load_inputs
+from dvpo_ray.training.policy_inputs import load_inputs
 
 TWO = ContextSpec(examples=2, max_tokens=40)
 
@@ -39,14 +39,14 @@ def rollouts(rows: int, seed: int, first_id: int = 0) -> RaggedBatch:
 
 @pytest.fixture
 def scorer(gvm, tiny_model, tmp_path, monkeypatch) -> ValueScorer:
-    monkeypatch.setattr("dvpo_ray.actors.process.redirect_process_output", lambda _: None)
+    monkeypatch.setattr("dvpo_ray.runtime.process.redirect_process_output", lambda _: None)
     config = Config.model_validate({"model": {"path": str(tiny_model), "dtype": "float32"}, "gvm": {"path": str(gvm)}, "seed": 3})
     return ValueScorer(config, 0, str(tmp_path))
 
 
 def test_the_scorers_values_are_aligned_to_the_original_rows(scorer):
     batch, examples = rollouts(5, 0), rollouts(4, 1)
-    values = scorer.score(batch, examples)
+    values = scorer.score(batch, examples).by_token["values"]
     assert values.shape == (batch.num_tokens,) and values.dtype == np.float32
     extended = with_rollout_examples(batch, examples, TWO, seed=3)
     for r, row in enumerate(rows_of(extended)):
@@ -58,11 +58,11 @@ def test_the_scorers_values_are_aligned_to_the_original_rows(scorer):
 
 def test_a_rows_values_do_not_depend_on_its_chunk_or_the_order_of_the_examples(scorer):
     batch, examples = rollouts(12, 0), rollouts(6, 1)
-    whole = scorer.score(batch, examples)
+    whole = scorer.score(batch, examples).by_token["values"]
     shuffled = examples.select([4, 0, 5, 2, 1, 3])
     for rows in ([7], [11, 2, 3], [0, 1, 4, 5, 6, 8, 9, 10]):
-        chunk = batch.with_fields(values=whole).select(rows)
-        np.testing.assert_allclose(scorer.score(chunk, shuffled), chunk.fields["values"], atol=1e-5)
+        chunk = batch.with_token_fields(values=whole).select(rows)
+        np.testing.assert_allclose(scorer.score(chunk, shuffled).by_token["values"], chunk.by_token["values"], atol=1e-5)
 
 
 def test_no_rollout_is_its_own_example():

@@ -11,9 +11,8 @@ from gvm_artifacts import make_gvm
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import EncodedPair
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.advice import heldout_warning
-from dvpo_ray.gvm.evaluation import evaluate_gvm, heldout_report
-from dvpo_ray.gvm.trajectories import build_trajectories
+from dvpo_ray.gvm.evaluation import evaluate_gvm, heldout_report, heldout_warning
+from dvpo_ray.gvm.pairs import build_pairs
 from dvpo_ray.gvm.views import (
     HeldoutValues,
     accuracies,
@@ -133,13 +132,13 @@ def test_parts_of_several_workers_come_together():
     def pair(chosen, rejected):
         return EncodedPair([1, 2], [7] * chosen, [7] * rejected, False, False, None, None, "")
 
-    trajectories = build_trajectories([pair(1, 2), pair(3, 1), pair(2, 2)], "binary", 1.0)
-    values = np.arange(int(trajectories.pair_states.sum()), dtype=np.float32)
-    whole = HeldoutValues.from_parts(trajectories, [(np.array([0, 1, 2]), values)])
+    pairs = build_pairs([pair(1, 2), pair(3, 1), pair(2, 2)], "binary", 1.0)
+    values = np.arange(int(pairs.pair_states.sum()), dtype=np.float32)
+    whole = HeldoutValues.from_parts(pairs, [(np.array([0, 1, 2]), values)])
     np.testing.assert_array_equal(whole.values, values)
-    first, second, third = np.split(values, np.cumsum(trajectories.pair_states)[:-1])
+    first, second, third = np.split(values, np.cumsum(pairs.pair_states)[:-1])
     parts = [(np.array([2, 0]), np.concatenate([third, first])), (np.array([1]), second)]
-    np.testing.assert_array_equal(HeldoutValues.from_parts(trajectories, parts).values, values)
+    np.testing.assert_array_equal(HeldoutValues.from_parts(pairs, parts).values, values)
 
 
 def test_report_is_json_and_complete():

@@ -59,9 +59,10 @@ def settings(tiny_model, tmp_path_factory) -> dict:
 
 
 def train(settings: dict, out: Path, resume: bool = False, **gvm) -> Path:
-    from dvpo_ray.gvm.training import train_gvm
+    from dvpo_ray.training.value_model import train_value_model
 
-    return train_gvm(Config.model_validate(settings | {"gvm": settings["gvm"] | gvm}), out, resume)
+    config = Config.model_validate(settings | {"gvm": settings["gvm"] | gvm})
+    return train_value_model(config, config.gvm, out, resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -159,12 +160,12 @@ def test_a_run_is_not_resumed_with_another_length(run, settings, tmp_path):
 
 def test_a_run_that_diverges_is_stopped_and_leaves_no_model(ray_session, settings, tmp_path):
     """A reward model's, which the same steps train: the line names its own section."""
-    from dvpo_ray.baselines.reward_model import train_reward_model
+    from dvpo_ray.training.value_model import train_value_model
 
     config = Config.model_validate(settings | {"reward_model": settings["gvm"] | {"learning_rate": 1e30}})
     line = r"training has diverged: gvm/(loss|grad_norm) is (nan|inf) at step \d; lower reward_model.learning_rate"
     with pytest.raises(ResourceError, match=line):
-        train_reward_model(config, tmp_path / "run")
+        train_value_model(config, config.reward_model, tmp_path / "run")
     assert not (tmp_path / "run" / "final").exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["state"] == "failed" and summary["steps"] == len(metrics(tmp_path / "run")) + 1  # the step that diverged is not written

@@ -20,7 +20,13 @@ from dvpo_ray.monitoring.catalogue import find_metric
 floats = st.floats(-10, 10)
 
 
-def batch_of(values: list[list[float]] | None = None, rewards: list[float] | None = None, kl: list[float] | None = None, **fields) -> RaggedBatch:
+def batch_of(
+    values: list[list[float]] | None = None,
+    rewards: list[float] | None = None,
+    kl: list[float] | None = None,
+    gold: list[float] | None = None,
+    **fields,
+) -> RaggedBatch:
     """Rows of two prompt tokens and as many response tokens as fit the T + 1 values, three where there are none."""
     count = len(values or rewards)
     lengths = [len(v) - 1 for v in values] if values else [3] * count
@@ -31,10 +37,8 @@ def batch_of(values: list[list[float]] | None = None, rewards: list[float] | Non
     own["log_probs"][last] = kl or 0.0
     if values is not None:
         own["values"] = np.concatenate([[99.0, *v] for v in values]).astype(np.float32)  # nothing may read the first prompt token
-    if rewards is not None:
-        own["rewards"] = zeros.copy()
-        own["rewards"][last] = rewards
-    return batch.with_fields(**own, **fields)
+    by_row = {name: np.array(numbers) for name, numbers in (("rewards", rewards), ("gold", gold)) if numbers is not None}
+    return batch.with_token_fields(**own, **fields).with_row_fields(**by_row)
 
 
 # ---------------------------------------------------------------------------------------------------- diagnostics
@@ -107,7 +111,7 @@ VALUES = [[0.0, 0.5, 1.0], [0.0, -0.5, -1.0], [0.0, 0.25, 0.5]]
 
 
 def test_a_value_model_with_gold_has_every_metric():
-    metrics = health_statistics(batch_of(VALUES, kl=[1.0, 2.0, 3.0]), np.array([1.0, -1.0, 0.5], np.float32))
+    metrics = health_statistics(batch_of(VALUES, kl=[1.0, 2.0, 3.0], gold=[1.0, -1.0, 0.5]))
     assert metrics["health/estimate_mean"] == pytest.approx(0.5 / 3)
     assert metrics["health/gold_correlation"] == pytest.approx(1.0)
     assert metrics["health/gold_correlation_half"] == pytest.approx(1.0)
@@ -116,18 +120,18 @@ def test_a_value_model_with_gold_has_every_metric():
 
 
 def test_without_a_judge_what_remains_is_the_values_own():
-    names = {name.removeprefix("health/") for name in health_statistics(batch_of(VALUES), None)}
+    names = {name.removeprefix("health/") for name in health_statistics(batch_of(VALUES))}
     assert names == {"estimate_mean", "estimate_std", "calibration_error_early", "calibration_error_mid", "value_drift"}
 
 
 def test_a_baseline_without_values_compares_its_rewards():
-    metrics = health_statistics(batch_of(rewards=[1.0, 2.0, 6.0], kl=[1, 2, 3]), np.array([0.1, 0.2, 0.6]))
+    metrics = health_statistics(batch_of(rewards=[1.0, 2.0, 6.0], kl=[1, 2, 3], gold=[0.1, 0.2, 0.6]))
     assert metrics["health/estimate_mean"] == 3.0 and metrics["health/gold_correlation"] == pytest.approx(1.0)
     assert not any("calibration" in name or "half" in name for name in metrics)
 
 
 def test_with_a_critic_the_reward_is_the_estimate():
-    metrics = health_statistics(batch_of(VALUES, rewards=[3.0, 3.0, 3.0]), None)
+    metrics = health_statistics(batch_of(VALUES, rewards=[3.0, 3.0, 3.0]))
     assert metrics["health/estimate_mean"] == 3.0 and metrics["health/value_drift"] == 3.0
 
 
@@ -144,7 +148,7 @@ def test_confidence_by_hand():
     batch = batch_of([[-1.0, 1.0]], disagreement=np.array([9.0, 0.0, 0.5], np.float32))
     assert confidence(batch, 2.0).tolist() == [1 / 19, 1.0, 0.5]
     assert confidence(batch, 0.0).tolist() == [1.0, 1.0, 1.0]
-    assert health_statistics(batch, None)["health/disagreement"] == 0.25  # over the two states of the response
+    assert health_statistics(batch)["health/disagreement"] == 0.25  # over the two states of the response
 
 
 # --------------------------------------------------------------------------------------------------------- alarms

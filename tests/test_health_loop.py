@@ -12,7 +12,7 @@ from loop_runs import gae_by_hand, rollouts, run, values_by_hand
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import OutcomeSpec
-from dvpo_ray.orchestration.inputs import load_inputs
+from dvpo_ray.training.policy_inputs import load_inputs
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from gvm_artifacts import make_gvm
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.gvm.artifact import ObjectiveSpec
-from dvpo_ray.gvm.training import train_gvm
-from dvpo_ray.orchestration.inputs import load_inputs
-from dvpo_ray.orchestration.run import train
+from dvpo_ray.training.policy import train
+from dvpo_ray.training.policy_inputs import load_inputs
+from dvpo_ray.training.value_model import train_value_model
 
 REWARD_MODEL = ObjectiveSpec(name="bradley_terry", td_lambda=0.95, bradley_terry_weight=0.0, bradley_terry_value="last")
 
@@ -26,7 +26,7 @@ def nothing_starts(monkeypatch):
     def start(*args, **kwargs):
         raise AssertionError("not refused")
 
-    for place in ("orchestration.run.begin", "gvm.training.begin", "trl_stage.begin", "orchestration.evaluate.connect"):
+    for place in ("training.run.begin", "training.evaluate.connect"):
         monkeypatch.setattr(f"dvpo_ray.{place}", start)
 
 
@@ -54,6 +54,10 @@ def settings(tiny_model, gvm, tmp_path) -> dict:
         "rollout": {"backend": "transformers", "max_response_tokens": 12},
         "evaluation": {"judge": "vader"},
     }
+
+
+def train_gvm(config: Config, out: Path) -> Path:
+    return train_value_model(config, config.gvm, out)
 
 
 def changed(settings: dict, out: Path, **sections) -> Config:
@@ -180,20 +184,18 @@ def test_no_head_to_keep(settings, tiny_model, tmp_path):
 
 
 def test_a_reward_model_is_told_by_its_own_keys(settings, tmp_path):
-    from dvpo_ray.baselines.reward_model import train_reward_model
-
     out = tmp_path / "run"
     config = changed(settings, out, reward_model={"num_layers": 3})
-    assert refused(lambda: train_reward_model(config, out), out).startswith("reward_model.num_layers is 3, but ")
+    assert refused(lambda: train_value_model(config, config.reward_model, out), out).startswith("reward_model.num_layers is 3, but ")
 
 
 # ------------------------------------------------------------------------------------------- a GVM is no policy
 
 
 def test_a_value_model_is_no_policy(settings, gvm, tmp_path):
-    from dvpo_ray.baselines.dpo import train_dpo
-    from dvpo_ray.orchestration.evaluate import evaluate_policy
-    from dvpo_ray.sft import train_sft
+    from dvpo_ray.training.dpo import train_dpo
+    from dvpo_ray.training.evaluate import evaluate_policy
+    from dvpo_ray.training.sft import train_sft
 
     out = tmp_path / "run"
     config = changed(settings, out, model={"path": str(gvm)})

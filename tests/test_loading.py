@@ -11,8 +11,8 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from dvpo_ray import hub
 from dvpo_ray.config.schema import ModelConfig
+from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
 from dvpo_ray.models import loading
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer

@@ -15,7 +15,7 @@ from dvpo_ray.config.schema import Config
 def _shard(rng, rows: int) -> RaggedBatch:
     lengths = rng.integers(1, 9, rows)
     batch = RaggedBatch.from_rows([[1] * int(n) for n in rng.integers(1, 5, rows)], [[2] * int(n) for n in lengths], row_ids=list(range(rows)))
-    return batch.with_fields(loss_mask=batch.response_mask.astype(np.float32))
+    return batch.with_token_fields(loss_mask=batch.response_mask.astype(np.float32))
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_ranks_run_together_and_count_every_token_once(both_ranks):
         assert len(passes[0]) == len(passes[1])
         counted = [np.concatenate([rows for rows, counts in of_rank if counts]) for of_rank in passes]
         assert all(sorted(rows) == [0, 1, 2] for rows in counted)
-        assert pair[0].tokens == pair[1].tokens == sum(int(minibatch.batch.fields["loss_mask"].sum()) for minibatch in pair)
+        assert pair[0].tokens == pair[1].tokens == sum(int(minibatch.batch.by_token["loss_mask"].sum()) for minibatch in pair)
         idle += sum(not counts for of_rank in passes for _, counts in of_rank)
     assert idle > 0  # else this says nothing of ranks with fewer passes
     for shard, cut in zip(shards, ranks, strict=True):
@@ -61,5 +61,5 @@ def test_ranks_run_together_and_count_every_token_once(both_ranks):
 def test_a_minibatch_without_a_token_in_the_loss_divides_by_one(monkeypatch):
     monkeypatch.setattr(minibatches, "over_ranks", lambda values, op: list(values))
     shard = _shard(np.random.default_rng(1), 2)
-    (minibatch,) = cut_minibatches(Config(model={"path": "m"}), shard.with_fields(loss_mask=np.zeros(shard.num_tokens, np.float32)), 1, 0, 64)
+    (minibatch,) = cut_minibatches(Config(model={"path": "m"}), shard.with_token_fields(loss_mask=np.zeros(shard.num_tokens, np.float32)), 1, 0, 64)
     assert minibatch.tokens == 1

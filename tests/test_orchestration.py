@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration import checkpoints
-from dvpo_ray.orchestration.schedule import prompt_indices, sampling_seed
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
+from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
+from dvpo_ray.runtime import checkpoints
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 5))
@@ -74,7 +74,7 @@ def test_no_whole_checkpoint_is_one_line(tmp_path):
 
 def test_sequence_kl_sums_a_row_alone():
     batch = RaggedBatch.from_rows(
-        [[1], [1, 2]], [[3, 4], [5]], response_fields={"log_probs": [[-1.0, -2.0], [-3.0]], "reference_log_probs": [[-1.5, -2.0], [-2.0]]}
+        [[1], [1, 2]], [[3, 4], [5]], by_response_token={"log_probs": [[-1.0, -2.0], [-3.0]], "reference_log_probs": [[-1.5, -2.0], [-2.0]]}
     )
     np.testing.assert_allclose(sequence_kl(batch), [0.5, -1.0])
 
@@ -93,8 +93,8 @@ def test_batch_statistics_by_hand():
         "advantages": [[1.0, -1.0], [3.0]],
         "loss_mask": [[1.0, 1.0], [0.0]],
     }
-    batch = RaggedBatch.from_rows([[1], [1]], [[3, 4], [5]], truncated=[False, True], response_fields=fields)
-    metrics = batch_statistics(batch, np.array([0.0, 1.0]))
+    batch = RaggedBatch.from_rows([[1], [1]], [[3, 4], [5]], truncated=[False, True], by_response_token=fields)
+    metrics = batch_statistics(batch.with_row_fields(gold=np.array([0.0, 1.0])))
     assert metrics["value/terminal_mean"] == 0.0
     assert metrics["value/mean"] == pytest.approx((0 + 0.5 + 1 + 0 - 1) / 5)
     assert metrics["kl/reference_mean"] == 0.5 and metrics["kl/reference_max"] == 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,19 +15,21 @@ from dvpo_ray.policy.advantages import compute_advantages, value_targets
 OUTCOME_MODES = ["ppo", "grpo", "rloo", "remax", "reinforce"]
 
 
-def make_batch(rewards, kls, values=None, truncated=None, row_ids=None) -> RaggedBatch:
-    """Rows with a prompt of 2 tokens; `kls[r]` has one number per response token, `values[r]` one more."""
+def make_batch(rewards, kls, values=None, truncated=None, row_ids=None, greedy=0.0) -> RaggedBatch:
+    """Rows with a prompt of 2 tokens; `kls[r]` has one number per response token, `values[r]` one more.
+
+    `greedy` is the reward of the greedy response, to all prompts or to the prompt of each row.
+    """
     batch = RaggedBatch.from_rows(
         [[1, 1]] * len(rewards),
         [[2] * len(kl) for kl in kls],
         truncated=truncated,
         row_ids=row_ids,
-        response_fields={"log_probs": kls, "reference_log_probs": [[0.0] * len(kl) for kl in kls]},
+        by_response_token={"log_probs": kls, "reference_log_probs": [[0.0] * len(kl) for kl in kls]},
     )
-    reward_field = np.full(batch.num_tokens, 99.0, np.float32)  # what a reward model says before the end must not matter
-    reward_field[batch.offsets[1:] - 1] = rewards
+    batch = batch.with_row_fields(rewards=np.array(rewards, np.float64), greedy_rewards=np.broadcast_to(greedy, len(rewards)).astype(np.float64))
     flat = [9.0] * batch.num_tokens if values is None else [v for row in values for v in [9.0, *row]]
-    return batch.with_fields(rewards=reward_field, values=np.array(flat, np.float32))
+    return batch.with_token_fields(values=np.array(flat, np.float32))
 
 
 def advantages_of(batch, mode, **changes) -> list[list[float]]:
@@ -49,14 +53,15 @@ VALUES = [[0.1, 0.3, 0.2, 7.0], [0.4, 7.0]]  # the last one stands after the end
         ("ppo", {"gae_lambda": 1.0, "kl_coefficient": 0.1}, [[0.8, 0.65, 0.7], [2.4]]),
         ("rloo", {}, [[-2.0] * 3, [2.0]]),
         ("rloo", {"kl_coefficient": 0.1}, [[-1.9] * 3, [1.9]]),  # S = 0.9 and 2.8
-        ("remax", {"greedy_rewards": np.array([0.5])}, [[0.5] * 3, [2.5]]),
-        ("remax", {"greedy_rewards": np.array([0.5]), "kl_coefficient": 0.1}, [[0.4, 0.45, 0.4], [2.3]]),
+        ("remax", {"greedy": 0.5}, [[0.5] * 3, [2.5]]),
+        ("remax", {"greedy": 0.5, "kl_coefficient": 0.1}, [[0.4, 0.45, 0.4], [2.3]]),
         ("reinforce", {}, [[-1.0] * 3, [1.0]]),
         ("reinforce", {"kl_coefficient": 0.1}, [[-0.95, -0.9, -0.95], [0.95]]),  # mean S = 1.85
     ],
 )
 def test_by_hand(mode, changes, expected):
-    found = advantages_of(make_batch(REWARDS, KLS, VALUES), mode, **changes)
+    greedy = changes.pop("greedy", 0.0)
+    found = advantages_of(make_batch(REWARDS, KLS, VALUES, greedy=greedy), mode, **changes)
     for row, numbers in zip(found, expected, strict=True):
         np.testing.assert_allclose(row, numbers, atol=1e-6)
 
@@ -84,14 +89,19 @@ def test_a_penalty_for_cut_off_responses_lowers_their_reward():
     for mode in ("ppo", "rloo", "reinforce", "remax"):
         cut = make_batch(REWARDS, KLS, VALUES, truncated=[False, True])
         lower = make_batch([1.0, 2.5], KLS, VALUES)
-        greedy = np.array([0.0])
-        penalised = advantages_of(cut, mode, truncated="penalty", truncation_penalty=0.5, greedy_rewards=greedy)
-        assert penalised == advantages_of(lower, mode, greedy_rewards=greedy)
+        penalised = advantages_of(cut, mode, truncated="penalty", truncation_penalty=0.5)
+        assert penalised == advantages_of(lower, mode)
 
 
 def test_a_masked_sample_is_no_baseline():
     found = advantages_of(make_batch([1.0, 3.0, 8.0], [[0.0]] * 3, truncated=[False, False, True]), "rloo", samples_per_prompt=3, truncated="mask")
     assert found == [[-2.0], [2.0], [0.0]]
+
+
+def test_samples_of_two_steps_are_never_one_prompt():
+    first, second = make_batch([1.0, 3.0], [[0.0]] * 2), make_batch([10.0, 20.0], [[0.0]] * 2)
+    both = RaggedBatch.concatenate([first, replace(second, steps=second.steps + 1)])
+    assert advantages_of(both, "rloo") == [[-2.0], [2.0], [-10.0], [10.0]]
 
 
 numbers = st.floats(-3, 3, width=32)
@@ -108,7 +118,7 @@ def groups(draw) -> tuple[list[float], list[list[float]], list[list[float]]]:
 @settings(max_examples=100, deadline=None)
 @given(groups(), st.sampled_from(OUTCOME_MODES), st.booleans(), st.permutations(range(4)), st.integers(0, 4))
 def test_order_and_sharding_of_rows_change_nothing(rows, mode, whiten, order, cut):
-    batch = make_batch(*rows)
+    batch = make_batch(*rows, greedy=[0.3, 0.3, -1.0, -1.0])
     settings_ = dict(
         mode=mode,
         gae_lambda=0.9,
@@ -116,12 +126,11 @@ def test_order_and_sharding_of_rows_change_nothing(rows, mode, whiten, order, cu
         whiten=whiten,
         truncated="bootstrap",
         samples_per_prompt=2,
-        greedy_rewards=np.array([0.3, -1.0]),
     )
     shuffled = RaggedBatch.concatenate([batch.select(order[cut:]), batch.select(order[:cut])])
     result = compute_advantages(shuffled, **settings_)
-    restored = shuffled.with_fields(advantages=result.advantages).sorted_by_row_id()
-    np.testing.assert_allclose(restored.fields["advantages"], compute_advantages(batch, **settings_).advantages, atol=1e-6)
+    restored = shuffled.with_token_fields(advantages=result.advantages).sorted_by_id()
+    np.testing.assert_allclose(restored.by_token["advantages"], compute_advantages(batch, **settings_).advantages, atol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)
@@ -134,7 +143,5 @@ def test_the_samples_of_a_prompt_cancel(rows, mode):
 @pytest.mark.parametrize("mode", OUTCOME_MODES)
 def test_a_batch_with_nothing_in_the_loss(mode):
     batch = make_batch([1.0, 2.0], KLS, truncated=[True, True])
-    result = compute_advantages(
-        batch, mode=mode, gae_lambda=1.0, kl_coefficient=0.1, whiten=True, truncated="mask", samples_per_prompt=2, greedy_rewards=np.zeros(1)
-    )
+    result = compute_advantages(batch, mode=mode, gae_lambda=1.0, kl_coefficient=0.1, whiten=True, truncated="mask", samples_per_prompt=2)
     assert not result.advantages.any() and not result.loss_mask.any()

@@ -11,14 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray import cli
-from dvpo_ray.actors.memory import ActorMemory
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.models.loading import load_policy
-from dvpo_ray.orchestration.placement import Bundle
 from dvpo_ray.planning.architecture import Architecture, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.devices import Device, calibrate, choose_device
 from dvpo_ray.planning.fit import PROCESS_BYTES, in_host_memory, on_gpus
-from dvpo_ray.planning.memory import communication_buffers, logit_bytes, rows_together, scoring_activations, trained_state, training_activations
+from dvpo_ray.planning.memory import (
+    ActorMemory,
+    communication_buffers,
+    logit_bytes,
+    rows_together,
+    scoring_activations,
+    trained_state,
+    training_activations,
+)
+from dvpo_ray.planning.placement import Bundle
 from dvpo_ray.planning.plan import GIB, RolePlan, predict_roles
 from dvpo_ray.planning.times import forward_flops, logit_flops, stage_seconds
 

@@ -14,7 +14,7 @@ from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.data.prompts import load_prompts
 from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.judges import make_judge
-from dvpo_ray.orchestration.placement import plan_placement, total_resources
+from dvpo_ray.planning.placement import plan_placement, total_resources
 from dvpo_ray.quickstart.prompts import HELDOUT_PROMPTS, all_prompts, write_prompts
 from dvpo_ray.quickstart.run import DATA, gold_table, quickstart_config, samples_table, verdict
 

@@ -19,19 +19,17 @@ from dvpo_ray.config.schema import Config, DataConfig, PreferenceData
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
 from dvpo_ray.data.prompts import Prompt
-from dvpo_ray.data.self_preferences import Sample
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.evaluation.judges import VaderJudge
 from dvpo_ray.gvm.artifact import ContextSpec, ObjectiveSpec, OutcomeSpec, read_manifest
 from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.models.loading import load_tokenizer
-from dvpo_ray.monitoring.console import RunConsole
-from dvpo_ray.monitoring.memory import PeakMemory
-from dvpo_ray.orchestration.refresh import Refreshed, Refresher, training_config
 from dvpo_ray.refresh import labels as label_sources
 from dvpo_ray.refresh.labels import CandidatePair, Label, candidate_pairs, labelled_rows, labels_from_endpoint, labels_from_file, parse_label
 from dvpo_ray.refresh.pairs import HELDOUT, NEW, TRAINING, as_row, old_pairs, write_pairs
-from dvpo_ray.refresh.samples import read_samples, usable_samples, write_samples
+from dvpo_ray.refresh.samples import Sample, read_samples, usable_samples, write_samples
+from dvpo_ray.training.refresh import Refreshed, Refresher, training_config
+from dvpo_ray.training.run import Run
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -339,7 +337,7 @@ def test_a_head_is_kept_where_there_is_one(tiny_model, tmp_path):
 
 def refresher(run_folder: Path, **settings) -> Refresher:
     config = Config.model_validate({"model": {"path": "m"}, "evaluation": {"judge": "vader"}} | settings)
-    return Refresher(config, run_folder, None, RunConsole(), PeakMemory())
+    return Refresher(Run("train", config, run_folder), None)
 
 
 def test_when_a_refresh_is_due(tmp_path):

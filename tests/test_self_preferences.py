@@ -15,8 +15,10 @@ from dvpo_ray.config.schema import PreferenceData
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.data.prompts import Prompt
-from dvpo_ray.data.self_preferences import Sample, main, pair_row, pair_up
 from dvpo_ray.models.loading import load_tokenizer
+from dvpo_ray.quickstart.self_preferences import main
+from dvpo_ray.refresh.pairs import pair_row, pair_up
+from dvpo_ray.refresh.samples import Sample
 
 
 def samples(*scores: float) -> list[Sample]:
@@ -93,7 +95,7 @@ def test_files_hold_split_prompts_and_token_exact_text(config_file, tmp_path, mo
     config = load_config(config_file)
     tokenizer = load_tokenizer(config.model.path)
     backend = Scripted(tokenizer)
-    monkeypatch.setattr("dvpo_ray.actors.rollout_backend.make_backend", lambda *_: backend)
+    monkeypatch.setattr("dvpo_ray.actors.rollout_engine.make_backend", lambda *_: backend)
     assert main([str(config_file), "--out", str(tmp_path / "out"), "--samples", "5", "--pairs", "2"]) == 0
     assert "6 samples left out" in capsys.readouterr().out
 

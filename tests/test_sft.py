@@ -36,7 +36,7 @@ ASSISTANT = {"role": "assistant", "content": "Good day"}
     ],
 )
 def test_layouts(row, expected):
-    from dvpo_ray.sft import parse_answers
+    from dvpo_ray.training.sft import parse_answers
 
     assert [(answer.prompt, answer.answer) for answer in parse_answers(row, "here")] == expected
 
@@ -55,7 +55,7 @@ def test_layouts(row, expected):
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, line):
-    from dvpo_ray.sft import load_answers
+    from dvpo_ray.training.sft import load_answers
 
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, row])
     with pytest.raises(InputError) as caught:
@@ -66,7 +66,7 @@ def test_bad_rows_are_named(tmp_path, row, line):
 
 def test_only_answers_are_learned_and_each_ends_once(tiny_chat_model):
     from dvpo_ray.models.loading import load_tokenizer
-    from dvpo_ray.sft import Answer, encode_answers
+    from dvpo_ray.training.sft import Answer, encode_answers
 
     tokenizer = load_tokenizer(str(tiny_chat_model))
     chat, text = encode_answers([Answer([USER], [ASSISTANT], "a"), Answer(None, "Once", "b")], tokenizer, config(tiny_chat_model))
@@ -81,7 +81,7 @@ def test_only_answers_are_learned_and_each_ends_once(tiny_chat_model):
 @pytest.mark.slow
 def test_the_loss_falls_and_the_checkpoint_loads(tiny_chat_model, tmp_path):
     from dvpo_ray.models.loading import load_policy, load_tokenizer
-    from dvpo_ray.sft import train_sft
+    from dvpo_ray.training.sft import train_sft
 
     path = write_rows(tmp_path / "rows.jsonl", [{"instruction": f"Say it {n}", "output": "Good day to you"} for n in range(16)])
     settings = config(tiny_chat_model, path, sft={"learning_rate": 1e-2, "epochs": 6, "batch_size": 4}, checkpoint={"every_steps": 10})
@@ -104,7 +104,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tiny_chat_model, tmp_path)
     import torch
 
     from dvpo_ray.models.loading import load_policy
-    from dvpo_ray.sft import train_sft
+    from dvpo_ray.training.sft import train_sft
 
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Number {n}", "completion": f"It is {n}"} for n in range(12)])
     settings = config(tiny_chat_model, path, sft={"learning_rate": 1e-3, "batch_size": 4, "epochs": 2}, checkpoint={"every_steps": 4})

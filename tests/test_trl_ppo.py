@@ -46,13 +46,11 @@ def batch_of(inputs: dict[str, np.ndarray], lengths: list[int], steps: list[int]
     batch = RaggedBatch.from_rows(
         [[1, 1]] * len(steps),
         [[2] * count for count in steps],
-        response_fields={"log_probs": log_probs["logprobs"], "reference_log_probs": log_probs["ref_logprobs"]},
+        by_response_token={"log_probs": log_probs["logprobs"], "reference_log_probs": log_probs["ref_logprobs"]},
     )
     values = np.full(batch.num_tokens, NEVER_READ, np.float32)
     values[np.flatnonzero(batch.response_mask) - 1] = np.concatenate(rows(inputs["values"], steps))  # TRL's stand before the token
-    rewards = np.full(batch.num_tokens, NEVER_READ, np.float32)
-    rewards[batch.offsets[1:] - 1] = inputs["scores"]
-    return batch.with_fields(values=values, rewards=rewards)
+    return batch.with_token_fields(values=values).with_row_fields(rewards=inputs["scores"].astype(np.float64))
 
 
 def advantages_of(batch: RaggedBatch, lam: float) -> AdvantageResult:

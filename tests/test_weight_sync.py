@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.orchestration.buckets import pack, unpack
-from dvpo_ray.orchestration.weight_sync import EngineClient, choose_transport
+from dvpo_ray.planning.placement import choose_transport
+from dvpo_ray.sync.client import EngineClient
+from dvpo_ray.sync.object_store import pack, unpack
 
 shapes = st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=8)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank, over_ranks
 from dvpo_ray.actors.minibatches import cut_minibatches
-from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.batch import Fields, RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import load_gvm
@@ -26,7 +26,7 @@ from dvpo_ray.policy.losses import combine_metrics, value_loss
 
 
 class Critic(DeepSpeedRank):
-    """One data-parallel rank. A shard has the per-token fields `values` (of before the update), `returns` and `loss_mask`."""
+    """One data-parallel rank. A shard has the token fields `values` (of before the update), `returns` and `loss_mask`."""
 
     role = "critic"
 
@@ -50,14 +50,14 @@ class Critic(DeepSpeedRank):
     # ------------------------------------------------------------------------------------------------ values
 
     @torch.no_grad()
-    def values(self, chunks: list[ObjectRef]) -> tuple[np.ndarray, ...] | np.ndarray:
-        """Value of the state after every token of each of this rank's chunks of rollouts, float32 [N] each.
+    def score(self, chunks: list[ObjectRef]) -> tuple[Fields, ...] | Fields:
+        """`values` of the state after every token of each of this rank's chunks of rollouts.
 
         Args:
             chunks: references to the rollouts that this rank scores. Ranks may have different numbers of them, none too.
 
         Returns:
-            An array per chunk; call with `num_returns=len(chunks)`.
+            One result per chunk; call with `num_returns=len(chunks)`.
         """
         batches = ray.get(chunks)
         with self.clock.busy():
@@ -69,7 +69,8 @@ class Critic(DeepSpeedRank):
             most = round(over_ranks([len(work)], dist.ReduceOp.MAX)[0])
             for _ in range(most - len(work)):  # ranks run forward together
                 token_values(self.model, _IDLE, np.array([0]), run=self.engine)
-        return flat[0] if len(flat) == 1 else tuple(flat)
+        scores = tuple(Fields(by_token={"values": values}) for values in flat)
+        return scores[0] if len(scores) == 1 else scores
 
     # ------------------------------------------------------------------------------------------------ update
 
@@ -99,14 +100,14 @@ class Critic(DeepSpeedRank):
     def _loss(self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, parts: list[dict[str, Tensor]], counts: bool) -> Tensor:
         micro = batch.select(rows)
         flat_values, index = token_values(self.model, micro, np.arange(micro.num_rows), run=self.engine)
-        in_loss = (micro.fields["loss_mask"] > 0) & counts
+        in_loss = (micro.by_token["loss_mask"] > 0) & counts
         position = np.flatnonzero(in_loss)
         by_position = flat_values[torch.argsort(index)]
         before = torch.from_numpy(position - 1).to(flat_values.device)  # the value of the state that each token was chosen in
         loss, metrics = value_loss(
             by_position[before],
-            torch.from_numpy(micro.fields["values"][position - 1]).to(flat_values.device),
-            torch.from_numpy(micro.fields["returns"][position]).to(flat_values.device),
+            torch.from_numpy(micro.by_token["values"][position - 1]).to(flat_values.device),
+            torch.from_numpy(micro.by_token["returns"][position]).to(flat_values.device),
             minibatch_tokens=minibatch_tokens,
             clip=self.settings.value_clip,
         )

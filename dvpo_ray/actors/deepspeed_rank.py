@@ -10,14 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dvpo_ray.actors.memory import ActorMemory, ModelState
-from dvpo_ray.actors.process import Actor
 from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.deepspeed import StepResult, build_engine, init_process_group, optimizer_step
 from dvpo_ray.models.loading import default_device
-from dvpo_ray.models.memory import TensorBytes, engine_gradient_bytes, engine_optimizer_bytes, engine_parameter_bytes
+from dvpo_ray.runtime.process import Actor
 
 
 class DeepSpeedRank(Actor):
@@ -29,7 +27,6 @@ class DeepSpeedRank(Actor):
     """
 
     model: nn.Module
-    _gradients: TensorBytes | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and free port at which the ranks can meet; asked of rank 0."""
@@ -49,35 +46,7 @@ class DeepSpeedRank(Actor):
 
     def _optimizer_step(self, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
         """One optimizer step over the micro-batches of a minibatch; see `optimizer_step`."""
-        return optimizer_step(self.engine, losses, self.max_grad_norm, self._note_gradients)
-
-    # ------------------------------------------------------------------------------------------------- memory
-
-    def model_state(self) -> ModelState:
-        device = default_device()
-        return ModelState(engine_parameter_bytes(self.engine, device), self._most_gradients(), engine_optimizer_bytes(self.engine, device))
-
-    def start_memory_ledger(self) -> None:
-        self._gradients = None
-        super().start_memory_ledger()
-        self._gradients = TensorBytes()
-        # Inside its step DeepSpeed makes a float32 copy of gradients of a lower precision.
-        self._hook = self.engine.basic_optimizer.register_step_pre_hook(lambda *_: self._note_gradients())
-
-    def memory_ledger(self) -> ActorMemory:
-        self._hook.remove()
-        entry = super().memory_ledger()
-        self._gradients = None
-        return entry
-
-    def _most_gradients(self) -> TensorBytes:
-        """Gradients at their largest since the ledger was started; those alive now when it was not."""
-        now = engine_gradient_bytes(self.engine, default_device())
-        return now if self._gradients is None else max(now, self._gradients, key=lambda size: size.total)
-
-    def _note_gradients(self) -> None:
-        if self._gradients is not None:
-            self._gradients = self._most_gradients()
+        return optimizer_step(self.engine, losses, self.max_grad_norm)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

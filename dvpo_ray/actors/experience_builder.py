@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import ray
 from ray import ObjectRef
 
-from dvpo_ray.actors.process import Actor
-from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.batch import RaggedBatch, balanced_shards
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt
@@ -20,9 +19,10 @@ from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.health.diagnostics import health_statistics
 from dvpo_ray.health.disagreement import confidence
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
-from dvpo_ray.policy.advantages import compute_advantages, row_rewards, value_targets
+from dvpo_ray.policy.advantages import compute_advantages, value_targets
 from dvpo_ray.policy.statistics import batch_statistics, sequence_kl
 from dvpo_ray.refresh.samples import usable_samples, write_samples
+from dvpo_ray.runtime.process import Actor
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ScoredChunk:
 
     Attributes:
         rollouts: reference to a `RaggedBatch`.
-        scores: reference to a float32 [N] array for each per-token field, by the field's name.
+        scores: reference to the `Fields` that each role made of them, by the role's name.
     """
 
     rollouts: ObjectRef
@@ -51,7 +51,6 @@ class ExperienceBuilder(Actor):
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.judge = make_judge(config.evaluation.judge)
         self.batch: RaggedBatch | None = None
-        self.gold: np.ndarray | None = None
 
     # ------------------------------------------------------------------------------------------------ experience
 
@@ -71,10 +70,11 @@ class ExperienceBuilder(Actor):
             where there is a critic. Call with as many `num_returns`, so that a rank fetches its own part only.
         """
         with self.clock.busy():
-            batch = _gather(chunks)
-            if (batch.policy_version != policy_version).any():
-                raise RuntimeError(f"rollouts of policy version {sorted(set(batch.policy_version.tolist()))}, expected {policy_version}")
-            settings = self.config.advantage
+            batch = self._judged(_gather(chunks))
+            _check_rows(batch, policy_version)
+            settings, samples = self.config.advantage, self.config.batch.samples_per_prompt
+            if greedy_chunks:
+                batch = batch.with_row_fields(greedy_rewards=_greedy_rewards(batch, _gather(greedy_chunks), samples))
             result = compute_advantages(
                 batch,
                 mode=self.mode,
@@ -83,17 +83,15 @@ class ExperienceBuilder(Actor):
                 whiten=settings.whiten,
                 truncated=settings.truncated,
                 truncation_penalty=settings.truncation_penalty,
-                samples_per_prompt=self.config.batch.samples_per_prompt,
-                greedy_rewards=row_rewards(_gather(greedy_chunks)) if greedy_chunks else None,
+                samples_per_prompt=samples,
             )
             trusted = self._trusted(batch, result.advantages)
-            self.batch = batch.with_fields(advantages=trusted, loss_mask=result.loss_mask.astype(np.float32))
-            self.gold = self._judge(self.batch)
+            self.batch = batch.with_token_fields(advantages=trusted, loss_mask=result.loss_mask.astype(np.float32))
             shards = self._shards(self.config.policy.num_actors, ("advantages", "loss_mask", "log_probs", "reference_log_probs"))
             if ALGORITHMS[self.config.algorithm].has_critic:
-                self.batch = self.batch.with_fields(returns=value_targets(batch, result.unwhitened))
+                self.batch = self.batch.with_token_fields(returns=value_targets(batch, result.unwhitened))
                 shards += self._shards(self.config.critic.num_actors, ("values", "returns", "loss_mask"))
-            return (batch_statistics(self.batch, self.gold) | health_statistics(self.batch, self.gold), *shards)
+            return (batch_statistics(self.batch) | health_statistics(self.batch), *shards)
 
     def _trusted(self, batch: RaggedBatch, advantages: np.ndarray) -> np.ndarray:
         """The advantages, after whitening, with less weight where the value models of an ensemble disagree; float32 [N]."""
@@ -102,7 +100,7 @@ class ExperienceBuilder(Actor):
 
     def _shards(self, count: int, fields: tuple[str, ...]) -> list[RaggedBatch]:
         """The batch in `count` parts that hold what their reader needs."""
-        lean = replace(self.batch, fields={name: self.batch.fields[name] for name in fields})
+        lean = self.batch.only(*fields)
         return [lean.select(rows) for rows in balanced_shards(lean.lengths, count)]
 
     def gather(self, chunks: list[ScoredChunk]) -> RaggedBatch:
@@ -148,13 +146,13 @@ class ExperienceBuilder(Actor):
             "prompt_ids": prompt_ids,
             "response_ids": response_ids,
             "tokens": [self.tokenizer.decode([token]) for token in response_ids],
-            **({"values": _rounded(batch.fields["values"][batch.states(r)])} if "values" in batch.fields else {}),
-            **({"reward": round(float(row_rewards(batch)[r]), 6)} if "rewards" in batch.fields else {}),
-            "advantages": _rounded(batch.fields["advantages"][response]),
-            "log_probs": _rounded(batch.fields["log_probs"][response]),
-            "reference_log_probs": _rounded(batch.fields["reference_log_probs"][response]),
-            "gold": None if self.gold is None else round(float(self.gold[r]), 6),
-            "policy_version": int(batch.policy_version[r]),
+            **({"values": _rounded(batch.by_token["values"][batch.states(r)])} if "values" in batch.by_token else {}),
+            **({"reward": round(float(batch.by_row["rewards"][r]), 6)} if "rewards" in batch.by_row else {}),
+            "advantages": _rounded(batch.by_token["advantages"][response]),
+            "log_probs": _rounded(batch.by_token["log_probs"][response]),
+            "reference_log_probs": _rounded(batch.by_token["reference_log_probs"][response]),
+            "gold": round(float(batch.by_row["gold"][r]), 6) if "gold" in batch.by_row else None,
+            "policy_version": int(batch.policy_versions[response].min()),
             "truncated": bool(batch.truncated[r]),
         }
 
@@ -167,9 +165,8 @@ class ExperienceBuilder(Actor):
             `gold`, the mean score (absent without a judge), and `kl`, the mean sequence KL from the reference in nats.
         """
         with self.clock.busy():
-            batch = _gather(chunks)
-            gold = self._judge(batch)
-            kl = sequence_kl(batch)
+            batch = self._judged(_gather(chunks))
+            gold, kl = batch.by_row.get("gold"), sequence_kl(batch)
             records = [
                 {
                     "prompt": self._text(batch.tokens[batch.offsets[r] : batch.response(r).start]),
@@ -185,12 +182,13 @@ class ExperienceBuilder(Actor):
     def _text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _judge(self, batch: RaggedBatch) -> np.ndarray | None:
+    def _judged(self, batch: RaggedBatch) -> RaggedBatch:
+        """The batch with the row field `gold`, where there is a judge."""
         if self.judge is None:
-            return None
+            return batch
         rows = range(batch.num_rows)
         prompts = [self._text(batch.tokens[batch.offsets[r] : batch.response(r).start]) for r in rows]
-        return self.judge.score(prompts, [self._text(batch.tokens[batch.response(r)]) for r in rows])
+        return batch.with_row_fields(gold=self.judge.score(prompts, [self._text(batch.tokens[batch.response(r)]) for r in rows]))
 
 
 def _gather(chunks: list[ScoredChunk]) -> RaggedBatch:
@@ -198,8 +196,24 @@ def _gather(chunks: list[ScoredChunk]) -> RaggedBatch:
     whole = []
     for chunk in chunks:
         rollouts, *scores = ray.get([chunk.rollouts, *chunk.scores.values()])
-        whole.append(rollouts.with_fields(**dict(zip(chunk.scores, scores, strict=True))))
-    return RaggedBatch.concatenate(whole).sorted_by_row_id()
+        whole.append(rollouts.with_fields(*scores))
+    return RaggedBatch.concatenate(whole).sorted_by_id()
+
+
+def _check_rows(batch: RaggedBatch, policy_version: int) -> None:
+    """A step's batch holds each of its rows once, and all of its tokens were sampled by the current policy."""
+    if len(np.unique(np.stack([batch.steps, batch.row_ids]), axis=1).T) != batch.num_rows:
+        raise RuntimeError("a rollout was delivered twice")
+    versions = np.unique(batch.policy_versions[batch.response_mask])
+    if (versions != policy_version).any():
+        raise RuntimeError(f"rollouts of policy version {versions.tolist()}, expected {policy_version}")
+
+
+def _greedy_rewards(batch: RaggedBatch, greedy: RaggedBatch, samples_per_prompt: int) -> np.ndarray:
+    """For each row the reward of the greedy response to its prompt, float64 [R]; the row id of a greedy response is the prompt's number."""
+    reward = dict(zip(zip(greedy.steps.tolist(), greedy.row_ids.tolist(), strict=True), greedy.by_row["rewards"], strict=True))
+    prompts = zip(batch.steps.tolist(), (batch.row_ids // samples_per_prompt).tolist(), strict=True)
+    return np.array([reward[prompt] for prompt in prompts])
 
 
 def _rounded(values: np.ndarray) -> list[float]:

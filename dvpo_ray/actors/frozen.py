@@ -6,27 +6,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dvpo_ray.actors.memory import ModelState
-from dvpo_ray.actors.process import Actor
-from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.batch import Fields, RaggedBatch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import GVMManifest, load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
-from dvpo_ray.gvm.trajectories import Trajectories
+from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.health.disagreement import ensemble_std
 from dvpo_ray.models.compiling import compile_layers
 from dvpo_ray.models.forward import batch_log_probs, batch_values
 from dvpo_ray.models.loading import default_device, load_policy
-from dvpo_ray.models.memory import parameter_bytes
+from dvpo_ray.runtime.process import Actor
 
 
 class FrozenModel(Actor):
     """A model that is never trained: all of its state is its weights."""
 
     model: PreTrainedModel
-
-    def model_state(self) -> ModelState:
-        return ModelState(parameters=parameter_bytes(self.model, default_device()))
 
 
 class ValueScorer(FrozenModel):
@@ -51,27 +46,25 @@ class ValueScorer(FrozenModel):
         return config.gvm.path
 
     @torch.inference_mode()
-    def score(self, batch: RaggedBatch, examples: RaggedBatch | None = None) -> np.ndarray:
-        """Value of the state after every token, prompt and response, float32 [N].
+    def score(self, batch: RaggedBatch, examples: RaggedBatch | None = None) -> Fields:
+        """Values of every token, prompt and response.
 
         Args:
             examples: other rollouts of the current policy, of which a model with a context puts some before each row.
+
+        Returns:
+            `values`, of the state after each token; with `scorer.ensemble` also `disagreement`, the standard deviation of that
+            value over this model and the others.
         """
         with self.clock.busy():
-            return self._values(self.model, batch, examples)
+            values = self._values(self.model, batch, examples)
+            if not self.others:
+                return Fields(by_token={"values": values})
+            everyones = [values, *(self._values(model, batch, examples) for model in self.others)]
+            return Fields(by_token={"values": values, "disagreement": ensemble_std(everyones)})
 
     @torch.inference_mode()
-    def disagreement(self, batch: RaggedBatch, values: np.ndarray, examples: RaggedBatch | None = None) -> np.ndarray:
-        """Standard deviation of the value after every token over this model and those of `scorer.ensemble`, float32 [N].
-
-        Args:
-            values: what `score` returned for the batch and the examples.
-        """
-        with self.clock.busy():
-            return ensemble_std([values, *(self._values(model, batch, examples) for model in self.others)])
-
-    @torch.inference_mode()
-    def accuracy(self, pairs: Trajectories) -> float:
+    def accuracy(self, pairs: PairBatch) -> float:
         """Share of preference pairs whose chosen response has the higher last value; a tie counts half."""
         with self.clock.busy():
             values = batch_values(self.model, pairs.batch, self.max_tokens)
@@ -90,6 +83,13 @@ class RewardScorer(ValueScorer):
     def _artifact(self, config: Config) -> str:
         return config.reward_model.path
 
+    @torch.inference_mode()
+    def score(self, batch: RaggedBatch) -> Fields:
+        """`rewards`, float64 [R], one of each response."""
+        with self.clock.busy():
+            values = self._values(self.model, batch, examples=None)
+            return Fields(by_row={"rewards": values[batch.offsets[1:] - 1].astype(np.float64)})
+
 
 class ReferenceModel(FrozenModel):
     """The frozen copy of the policy that KL is measured from."""
@@ -105,7 +105,7 @@ class ReferenceModel(FrozenModel):
             compile_layers(self.model, "reference.compile")
 
     @torch.inference_mode()
-    def score(self, batch: RaggedBatch) -> np.ndarray:
-        """Log-probability of every response token, float32 [N], 0 on prompts."""
+    def score(self, batch: RaggedBatch) -> Fields:
+        """`reference_log_probs` of the response tokens, 0 on prompts."""
         with self.clock.busy():
-            return batch_log_probs(self.model, batch, self.max_tokens, self.temperature)
+            return Fields(by_token={"reference_log_probs": batch_log_probs(self.model, batch, self.max_tokens, self.temperature)})

@@ -12,7 +12,6 @@ from dvpo_ray.actors.deepspeed_rank import over_ranks
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.models.forward import micro_batches
-from dvpo_ray.orchestration.schedule import minibatch_rows
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Minibatch:
     """What one rank does for one optimizer step.
 
     Attributes:
-        batch: the rank's rows, with the field `loss_mask`.
+        batch: the rank's rows, with the token field `loss_mask`.
         micro_batches: rows of each forward and backward pass.
         tokens: tokens in the loss on all ranks together, at least 1.
         idle_passes: passes that other ranks have more; ranks run together.
@@ -37,13 +36,19 @@ class Minibatch:
         yield from ((self.micro_batches[-1][-1:], False) for _ in range(self.idle_passes))
 
 
+def minibatch_rows(config: Config, num_rows: int, step: int, epoch: int, rank: int) -> list[np.ndarray]:
+    """Rows of a rank's shard behind each optimizer step of an epoch; every row once. A pure function of the seed and the numbers."""
+    order = np.random.default_rng([config.seed, step, epoch, rank]).permutation(num_rows)
+    return np.split(order, config.batch.minibatches_per_epoch)
+
+
 def cut_minibatches(config: Config, shard: RaggedBatch, step: int, rank: int, micro_batch_tokens: int) -> list[Minibatch]:
     """The minibatches of all epochs of an update, in order; a collective of all ranks, which exchange two messages for the whole update."""
     batches = [
         shard.select(rows) for epoch in range(config.batch.update_epochs) for rows in minibatch_rows(config, shard.num_rows, step, epoch, rank)
     ]
     groups = [micro_batches(batch.lengths, micro_batch_tokens) for batch in batches]
-    tokens = over_ranks([float(batch.fields["loss_mask"].sum()) for batch in batches], dist.ReduceOp.SUM)
+    tokens = over_ranks([float(batch.by_token["loss_mask"].sum()) for batch in batches], dist.ReduceOp.SUM)
     most = over_ranks([len(group) for group in groups], dist.ReduceOp.MAX)
     return [
         Minibatch(batch, group, max(1, round(count)), round(passes) - len(group))

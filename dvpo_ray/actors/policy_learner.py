@@ -22,15 +22,15 @@ from dvpo_ray.models.deepspeed import gather_parameters
 from dvpo_ray.models.forward import batch_log_probs, response_log_probs
 from dvpo_ray.models.loading import load_policy, load_tokenizer, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
-from dvpo_ray.orchestration.weight_sync import make_sender
 from dvpo_ray.policy.losses import combine_metrics, policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import mismatch_metrics
+from dvpo_ray.sync.transports import make_sender
 
 
 class PolicyLearner(DeepSpeedRank):
     """One data-parallel rank of the policy under DeepSpeed.
 
-    A shard has the per-token fields `advantages`, `loss_mask`, `log_probs` (the rollout engine's) and
+    A shard has the token fields `advantages`, `loss_mask`, `log_probs` (the rollout engine's) and
     `reference_log_probs`; every rank gets the same number of rows.
     """
 
@@ -76,9 +76,9 @@ class PolicyLearner(DeepSpeedRank):
         """
         with self.clock.busy():
             if self.config.policy.old_log_probs == "rollout":
-                shard = shard.with_fields(old_log_probs=shard.fields["log_probs"])
+                shard = shard.with_token_fields(old_log_probs=shard.by_token["log_probs"])
             elif self.optimizer_steps_per_batch > 1:
-                shard = shard.with_fields(old_log_probs=self.log_probs(shard))
+                shard = shard.with_token_fields(old_log_probs=self.log_probs(shard))
             # Else the only optimizer step sees the ratio at 1, and its own forward pass serves as the old log-probs.
             tally = _Tally()
             for minibatch in cut_minibatches(self.config, shard, step, self.index, self.micro_batch_tokens):
@@ -106,15 +106,15 @@ class PolicyLearner(DeepSpeedRank):
             run=self.engine,
         )
         index = out.token_index.cpu().numpy()
-        in_loss = (batch.fields["loss_mask"][index] > 0) & counts
+        in_loss = (batch.by_token["loss_mask"][index] > 0) & counts
         keep = torch.from_numpy(in_loss).to(out.log_probs.device)
         new = out.log_probs[keep]
 
         def field(name: str) -> Tensor:
-            return torch.from_numpy(batch.fields[name][index[in_loss]]).to(new.device)
+            return torch.from_numpy(batch.by_token[name][index[in_loss]]).to(new.device)
 
         engine_log_probs = field("log_probs")
-        old = field("old_log_probs") if "old_log_probs" in batch.fields else new.detach()
+        old = field("old_log_probs") if "old_log_probs" in batch.by_token else new.detach()
         corrected = settings.old_log_probs == "recompute"
         loss, metrics = policy_loss(
             new,

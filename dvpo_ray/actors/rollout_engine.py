@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dvpo_ray.actors.memory import ModelState
-from dvpo_ray.actors.process import Actor
-from dvpo_ray.actors.rollout_backend import Response, make_backend
+from dvpo_ray.actors.rollout_backend import Response, RolloutBackend
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
-from dvpo_ray.divergence import diverged
+from dvpo_ray.errors import diverged
+from dvpo_ray.runtime.process import Actor
 
 
 class RolloutEngine(Actor):
@@ -31,8 +30,11 @@ class RolloutEngine(Actor):
         self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens)
         self.policy_version = 0
 
-    def generate(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], seed: int, greedy: bool = False) -> Iterator[RaggedBatch]:
+    def generate(self, prompts: Sequence[Sequence[int]], step: int, row_ids: Sequence[int], seed: int, greedy: bool = False) -> Iterator[RaggedBatch]:
         """Sample one response to each prompt, or take the likeliest token each time.
+
+        Args:
+            step, row_ids: identity of each prompt's row.
 
         Yields:
             Finished rollouts with their `log_probs`, `rollout.rollouts_per_chunk` rows together, as they finish. Called
@@ -51,23 +53,21 @@ class RolloutEngine(Actor):
                     raise diverged(f"the policy of version {self.policy_version} gives log-probs that are not finite", "policy")
                 finished.append(response)
             if finished and (response is None or len(finished) == self.chunk_rows):
-                yield self._chunk(prompts, row_ids, finished)
+                yield self._chunk(prompts, step, row_ids, finished)
                 finished = []
             if response is None:
                 return
 
-    def _chunk(self, prompts: Sequence[Sequence[int]], row_ids: Sequence[int], responses: list[Response]) -> RaggedBatch:
+    def _chunk(self, prompts: Sequence[Sequence[int]], step: int, row_ids: Sequence[int], responses: list[Response]) -> RaggedBatch:
         return RaggedBatch.from_rows(
             [prompts[r.index] for r in responses],
             [r.token_ids for r in responses],
+            step=step,
             row_ids=[row_ids[r.index] for r in responses],
             truncated=[r.truncated for r in responses],
             policy_version=self.policy_version,
-            response_fields={"log_probs": [r.log_probs for r in responses]},
+            by_response_token={"log_probs": [r.log_probs for r in responses]},
         )
-
-    def model_state(self) -> ModelState:
-        return self.backend.model_state()
 
     # The phases of a weight sync, called by the learner.
 
@@ -85,3 +85,20 @@ class RolloutEngine(Actor):
 
     def set_policy_version(self, version: int) -> None:
         self.policy_version = version
+
+
+def make_backend(config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int) -> RolloutBackend:
+    """The backend that `rollout.backend` names, with the policy's initial weights loaded.
+
+    Args:
+        stop_token_ids: tokens that end a response.
+        transport: how new weights will arrive: `object_store`, `nccl` or `ipc`.
+        max_sequence_tokens: longest prompt and response together.
+    """
+    if config.rollout.backend == "vllm":
+        from dvpo_ray.actors.vllm_backend import VLLMBackend
+
+        return VLLMBackend(config, stop_token_ids, transport, max_sequence_tokens)
+    from dvpo_ray.actors.transformers_backend import TransformersBackend
+
+    return TransformersBackend(config, stop_token_ids)

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import GenerationConfig
 
-from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.rollout_backend import Response
 from dvpo_ray.config.schema import Config
-from dvpo_ray.divergence import diverged
+from dvpo_ray.errors import diverged
 from dvpo_ray.models.loading import default_device, load_policy
-from dvpo_ray.models.memory import parameter_bytes
-from dvpo_ray.orchestration.buckets import unpack
+from dvpo_ray.sync.object_store import unpack
 
 
 class TransformersBackend:
@@ -69,10 +67,6 @@ class TransformersBackend:
             length = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_token_ids), len(tokens))
             truncated = tokens[length - 1] not in self.stop_token_ids
             yield Response(first_index + offset, tokens[:length], token_log_probs[:length], truncated)
-
-    def model_state(self) -> ModelState:
-        """Weights only: keys and values live as long as a batch and count as activations."""
-        return ModelState(parameters=parameter_bytes(self.model, default_device()))
 
     def init_weight_transfer(self, init_info: dict) -> None:
         """Nothing to open: buckets arrive with each update."""

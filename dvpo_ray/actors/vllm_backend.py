@@ -9,13 +9,11 @@ from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.sampling_params import RequestOutputKind
 
-from dvpo_ray.actors.memory import ModelState
 from dvpo_ray.actors.rollout_backend import Response
 from dvpo_ray.config.schema import Config
 from dvpo_ray.models.compiling import require_compiler
-from dvpo_ray.models.memory import TensorBytes, parameter_bytes
 
-WeightTransferEngineFactory.register_engine("object_store", "dvpo_ray.orchestration.vllm_object_store", "ObjectStoreWeightTransferEngine")
+WeightTransferEngineFactory.register_engine("object_store", "dvpo_ray.sync.vllm_receiver", "ObjectStoreWeightTransferEngine")
 
 
 class VLLMBackend:
@@ -64,12 +62,6 @@ class VLLMBackend:
                 if output.finished:
                     yield _response(output)
 
-    def model_state(self) -> ModelState:
-        shards = [ModelState(parameters=parameters, cache=cache) for parameters, cache in self.llm.collective_rpc(_worker_bytes)]
-        return ModelState(
-            parameters=sum((shard.parameters for shard in shards), TensorBytes()), cache=sum((shard.cache for shard in shards), TensorBytes())
-        )
-
     def init_weight_transfer(self, init_info: dict) -> None:
         self.llm.collective_rpc("init_weight_transfer_engine", args=(init_info,))
 
@@ -88,12 +80,6 @@ def _seed_worker(_worker, seed: int) -> None:
     from vllm.utils.torch_utils import set_random_seed
 
     set_random_seed(seed)
-
-
-def _worker_bytes(worker) -> tuple[TensorBytes, TensorBytes]:
-    """Weights and key-value cache of one tensor-parallel worker."""
-    runner = worker.model_runner
-    return parameter_bytes(runner.model, worker.device), TensorBytes.of(runner.kv_caches, worker.device)
 
 
 def _response(output) -> Response:

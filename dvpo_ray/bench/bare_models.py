@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dvpo_ray.actors.process import Actor
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.layouts import ModelInputs, lay_out
 from dvpo_ray.bench.measure import Sample
@@ -18,6 +17,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, train_last_layers
+from dvpo_ray.runtime.process import Actor
 
 
 class BareLearner(Actor):
@@ -41,7 +41,7 @@ class BareLearner(Actor):
     def train(self, batch: RaggedBatch, minibatches: list[np.ndarray], layout: str) -> Sample:
         """An optimizer step on each minibatch (row indices). Laying rows out isn't timed."""
         prepared = [lay_out(batch, rows, layout, self.max_tokens, self.device) for rows in minibatches]
-        fields = {name: torch.from_numpy(batch.fields[name].copy()).to(self.device) for name in ("log_probs", "advantages")}
+        fields = {name: torch.from_numpy(batch.by_token[name].copy()).to(self.device) for name in ("log_probs", "advantages")}
         started = _now()
         for micro_batches in prepared:
             tokens = sum(len(inputs.targets) for inputs in micro_batches)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dvpo_ray.actors.process import Actor
 from dvpo_ray.bench.measure import Sample
 from dvpo_ray.config.schema import Config
+from dvpo_ray.runtime.process import Actor
 
 
 class BareVLLM(Actor):

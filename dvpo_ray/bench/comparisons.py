@@ -21,9 +21,9 @@ from dvpo_ray.bench.measure import Comparison, Sample, compare, take_turns
 from dvpo_ray.bench.side_by_side import Competitor, side_by_side
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
-from dvpo_ray.orchestration.cluster import get
-from dvpo_ray.orchestration.inputs import Inputs
-from dvpo_ray.orchestration.schedule import prompt_indices, sampling_seed
+from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
+from dvpo_ray.runtime.cluster import get
+from dvpo_ray.training.policy_inputs import Inputs
 
 ROLLOUT_TARGET = 0.9
 FROZEN_TARGET = 0.9
@@ -63,7 +63,7 @@ class Bench:
 
     def rollouts(self) -> RaggedBatch:
         """All rollouts of the last round."""
-        return RaggedBatch.concatenate(ray.get(self.chunks)).sorted_by_row_id()
+        return RaggedBatch.concatenate(ray.get(self.chunks)).sorted_by_id()
 
 
 def compare_rollout(bench: Bench) -> Comparison:
@@ -81,7 +81,7 @@ def compare_rollout(bench: Bench) -> Comparison:
         def stream(round_: int) -> Sample:
             prompts, seed = bench.prompts_of(round_), sampling_seed(config.seed, round_, 0)
             started = time.perf_counter()
-            bench.chunks = list(engine.generate.remote(prompts, list(range(len(prompts))), seed))
+            bench.chunks = list(engine.generate.remote(prompts, round_, list(range(len(prompts))), seed))
             seconds = time.perf_counter() - started
             return Sample(int(bench.rollouts().response_lengths.sum()), seconds)
 
@@ -171,7 +171,7 @@ def _with_learner_fields(batch: RaggedBatch, seed: int) -> RaggedBatch:
     """The fields a shard has, with advantages at random: what an update costs doesn't depend on them."""
     mask = batch.response_mask.astype(np.float32)
     advantages = np.random.default_rng(seed).standard_normal(batch.num_tokens).astype(np.float32) * mask
-    return batch.with_fields(advantages=advantages, loss_mask=mask, reference_log_probs=batch.fields["log_probs"])
+    return batch.with_token_fields(advantages=advantages, loss_mask=mask, reference_log_probs=batch.by_token["log_probs"])
 
 
 def _minibatches(config: Config, num_rows: int) -> list[np.ndarray]:

@@ -8,20 +8,21 @@ from pathlib import Path
 
 import torch
 
-from dvpo_ray.actors.memory import ActorMemory
-from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.actors.roles import Roles
 from dvpo_ray.bench.ledger_results import AlgorithmLedger, LedgerResults, training_cost
 from dvpo_ray.bench.machine import describe_measurement
+from dvpo_ray.bench.memory import read_ledger, start_ledger
 from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder, round_title
 from dvpo_ray.config import override_config
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.console import RunConsole
-from dvpo_ray.orchestration.cluster import connect, get
-from dvpo_ray.orchestration.inputs import load_inputs
-from dvpo_ray.orchestration.roles import Roles
+from dvpo_ray.planning.memory import ActorMemory
 from dvpo_ray.planning.plan import predict_roles
+from dvpo_ray.runtime.cluster import connect, get
+from dvpo_ray.training.policy_inputs import load_inputs
 
 
 def bench_ledger(
@@ -114,9 +115,9 @@ class _RoleMemory:
     @contextmanager
     def around_step(self, roles: Roles) -> Iterator[None]:
         handles = {role: actors for role, actors in roles.by_role.items() if role != "experience"}  # which holds no model
-        get([actor.start_memory_ledger.remote() for actors in handles.values() for actor in actors], what="the start of the memory ledger")
+        get([actor.observe.remote(start_ledger) for actors in handles.values() for actor in actors], what="the start of the memory ledger")
         yield
-        pending = {role: [actor.memory_ledger.remote() for actor in actors] for role, actors in handles.items()}
+        pending = {role: [actor.observe.remote(read_ledger) for actor in actors] for role, actors in handles.items()}
         self.by_role = {role: sum(get(refs, what=f"memory of {role}"), ActorMemory()) for role, refs in pending.items()}
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dvpo_ray.actors.memory import ActorMemory
 from dvpo_ray.bench.measure import Spread
 from dvpo_ray.bench.overhead import StepProfile, by_round
 from dvpo_ray.errors import InputError
+from dvpo_ray.planning.memory import ActorMemory
 
 BASELINE = "ppo"
 WANTED_PREDICTION_ERROR = 0.15

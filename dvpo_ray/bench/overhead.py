@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from dvpo_ray.actors.roles import Roles, started_roles
 from dvpo_ray.bench.measure import Spread
 from dvpo_ray.config.schema import Config
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
-from dvpo_ray.orchestration.inputs import Inputs
-from dvpo_ray.orchestration.loop import Loop
-from dvpo_ray.orchestration.roles import Roles, start_roles
+from dvpo_ray.training.policy import PolicyLoop
+from dvpo_ray.training.policy_inputs import Inputs
 
 COMPUTING_STAGES = ("generate", "score", "reference", "update", "sync")
 OVERHEAD_TARGET = 0.05
@@ -120,7 +120,7 @@ def profile_steps(
     """
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": repeats + 1})})
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    with PeakMemory() as memory, start_roles(config, str(run_folder), inputs.stop_token_ids, longest) as roles:
+    with PeakMemory() as memory, started_roles(config, str(run_folder), inputs.stop_token_ids, longest) as roles:
         memory.add_pids(roles.local_pids)
         steps = _measured_steps(config, roles, inputs, run_folder, after_step, around_last_step)
     return StepProfile(steps[1:], memory.peak_gib)
@@ -134,7 +134,7 @@ def _measured_steps(
     after_step: Callable[[], None],
     around_last_step: Callable[[Roles], AbstractContextManager],
 ) -> list[StepTime]:
-    loop = Loop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
+    loop = PolicyLoop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
     steps = []
     with MetricsLog(run_folder, config.train.trackers, config=config.model_dump(mode="json")) as log:
         for step in range(1, config.train.steps + 1):

@@ -25,10 +25,11 @@ from dvpo_ray.gvm.artifact import (
     ObjectiveSpec,
     OutcomeSpec,
     TrainingDataSpec,
+    chat_template_hash,
     head_spec,
     save_gvm,
+    tokenizer_hash,
 )
-from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.model import first_line, head_parameters, new_value_model
 from dvpo_ray.models.loading import torch_dtype
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import ray
 from ray.actor import ActorHandle
 
-from dvpo_ray.actors.process import Actor, environment
 from dvpo_ray.config.schema import Config, RoleConfig
-from dvpo_ray.orchestration.placement import Bundle
-from dvpo_ray.orchestration.roles import reserve, spawn, wait_until_ready
+from dvpo_ray.planning.placement import Bundle
+from dvpo_ray.runtime.process import Actor, environment
+from dvpo_ray.runtime.room import reserved, spawn, wait_until_ready
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,14 @@ def side_by_side(config: Config, run_folder: str, competitors: Sequence[Competit
     largest = max(competitor.settings.cpus_per_actor for competitor in competitors)
     cpus = max(largest / len(competitors), 0.01)  # a placement group can't be empty
     bundles = [Bundle(f"bench_{c.cls.role}", 0, cpus, c.settings.gpus_per_actor * c.shards) for c in competitors]
-    group = reserve(bundles, config.ray)
     handles: dict[str, list[ActorHandle]] = {}
-    try:
-        for competitor, bundle in zip(competitors, bundles, strict=True):
-            env = environment(competitor.settings)
-            handles[bundle.role] = [spawn(competitor.cls, bundle, group, bundles, env, config, 0, run_folder, *competitor.arguments)]
-        wait_until_ready(handles, config.rollout.start_timeout_seconds)
-        yield [handle for (handle,) in handles.values()]
-    finally:
-        for (handle,) in handles.values():
-            ray.kill(handle)
-        ray.util.remove_placement_group(group)
+    with reserved(bundles, config.ray) as room:
+        try:
+            for competitor, bundle in zip(competitors, bundles, strict=True):
+                env = environment(competitor.settings)
+                handles[bundle.role] = [spawn(competitor.cls, bundle, room, env, config, 0, run_folder, *competitor.arguments)]
+            wait_until_ready(handles, config.rollout.start_timeout_seconds)
+            yield [handle for (handle,) in handles.values()]
+        finally:
+            for (handle,) in handles.values():
+                ray.kill(handle)

@@ -11,8 +11,8 @@ from dvpo_ray.bench.results import StepResults, Workload
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.monitoring.console import RunConsole
-from dvpo_ray.orchestration.cluster import connect
-from dvpo_ray.orchestration.inputs import Inputs, load_inputs
+from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.training.policy_inputs import Inputs, load_inputs
 
 
 def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:

@@ -17,15 +17,24 @@ from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.gvm.artifact import GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec, head_spec, read_manifest, save_gvm
-from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
+from dvpo_ray.gvm.artifact import (
+    GVMManifest,
+    ObjectiveSpec,
+    OutcomeSpec,
+    TrainingDataSpec,
+    chat_template_hash,
+    head_spec,
+    read_manifest,
+    save_gvm,
+    tokenizer_hash,
+)
 from dvpo_ray.gvm.model import head_parameters, new_value_model
 from dvpo_ray.models.loading import load_tokenizer
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
-from dvpo_ray.orchestration.cluster import connect
-from dvpo_ray.orchestration.inputs import load_inputs
-from dvpo_ray.orchestration.schedule import prompt_indices
+from dvpo_ray.rollouts.schedule import prompt_indices
+from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.training.policy_inputs import load_inputs
 
 TRL_VERSION = "1.12.0"
 """The last release that has PPO."""

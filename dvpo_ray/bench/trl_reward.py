@@ -12,14 +12,13 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
-from dvpo_ray.baselines.reward_model import as_value_model
 from dvpo_ray.bench.machine import describe_measurement
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.dataset import GVMData, load_gvm_data
 from dvpo_ray.gvm.evaluation import evaluate_gvm
 from dvpo_ray.gvm.model import keep_first_layers
-from dvpo_ray.gvm.trajectories import Trajectories
+from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.gvm.views import ranked_right, wilson_interval
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.monitoring.console import RunConsole
@@ -60,7 +59,7 @@ def bench_trl_reward(config: Config, out: Path) -> dict:
     if config.reward_model.lora is not None:
         raise InputError("reward_model.lora is set; the comparison with TRL trains whole models")
     measurement = describe_measurement(config)
-    data = load_gvm_data(as_value_model(config))
+    data = load_gvm_data(config, config.reward_model)
     model = new_reward_model(config)
     paths = {name: path for name, path in (("gvm", config.gvm.path), ("reward_model", config.reward_model.path)) if path is not None}
     ours = {name: _our_accuracies(evaluate_gvm(config, Path(path), out / f"{name}-evaluation")) for name, path in paths.items()}
@@ -143,9 +142,9 @@ def train_with_trl(model: PreTrainedModel, data: GVMData, config: Config, out: P
     return Accuracy(float(right.mean()), *wilson_interval(right))
 
 
-def pair_rows(trajectories: Trajectories) -> Dataset:
+def pair_rows(pairs: PairBatch) -> Dataset:
     """`chosen_ids` and `rejected_ids` of every pair, prompt included."""
-    batch = trajectories.batch
+    batch = pairs.batch
     rows = [batch.tokens[batch.row(r)].tolist() for r in range(batch.num_rows)]
     return Dataset.from_dict({"chosen_ids": rows[::2], "rejected_ids": rows[1::2]})
 

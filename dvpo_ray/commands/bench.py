@@ -7,16 +7,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.commands.common import add_config_arguments, dated_folder, load
 from dvpo_ray.commands.gvm import missing_pairs
 from dvpo_ray.commands.paths import check_new_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config import Config, override_config
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.comparable import SAME_UPDATE, check_equal
 from dvpo_ray.config.inputs import Needed, policy_inputs, preference_inputs, problems
+from dvpo_ray.config.options import add_set_option, settings_by_algorithm, whole_number
 from dvpo_ray.errors import InputError
-from dvpo_ray.options import add_set_option, settings_by_algorithm, whole_number
 
 HELP = "measure training steps: against the bare libraries, the algorithms against each other, and against TRL"
 EXAMPLE = "dvpo bench step cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final --repeats 3"

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dvpo_ray.doctor import print_report, run_checks
+    from dvpo_ray.runtime.doctor import print_report, run_checks
 
     print("importing every library in a process of its own, half a minute ...", flush=True)
     return print_report(run_checks())

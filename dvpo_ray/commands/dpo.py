@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.config}: {problem}")
     out = choose_run_folder(args, config, suffix="-dpo")
 
-    from dvpo_ray.baselines.dpo import train_dpo
+    from dvpo_ray.training.dpo import train_dpo
 
     print(train_dpo(config, out, args.resume))
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from dvpo_ray.commands.common import add_config_arguments, dated_folder, load
 from dvpo_ray.commands.paths import check_new_folder
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import check_local_cluster, plan_placement
+from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
 HELP = "judge a policy's responses to the held-out prompts"
 EXAMPLE = "dvpo eval cluster_configs/local-cpu.yaml --policy runs/first/final --out runs/first-eval"
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     check_new_folder(out, "the evaluation")
     check_local_cluster(config, (bundle for bundle in plan_placement(config) if bundle.role == "rollout"))
 
-    from dvpo_ray.orchestration.evaluate import evaluate_policy
+    from dvpo_ray.training.evaluate import evaluate_policy
 
     print(json.dumps(evaluate_policy(config, args.policy or config.model.path, out), indent=2))
     return 0

@@ -10,10 +10,11 @@ from pathlib import Path
 from dvpo_ray.commands.common import add_config_arguments
 from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.commands.train import check_train_config
+from dvpo_ray.config.options import whole_number
 from dvpo_ray.experiments.registry import STUDIES
-from dvpo_ray.experiments.study import Run, Source, check_distinct, plan_lines, run_study, study_problems
-from dvpo_ray.options import whole_number
-from dvpo_ray.orchestration.placement import check_local_cluster, plan_gvm_placement
+from dvpo_ray.experiments.runner import run_study, study_problems
+from dvpo_ray.experiments.study import Run, Source, check_distinct, plan_lines
+from dvpo_ray.planning.placement import check_local_cluster, plan_training_placement
 
 HELP = "rerun a measurement that a default or a claim rests on"
 EXAMPLE = next(iter(STUDIES.values())).example
@@ -62,6 +63,7 @@ def _check(path: str, runs: Sequence[Run]) -> None:
     for run in runs:
         if run.stage == "policy":
             check_train_config(path, run.config)
-        elif run.stage == "gvm":
-            check_local_cluster(run.config, plan_gvm_placement(run.config))
+        elif run.stage in ("gvm", "rm"):
+            settings = run.config.gvm if run.stage == "gvm" else run.config.reward_model
+            check_local_cluster(run.config, plan_training_placement(settings))
         run.check_kept()

@@ -13,7 +13,7 @@ from dvpo_ray.config import Config
 from dvpo_ray.config.inputs import preference_inputs, problems, value_model_misfits
 from dvpo_ray.config.schema import ContextConfig, DataConfig, GVMConfig, PreferenceTraining
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import Bundle, check_local_cluster, plan_gvm_placement
+from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_training_placement
 
 HELP = "train, evaluate or apply a Global Value Model"
 EXAMPLE = "dvpo gvm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/gvm"
@@ -67,7 +67,7 @@ def print_training_plan(config: Config, trained: PreferenceTraining, bundles: li
 
 def _train(args: argparse.Namespace) -> int:
     config = load(args)
-    missing, bundles = missing_pairs(config), plan_gvm_placement(config)
+    missing, bundles = missing_pairs(config), plan_training_placement(config.gvm)
     check_local_cluster(config, bundles)
     if args.dry_run:
         print_training_plan(config, config.gvm, bundles, [*missing, *problems(preference_inputs(config)), *value_model_misfits(config)])
@@ -76,9 +76,9 @@ def _train(args: argparse.Namespace) -> int:
         raise InputError(f"{args.config}: {problem}")
     out = choose_run_folder(args, config, suffix="-gvm")
 
-    from dvpo_ray.gvm.training import train_gvm
+    from dvpo_ray.training.value_model import train_value_model
 
-    print(train_gvm(config, out, args.resume))
+    print(train_value_model(config, config.gvm, out, args.resume))
     return 0
 
 

@@ -10,8 +10,8 @@ from dvpo_ray.commands.common import add_config_arguments, load
 from dvpo_ray.commands.paths import check_new_file
 from dvpo_ray.config.inputs import not_made_yet, plan_inputs, policy_misfits, problems
 from dvpo_ray.config.notes import training_notes
+from dvpo_ray.config.options import finite_number
 from dvpo_ray.errors import InputError
-from dvpo_ray.options import finite_number
 
 HELP = "predict memory and step time of a run, and whether it fits, without loading weights"
 EXAMPLE = "dvpo plan cluster_configs/single-node-8gpu.yaml --device a100-80gb --node-memory-gib 1000"

@@ -8,7 +8,7 @@ from pathlib import Path
 from dvpo_ray.commands.common import choose_run_folder
 from dvpo_ray.commands.train import print_train_plan
 from dvpo_ray.config import load_config
-from dvpo_ray.options import whole_number
+from dvpo_ray.config.options import whole_number
 
 HELP = "make a small language model better by DVPO, on two cores and in minutes"
 EXAMPLE = "dvpo quickstart --out runs/quickstart"

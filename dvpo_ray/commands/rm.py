@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from dvpo_ray.baselines.reward_model import train_reward_model
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load
 from dvpo_ray.commands.gvm import missing_pairs, print_training_plan
 from dvpo_ray.config.inputs import preference_inputs, problems, value_model_misfits
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import check_local_cluster, plan_reward_model_placement
+from dvpo_ray.planning.placement import check_local_cluster, plan_training_placement
 
 HELP = "train a Bradley-Terry reward model for the baselines"
 EXAMPLE = "dvpo rm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/rm"
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load(args)
-    missing, bundles = missing_pairs(config), plan_reward_model_placement(config)
+    missing, bundles = missing_pairs(config), plan_training_placement(config.reward_model)
     check_local_cluster(config, bundles)
     if args.dry_run:
         misfits = value_model_misfits(config, "reward_model")
@@ -33,5 +32,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for problem in missing:
         raise InputError(f"{args.config}: {problem}")
-    print(train_reward_model(config, choose_run_folder(args, config, suffix="-rm"), args.resume))
+    out = choose_run_folder(args, config, suffix="-rm")
+
+    from dvpo_ray.training.value_model import train_value_model
+
+    print(train_value_model(config, config.reward_model, out, args.resume))
     return 0

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{args.config}: {problem}")
     out = choose_run_folder(args, config, suffix="-sft")
 
-    from dvpo_ray.sft import train_sft
+    from dvpo_ray.training.sft import train_sft
 
     print(train_sft(config, out, args.resume))
     return 0

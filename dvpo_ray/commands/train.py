@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from dvpo_ray.baselines.algorithms import ALGORITHMS
 from dvpo_ray.commands.common import add_run_arguments, choose_run_folder, load, print_plan
 from dvpo_ray.config import Config
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.inputs import policy_inputs, policy_misfits, problems
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import check_local_cluster, plan_placement
+from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
 HELP = "optimise the policy with a frozen Global Value Model, or by a baseline (algorithm=ppo)"
 EXAMPLE = "dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learning_rate=1e-5 --out runs/first"
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     check_train_config(args.config, config)
     config = config.model_copy(update={"out": str(choose_run_folder(args, config))})
 
-    from dvpo_ray.orchestration.run import train
+    from dvpo_ray.training.policy import train
 
     print(train(config, resume=args.resume))
     return 0

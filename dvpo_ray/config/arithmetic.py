@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
-from dvpo_ray.policy.kl_controller import shortest_horizon
+
+MAX_KL_ERROR = 0.2
+"""Bound of the relative error that the adaptive KL coefficient reacts to (Ziegler et al. 2019, arXiv 1909.08593)."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ def _require_even_shares(config: Config, samples: int, section: str, workers: in
         f"can't be shared evenly by {section}.num_actors {workers} x batch.minibatches_per_epoch {batch.minibatches_per_epoch} = {shares}; "
         f"batch.prompts_per_step {working} can"
     )
+
+
+def shortest_horizon(samples: int) -> float:
+    """The horizon at which a step of so many samples could take the adaptive KL coefficient to 0; it must be longer."""
+    return MAX_KL_ERROR * samples
 
 
 def batch_notes(config: Config) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config, PreferenceData, PromptData
 
 MANIFEST = "gvm.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import batch_notes
 from dvpo_ray.config.health import GOLD_THRESHOLDS
 from dvpo_ray.config.schema import Config

@@ -36,7 +36,7 @@ _OTHER_VALUE_MODEL = ("gvm.path", "gvm.context.pool", "gvm.refresh", "gvm.refres
 STAGES: dict[str, Stage] = {
     "train": Stage("dvpo train", tuple(name for name in Config.model_fields if name not in ("sft", "dpo")), ("data.sft",)),
     "gvm": Stage("dvpo gvm train", ("seed", "model", "data", "gvm"), (*_OTHER_DATA, *_OTHER_VALUE_MODEL)),
-    "rm": Stage("dvpo rm train", ("seed", "model", "data", "reward_model", "gvm"), (*_OTHER_DATA, *_OTHER_VALUE_MODEL)),
+    "rm": Stage("dvpo rm train", ("seed", "model", "data", "reward_model"), (*_OTHER_DATA, *_OTHER_VALUE_MODEL)),
     "sft": Stage("dvpo sft", ("seed", "model", "data", "sft"), ("data.preferences", "data.prompts")),
     "dpo": Stage("dvpo dpo", ("seed", "model", "data", "dpo"), _OTHER_DATA),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -109,6 +109,8 @@ class PreferenceTraining(RoleConfig, OptimizerConfig):
 class GVMConfig(PreferenceTraining):
     """Training of the Global Value Model (`dvpo gvm train`) and the artifact that `dvpo train` loads."""
 
+    section: ClassVar[Literal["gvm"]] = "gvm"
+
     path: NonEmpty | None = Field(
         None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`."
     )
@@ -133,6 +135,18 @@ class GVMConfig(PreferenceTraining):
 
 class RewardModelConfig(PreferenceTraining):
     """Training of a Bradley-Terry reward model (`dvpo rm train`), which every algorithm but `dvpo` takes its rewards from."""
+
+    section: ClassVar[Literal["reward_model"]] = "reward_model"
+    # A reward model is a value model of which the last value alone is trained, by the Bradley-Terry loss on the two of a pair
+    # (Bradley & Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
+    objective: ClassVar[Literal["bradley_terry"]] = "bradley_terry"
+    bradley_terry_value: ClassVar[Literal["last"]] = "last"
+    bradley_terry_weight: ClassVar[float] = 0.0
+    td_lambda: ClassVar[float] = 0.95
+    outcome: ClassVar[Literal["binary"]] = "binary"
+    outcome_scale: ClassVar[float] = 1.0
+    keep_head: ClassVar[bool] = False
+    context: ClassVar[ContextConfig] = ContextConfig()
 
     path: NonEmpty | None = Field(
         None, description="Reward model that `dvpo train` freezes: made by `dvpo rm train`, or a GVM, whose last value is read."

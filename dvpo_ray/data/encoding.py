@@ -55,7 +55,7 @@ class EncodedPair:
     where: str
 
 
-def trajectories(pairs: Sequence[EncodedPair]) -> RaggedBatch:
+def rows_of_pairs(pairs: Sequence[EncodedPair]) -> RaggedBatch:
     """Two rows a pair, the chosen response in row 2i and the rejected one in row 2i + 1."""
     return RaggedBatch.from_rows(
         prompts=[pair.prompt for pair in pairs for _ in range(2)],

@@ -16,9 +16,9 @@ from pathlib import Path
 import pyarrow
 
 from dvpo_ray.config.inputs import is_local
+from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
 from dvpo_ray.data.strict_json import JSONProblem, parse_json
 from dvpo_ray.errors import InputError
-from dvpo_ray.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 
+from dvpo_ray.config.options import finite_number
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.curves import Curve, draw_gold, read_curve
 from dvpo_ray.experiments.results import Result, Statistic, over_seeds, with_deviation
 from dvpo_ray.experiments.study import Run, Study, override
-from dvpo_ray.options import finite_number
 
 MODES = ("static_q", "td", "gae", "release")
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvpo_ray.config.options import whole_number
 from dvpo_ray.experiments.continuations import States
 from dvpo_ray.experiments.distribution_shift import add_continuations_option
 from dvpo_ray.experiments.results import Result, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override
 from dvpo_ray.experiments.value_error import error_metrics, fit_affine
-from dvpo_ray.options import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dvpo_ray.baselines.algorithms import ALGORITHMS
-from dvpo_ray.baselines.reward_model import as_value_model
 from dvpo_ray.config import Config
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.comparable import SAME_RUN, check_equal
+from dvpo_ray.config.options import add_set_option, refuse_own_key, settings_by_algorithm, whole_number
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.advantage_modes import add_kl_option
 from dvpo_ray.experiments.curves import Curve, draw_gold, last_metric, read_curve, training_seconds
 from dvpo_ray.experiments.results import Result, first_reaching, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
-from dvpo_ray.options import add_set_option, refuse_own_key, settings_by_algorithm, whole_number
 
 COMPARED = ("dvpo", "ppo", "grpo", "rloo", "remax")
 TARGET = "ppo"
@@ -69,8 +67,7 @@ class Convergence(Study):
             models["gvm"] = self.run("gvm", "value-model", self.seeds[0])
         if "reward_model" in needed and self.config.reward_model.path is None:
             self.require("data.preferences.path")
-            run = self.run("gvm", "reward-model", self.seeds[0])
-            models["reward_model"] = replace(run, config=as_value_model(run.config))
+            models["reward_model"] = self.run("rm", "reward-model", self.seeds[0])
         return models
 
     def _of_algorithm(self, algorithm: str) -> Iterator[tuple[str, list[str]]]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dvpo_ray.config.options import finite_number, whole_number
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.results import Result, half_width, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override
 from dvpo_ray.experiments.value_error import error_metrics, fit_affine
-from dvpo_ray.options import finite_number, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

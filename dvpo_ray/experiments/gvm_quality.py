@@ -6,10 +6,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dvpo_ray.config.options import finite_number, whole_number
 from dvpo_ray.experiments.accuracy import MAIN_VIEWS, accuracy_columns, draw_bars, draw_positions, explained_variance
 from dvpo_ray.experiments.results import Result
 from dvpo_ray.experiments.study import Run, Study, override, variants
-from dvpo_ray.options import finite_number, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

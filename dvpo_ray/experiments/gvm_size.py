@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dvpo_ray.config.options import whole_number
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.accuracy import MAIN_VIEWS, accuracy_columns, explained_variance
 from dvpo_ray.experiments.curves import read_curve, training_seconds
 from dvpo_ray.experiments.results import Result, Statistic, half_width, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
-from dvpo_ray.options import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -46,6 +46,10 @@ def _of_value_model(run: Run) -> Iterator[Needed]:
     return preference_inputs(run.config)
 
 
+def _of_reward_model(run: Run) -> Iterator[Needed]:
+    return preference_inputs(run.config, "reward_model")
+
+
 def _of_policy(run: Run) -> Iterator[Needed]:
     return policy_inputs(run.config)
 
@@ -63,6 +67,7 @@ def _of_measurement(run: Run) -> Iterator[Needed]:
 
 _NEEDED: dict[str, Callable[[Run], Iterator[Needed]]] = {
     "gvm": _of_value_model,
+    "rm": _of_reward_model,
     "gvm-eval": _of_evaluation,
     "policy": _of_policy,
     "shift": _of_measurement,

@@ -18,8 +18,8 @@ from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.models.forward import batch_log_probs
 from dvpo_ray.models.loading import context_tokens, default_device, load_policy, load_tokenizer
-from dvpo_ray.orchestration.evaluate import heldout_prompts, policy_sampler
 from dvpo_ray.policy.statistics import sequence_kl
+from dvpo_ray.training.evaluate import heldout_prompts, policy_sampler
 
 
 @dataclass(frozen=True)
@@ -83,4 +83,4 @@ def kl_from_reference(config: Config, batch: RaggedBatch) -> np.ndarray:
     """Sequence KL of each response from the model of `model.path`, in nats, float64 [R]; a one-sample estimate."""
     reference = load_policy(config.model, default_device())
     log_probs = batch_log_probs(reference, batch, config.reference.micro_batch_tokens, config.rollout.temperature)
-    return sequence_kl(batch.with_fields(reference_log_probs=log_probs))
+    return sequence_kl(batch.with_token_fields(reference_log_probs=log_probs))

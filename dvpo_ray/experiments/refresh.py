@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvpo_ray.config import Config
+from dvpo_ray.config.options import whole_number
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.advantage_modes import add_kl_option
 from dvpo_ray.experiments.curves import Curve, read_curve
 from dvpo_ray.experiments.results import Result, Statistic, over_seeds
 from dvpo_ray.experiments.study import Run, Study, override, variants
 from dvpo_ray.monitoring.run_files import read_json_lines
-from dvpo_ray.options import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

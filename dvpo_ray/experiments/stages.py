@@ -11,7 +11,7 @@ from dvpo_ray.config import dump_config
 from dvpo_ray.experiments.study import Run
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.summary import write_summary
-from dvpo_ray.run_folder import CONFIG
+from dvpo_ray.training.run_folder import CONFIG
 
 
 def _goes_on(run: Run) -> bool:
@@ -25,16 +25,23 @@ def _goes_on(run: Run) -> bool:
 
 def train_policy(run: Run, console: RunConsole) -> None:
     """`dvpo train`, from its last checkpoint where it was stopped."""
-    from dvpo_ray.orchestration.run import train
+    from dvpo_ray.training.policy import train
 
     train(run.config, resume=_goes_on(run), console=console)
 
 
-def train_value_model(run: Run, console: RunConsole) -> None:
-    """`dvpo gvm train` (or, with the objective `bradley_terry`, `dvpo rm train`), from its last checkpoint where it was stopped."""
-    from dvpo_ray.gvm.training import train_gvm
+def train_gvm(run: Run, console: RunConsole) -> None:
+    """`dvpo gvm train`, from its last checkpoint where it was stopped."""
+    from dvpo_ray.training.value_model import train_value_model
 
-    train_gvm(run.config, run.folder, resume=_goes_on(run), console=console)
+    train_value_model(run.config, run.config.gvm, run.folder, resume=_goes_on(run), console=console)
+
+
+def train_reward_model(run: Run, console: RunConsole) -> None:
+    """`dvpo rm train`, from its last checkpoint where it was stopped."""
+    from dvpo_ray.training.value_model import train_value_model
+
+    train_value_model(run.config, run.config.reward_model, run.folder, resume=_goes_on(run), console=console)
 
 
 def evaluate_value_model(run: Run, console: RunConsole) -> None:
@@ -83,7 +90,8 @@ def measured(run: Run, measure: Callable[[], dict]) -> None:
 
 STAGES: dict[str, Callable[[Run, RunConsole], None]] = {
     "policy": train_policy,
-    "gvm": train_value_model,
+    "gvm": train_gvm,
+    "rm": train_reward_model,
     "gvm-eval": evaluate_value_model,
     "shift": measure_shift,
     "bound": measure_bound,

@@ -16,7 +16,6 @@ from dvpo_ray.config.inputs import MANIFEST, no_artifact
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
-from dvpo_ray.gvm.fingerprints import chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.model import first_line, head_parameters, load_token_classifier
 from dvpo_ray.models.loading import default_device, torch_dtype
 
@@ -296,3 +295,42 @@ def _float32_head(model: PreTrainedModel) -> None:
     name = _head_weight(model).removesuffix(".weight")
     head = model.get_submodule(name).float()
     head.register_forward_pre_hook(lambda _module, args: (args[0].float(),))
+
+
+# ---------------------------------------------------------------------------------------------------- fingerprints
+
+# Tokens that end up in ids. The padding token is left out: no padding is ever read, and users set it freely.
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token")
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over vocabulary, merges, special tokens and added tokens: the same however the files were written."""
+    content = {
+        "vocabulary": tokenizer.get_vocab(),
+        "merges": _merges(tokenizer),
+        "special": {name: _text(getattr(tokenizer, name, None)) for name in _SPECIAL_TOKENS},
+        "added": {str(i): [token.content, token.special] for i, token in sorted(tokenizer.added_tokens_decoder.items())},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the chat template, None without one."""
+    template = tokenizer.chat_template
+    if template is None:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
+    """The merges of a BPE tokenizer in order, as pairs; other models have none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return []
+    merges = json.loads(backend.to_str())["model"].get("merges") or []
+    return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
+
+
+def _text(token) -> str | None:
+    return None if token is None else str(token)

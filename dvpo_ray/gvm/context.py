@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedModel
 
-from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.batch import PROMPT_VERSION, RaggedBatch
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec
 from dvpo_ray.models.forward import batch_values
@@ -74,21 +74,24 @@ def with_context(batch: RaggedBatch, examples: RaggedBatch, choices: np.ndarray)
         choices: int64 [R, k], rows of `examples`, in the order they stand in.
 
     Returns:
-        R rows without fields; see `without_context` for the way back.
+        R rows without fields by token; see `without_context` for the way back.
     """
     rows, k = choices.shape
-    parts = RaggedBatch.concatenate([replace(examples, fields={}), replace(batch, fields={})])
+    bare = [replace(part, by_token={}, by_row={"truncated": part.truncated}) for part in (examples, batch)]
+    parts = RaggedBatch.concatenate(bare)
     own = examples.num_rows + np.arange(rows)
     laid_out = parts.select(np.column_stack([choices, own]).reshape(-1))
     context_lengths = laid_out.lengths.reshape(rows, k + 1)[:, :k].sum(axis=1)
-    return RaggedBatch(
+    extended = RaggedBatch(
         tokens=laid_out.tokens,
         offsets=laid_out.offsets[:: k + 1],
         prompt_lengths=context_lengths + batch.prompt_lengths,
+        steps=batch.steps,
         row_ids=batch.row_ids,
-        truncated=batch.truncated,
-        policy_version=batch.policy_version,
+        policy_versions=laid_out.policy_versions,
+        by_row=batch.by_row,
     )
+    return replace(extended, policy_versions=np.where(extended.response_mask, extended.policy_versions, PROMPT_VERSION))
 
 
 def without_context(field: np.ndarray, extended: RaggedBatch, batch: RaggedBatch) -> np.ndarray:
@@ -182,7 +185,7 @@ def with_rollout_examples(batch: RaggedBatch, examples: RaggedBatch, spec: Conte
     Raises:
         InputError: too few of them are short enough, or answer other prompts than the row's.
     """
-    pool = examples.select(np.flatnonzero(examples.lengths <= spec.max_tokens)).sorted_by_row_id()
+    pool = examples.select(np.flatnonzero(examples.lengths <= spec.max_tokens)).sorted_by_id()
     try:
         choices = choose_examples(batch.row_ids, _prompt_keys(batch), _prompt_keys(pool), spec.examples, seed)
     except TooFewExamples as error:

@@ -12,7 +12,6 @@ from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.dataset import load_heldout
 from dvpo_ray.gvm.plots import plot_accuracy_by_position, plot_calibration, plot_value_trajectories
-from dvpo_ray.gvm.trajectories import state_index
 from dvpo_ray.gvm.views import (
     HeldoutValues,
     accuracies,
@@ -25,6 +24,10 @@ from dvpo_ray.gvm.views import (
 )
 from dvpo_ray.models.forward import batch_values
 from dvpo_ray.models.loading import load_tokenizer
+
+WEAK_ACCURACY = 0.60
+"""The paper's failure signature (arXiv 2502.16944)."""
+FITTED_ACCURACY = 0.70
 
 
 def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
@@ -44,9 +47,9 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model, manifest = load_gvm_of_run(config.model, gvm_path, tokenizer)
-    heldout = load_heldout(config, manifest, tokenizer)
+    heldout = load_heldout(config, config.gvm, manifest, tokenizer)
     flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)
-    values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[state_index(heldout.batch)])])
+    values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[heldout.batch.state_index])])
     report = heldout_report(values, manifest.outcome.kind)
     write_evaluation(out, values, report)
     return report
@@ -84,3 +87,27 @@ def write_evaluation(folder: Path, heldout: HeldoutValues, report: dict) -> None
         plot_accuracy_by_position(draft / "accuracy_by_position.png", report)
         plot_calibration(draft / "calibration.png", report)
         plot_value_trajectories(draft / "value_trajectories.png", heldout)
+
+
+def heldout_warning(heldout: dict[str, float], training_accuracy: float, num_pairs: int, section: str = "gvm", view: str = "mean") -> str | None:
+    """One line of warning and advice where held-out pairs are ranked hardly better than by a coin, else None.
+
+    Args:
+        heldout: held-out accuracy by view.
+        training_accuracy: on the minibatches of the last epoch, which tells too little training from too little data.
+        num_pairs: training pairs.
+        section: `gvm` or `reward_model`, where the training is set up.
+        view: the one that is judged: `mean`, and of a reward model `last`, the only value that it was trained on.
+    """
+    if heldout[view] >= WEAK_ACCURACY:
+        return None
+    if training_accuracy < FITTED_ACCURACY:
+        objective = "" if section == "reward_model" else ", or set gvm.objective=monte_carlo"
+        advice = f"it has not fitted its training pairs either: raise {section}.learning_rate or {section}.epochs{objective}"
+    else:
+        advice = f"it fitted its {num_pairs} training pairs: give more pairs, fewer {section}.epochs, or responses that differ more"
+    other = "" if view == "last" else f" ({heldout['last']:.2f} by last value)"
+    return (
+        f"held-out accuracy {heldout[view]:.2f} by {view} value{other} is under {WEAK_ACCURACY:.2f}; "
+        f"training accuracy was {training_accuracy:.2f}, so {advice}"
+    )

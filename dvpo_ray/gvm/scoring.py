@@ -86,7 +86,7 @@ def score_file(config: Config, gvm_path: Path, input_path: Path, output_path: Pa
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model, manifest = load_gvm_of_run(config.model, gvm_path, tokenizer)
-    encoder = make_encoder(config, tokenizer)
+    encoder = make_encoder(config, config.gvm, tokenizer)
     items, _ = parse_rows(str(input_path), read_rows(str(input_path), "train"), _parse, config.data.on_bad_row)
     encoded = list(_encode(encoder, items))
     batch = RaggedBatch.from_rows([row.prompt for row in encoded], [row.response for row in encoded])

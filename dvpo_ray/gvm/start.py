@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForTokenClassification
 
-from dvpo_ray.baselines.reward_model import as_value_model
-from dvpo_ray.config.schema import Config, LoraConfig
+from dvpo_ray.config.schema import Config, GVMConfig, LoraConfig, RewardModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import MANIFEST, check_files, read_manifest, refuse_as_policy
 from dvpo_ray.gvm.model import keep_first_layers
@@ -16,18 +15,16 @@ from dvpo_ray.models.loading import load_model_config
 from dvpo_ray.models.skeleton import check_adapters
 
 
-def training_section(config: Config) -> str:
-    """The section that a user set the training up in: `reward_model` where it has taken the place of `gvm`, else `gvm`."""
-    return "reward_model" if config.gvm == as_value_model(config).gvm else "gvm"
-
-
-def check_start(config: Config) -> None:
+def check_start(config: Config, settings: GVMConfig | RewardModelConfig) -> None:
     """Refuse a start that the training could not have: a damaged artifact, no head to keep, or layers and adapters that the model lacks.
+
+    Args:
+        settings: those that the value model is trained by.
 
     Raises:
         InputError: names the key or the file.
     """
-    section, settings = training_section(config), config.gvm
+    section = settings.section
     refuse_as_policy(config.model.path, "model.path")
     start = settings.init_from or config.model.path
     folder = Path(start).expanduser()

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dvpo_ray.gvm.trajectories import Trajectories, state_lengths
+from dvpo_ray.gvm.pairs import PairBatch
 
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 POSITIONS = (25, 50, 75, 100)
@@ -30,15 +30,15 @@ class HeldoutValues:
     outcomes: np.ndarray
 
     @classmethod
-    def from_parts(cls, trajectories: Trajectories, parts: list[tuple[np.ndarray, np.ndarray]]) -> HeldoutValues:
+    def from_parts(cls, pairs: PairBatch, parts: list[tuple[np.ndarray, np.ndarray]]) -> HeldoutValues:
         """Put together what several workers scored: indices of some pairs and the flat values of all their states, each."""
-        lengths = state_lengths(trajectories.batch)
+        lengths = pairs.batch.state_lengths
         rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(lengths)
-        for pairs, flat in parts:
-            index = (2 * pairs[:, None] + np.array([0, 1])).reshape(-1)
+        for chosen, flat in parts:
+            index = (2 * chosen[:, None] + np.array([0, 1])).reshape(-1)
             for row, values in zip(index, np.split(flat, np.cumsum(lengths[index])[:-1]), strict=True):
                 rows[row] = values
-        return cls(np.concatenate(rows), lengths, trajectories.outcomes)
+        return cls(np.concatenate(rows), lengths, pairs.outcomes)
 
     @property
     def num_pairs(self) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.policy.advantages import row_rewards
 from dvpo_ray.policy.statistics import sequence_kl
 
 KL_BINS = ("low", "mid", "high")
@@ -23,23 +22,22 @@ POSITION_BINS = ("early", "mid", "late")
 CALIBRATION_BINS = 10
 
 
-def health_statistics(batch: RaggedBatch, gold: np.ndarray | None) -> dict[str, float]:
-    """The `health/` metrics of a batch: those that its fields and the gold scores allow.
+def health_statistics(batch: RaggedBatch) -> dict[str, float]:
+    """The `health/` metrics of a batch: those that its fields allow.
 
     Args:
-        batch: with `log_probs` and `reference_log_probs`, and with `values`, `rewards` or both, as the algorithm has them.
-        gold: float [R], the gold judge's scores, where there is a judge.
+        batch: with `log_probs` and `reference_log_probs`; with `values` by token, `rewards` by row or both, as the algorithm has them;
+            and with `gold` by row where there is a judge.
     """
-    values = [batch.fields["values"][batch.states(r)].astype(np.float64) for r in range(batch.num_rows)] if "values" in batch.fields else None
-    estimates = row_rewards(batch) if "rewards" in batch.fields else np.array([v[-1] for v in values])
+    values = [batch.by_token["values"][batch.states(r)].astype(np.float64) for r in range(batch.num_rows)] if "values" in batch.by_token else None
+    estimates = batch.by_row["rewards"] if "rewards" in batch.by_row else np.array([v[-1] for v in values])
     metrics = {"health/estimate_mean": float(estimates.mean()), "health/estimate_std": float(estimates.std())}
     if values is not None:
         metrics |= along_the_response(values, estimates)
-    if gold is not None:
-        metrics |= against_gold(estimates, gold.astype(np.float64), sequence_kl(batch), values)
-    if "disagreement" in batch.fields:
-        states = np.concatenate([batch.fields["disagreement"][batch.states(r)] for r in range(batch.num_rows)])
-        metrics["health/disagreement"] = float(states.mean(dtype=np.float64))
+    if "gold" in batch.by_row:
+        metrics |= against_gold(estimates, batch.by_row["gold"].astype(np.float64), sequence_kl(batch), values)
+    if "disagreement" in batch.by_token:
+        metrics["health/disagreement"] = float(batch.by_token["disagreement"][batch.state_index].mean(dtype=np.float64))
     return metrics
 
 

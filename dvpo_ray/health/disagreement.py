@@ -32,8 +32,8 @@ def confidence(batch: RaggedBatch, coefficient: float) -> np.ndarray:
     Returns:
         float64 [N], in (0, 1].
     """
-    states = np.concatenate([batch.fields["values"][batch.states(r)] for r in range(batch.num_rows)]).astype(np.float64)
+    states = batch.by_token["values"][batch.state_index].astype(np.float64)
     spread = states.std()
     if coefficient == 0 or not spread > 0:
         return np.ones(batch.num_tokens)
-    return 1.0 / (1.0 + coefficient * batch.fields["disagreement"].astype(np.float64) / spread)
+    return 1.0 / (1.0 + coefficient * batch.by_token["disagreement"].astype(np.float64) / spread)

@@ -127,23 +127,19 @@ class StepResult:
     learning_rate: float
 
 
-def optimizer_step(
-    engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]], max_grad_norm: float, after_backward: Callable[[], None] = lambda: None
-) -> StepResult:
+def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]], max_grad_norm: float) -> StepResult:
     """Accumulate the gradients of several micro-batches and take one optimizer step.
 
     Args:
         losses: functions that run one micro-batch forward and return its share of the minibatch's loss. The shares of all
             micro-batches and ranks add up to that loss. Every rank passes the same number of them.
         max_grad_norm: what the engine was built with.
-        after_backward: called when a micro-batch's gradients are there.
     """
     learning_rate = engine.get_lr()[0]
     world_size = dist.get_world_size()
     for index, loss in enumerate(losses):
         engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
         engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks; the shares are a sum
-        after_backward()
     if engine.gradient_clipping() > 0:
         engine.step()
         return StepResult(float(engine.get_global_grad_norm()), learning_rate)

@@ -10,8 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 from dvpo_ray.config.inputs import is_local, no_checkpoint
 from dvpo_ray.config.schema import ModelConfig
+from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
 from dvpo_ray.errors import InputError
-from dvpo_ray.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
 from dvpo_ray.models.cpu_linear import use_fast_linears
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")

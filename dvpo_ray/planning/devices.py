@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dvpo_ray.config.options import shown
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.gvm.model import keep_first_layers
 from dvpo_ray.models.loading import default_device
-from dvpo_ray.options import shown
 from dvpo_ray.planning.architecture import ModelPlan, policy_plan
 from dvpo_ray.planning.memory import rows_together
 from dvpo_ray.planning.times import forward_flops

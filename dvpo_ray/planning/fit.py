@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dvpo_ray.config.schema import Config
-from dvpo_ray.orchestration.placement import Bundle
+from dvpo_ray.planning.placement import Bundle
 from dvpo_ray.planning.plan import GIB, RolePlan
 
 PROCESS_BYTES = {"cpu": round(0.45 * GIB), "gpu": round(0.6 * GIB)}

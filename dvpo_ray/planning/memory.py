@@ -1,8 +1,9 @@
-"""Bytes of each role before it exists, by arithmetic on shapes."""
+"""What the memory of an actor is spent on, and the bytes of each role before it exists, by arithmetic on shapes."""
 
 from __future__ import annotations
 
-from dvpo_ray.actors.memory import ActorMemory
+from dataclasses import asdict, dataclass
+
 from dvpo_ray.config.schema import DeepSpeedConfig
 from dvpo_ray.models.token_log_probs import LOGITS_AT_ONCE
 from dvpo_ray.planning.architecture import Architecture
@@ -17,6 +18,40 @@ BLOCK_LOGIT_BYTES = 12
 """Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, and the probabilities."""
 SAMPLING_LOGIT_BYTES = 12
 """Of each float32 logit of the sequences that an engine decodes together: the logit, its log-softmax, and a copy to sample from."""
+
+
+@dataclass(frozen=True)
+class ActorMemory:
+    """Bytes of one actor, or of all actors of a role or of a run.
+
+    Attributes:
+        parameters, gradients, optimizer, cache: tensors that outlive a micro-batch, in device and in host memory together; gradients at their
+            largest in the step.
+        activations: peak of the step above model state and cache: what forward and backward passes keep, logits, and the buffers of
+            communication; None where it could not be measured.
+        offloaded: the part of parameters, gradients and optimizer that is in host memory while a GPU computes.
+    """
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int | None = 0
+    cache: int = 0
+    offloaded: int = 0
+
+    @property
+    def model_state(self) -> int:
+        """Parameters, gradients and optimizer."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """Model state on the device that computes, and activations; the cache is left out, as its size is a setting."""
+        return self.model_state - self.offloaded + (self.activations or 0)
+
+    def __add__(self, other: ActorMemory) -> ActorMemory:
+        mine, theirs = asdict(self), asdict(other)
+        return ActorMemory(**{name: None if None in (mine[name], theirs[name]) else mine[name] + theirs[name] for name in mine})
 
 
 def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig, ranks: int) -> ActorMemory:

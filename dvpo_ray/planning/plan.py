@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dvpo_ray.actors.memory import ActorMemory
-from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.models.loading import torch_dtype
-from dvpo_ray.orchestration.weight_sync import choose_transport
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.memory import (
     SAMPLING_LOGIT_BYTES,
+    ActorMemory,
     communication_buffers,
     rows_together,
     scoring_activations,
     trained_state,
     training_activations,
 )
+from dvpo_ray.planning.placement import choose_transport
 
 GIB = 2**30
 

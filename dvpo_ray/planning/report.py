@@ -9,10 +9,10 @@ import psutil
 from dvpo_ray.config.inputs import too_long_rows
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
-from dvpo_ray.orchestration.placement import plan_placement
 from dvpo_ray.planning.architecture import policy_plan
 from dvpo_ray.planning.devices import Device
 from dvpo_ray.planning.fit import Place, advice, in_host_memory, on_gpus
+from dvpo_ray.planning.placement import plan_placement
 from dvpo_ray.planning.plan import GIB, RolePlan, predict_roles
 from dvpo_ray.planning.times import stage_seconds
 

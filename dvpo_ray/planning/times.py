@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from dvpo_ray.baselines.algorithms import ALGORITHMS
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.models.loading import torch_dtype

@@ -99,7 +99,7 @@ MODES: dict[str, Mode] = {
     "ppo": Mode(outcome.ppo, ("values", "rewards")),
     "grpo": Mode(outcome.grpo, ("rewards",), "never"),
     "rloo": Mode(outcome.rloo, ("rewards",), "never"),
-    "remax": Mode(outcome.remax, ("rewards",), "never"),
+    "remax": Mode(outcome.remax, ("rewards", "greedy_rewards"), "never"),
     "reinforce": Mode(outcome.reinforce, ("rewards",)),
 }
 
@@ -114,12 +114,11 @@ def compute_advantages(
     truncated: TruncatedHandling,
     truncation_penalty: float = 0.0,
     samples_per_prompt: int = 1,
-    greedy_rewards: np.ndarray | None = None,
 ) -> AdvantageResult:
     """Advantages of a whole rollout batch. Whitening spans the batch, so pass all of it at once.
 
     Args:
-        batch: needs the fields `log_probs`, `reference_log_probs` and what the mode reads. Of `rewards` the number at a row's last token counts.
+        batch: needs the token fields `log_probs` and `reference_log_probs`, and the fields that the mode reads.
         mode: a key of `MODES`.
         gae_lambda: trace decay of `gae` and `ppo`; no other mode reads it.
         kl_coefficient: beta of the per-token KL penalty; 0 when KL isn't in the reward.
@@ -129,8 +128,7 @@ def compute_advantages(
             known. `mask`: the row is as if it weren't in the batch, in every whitening too. `penalty`: `truncation_penalty` is
             subtracted from its last value, or from its reward.
         truncation_penalty: in units of value (in `release`, of whitened value) or of reward; only `penalty` reads it.
-        samples_per_prompt: rows of one prompt, which have consecutive row ids.
-        greedy_rewards: float64, reward of the greedy response to each prompt of the step; only `remax` reads them.
+        samples_per_prompt: rows of one prompt, which have consecutive row ids within a step.
 
     Raises:
         ValueError: unknown mode or handling, a missing field, or a number that is not finite.
@@ -140,7 +138,7 @@ def compute_advantages(
     chosen = MODES[mode]
     _check_fields(batch, ("log_probs", "reference_log_probs", *chosen.reads))
 
-    token_kl = np.where(batch.response_mask, batch.fields["log_probs"].astype(np.float64) - batch.fields["reference_log_probs"], 0.0)
+    token_kl = np.where(batch.response_mask, batch.by_token["log_probs"].astype(np.float64) - batch.by_token["reference_log_probs"], 0.0)
     in_loss = ~batch.truncated if truncated == "mask" else np.ones(batch.num_rows, dtype=bool)
     loss_mask = batch.response_mask & np.repeat(in_loss, batch.lengths)
 
@@ -148,13 +146,12 @@ def compute_advantages(
     penalty = truncation_penalty if truncated == "penalty" else 0.0
     inputs = ModeInputs(
         batch=rows,
-        values=rows.fields["values"].astype(np.float64) if "values" in chosen.reads else None,
+        values=rows.by_token["values"].astype(np.float64) if "values" in chosen.reads else None,
         kl_penalty=kl_coefficient * token_kl[loss_mask],
         truncation_penalty=_last_token_penalty(rows, penalty),
         gae_lambda=gae_lambda,
-        rewards=row_rewards(rows) - penalty * rows.truncated if "rewards" in chosen.reads else None,
-        group=rows.row_ids // samples_per_prompt,
-        greedy_rewards=greedy_rewards,
+        rewards=rows.by_row["rewards"] - penalty * rows.truncated if "rewards" in chosen.reads else None,
+        group=_prompt_groups(rows, samples_per_prompt),
     )
     unwhitened = np.zeros(batch.num_tokens, dtype=np.float64)
     unwhitened[loss_mask] = chosen.compute(inputs)
@@ -166,11 +163,6 @@ def compute_advantages(
         unwhitened=unwhitened.astype(np.float32),
         kl=token_kl.astype(np.float32),
     )
-
-
-def row_rewards(batch: RaggedBatch) -> np.ndarray:
-    """The reward of each row: what its `rewards` field says at its last token, float64 [R]."""
-    return batch.fields["rewards"][batch.offsets[1:] - 1].astype(np.float64)
 
 
 def value_targets(batch: RaggedBatch, unwhitened: np.ndarray) -> np.ndarray:
@@ -185,8 +177,14 @@ def value_targets(batch: RaggedBatch, unwhitened: np.ndarray) -> np.ndarray:
     """
     position = np.flatnonzero(batch.response_mask)
     targets = np.zeros(batch.num_tokens, dtype=np.float32)
-    targets[position] = unwhitened[position] + batch.fields["values"][position - 1]
+    targets[position] = unwhitened[position] + batch.by_token["values"][position - 1]
     return targets
+
+
+def _prompt_groups(batch: RaggedBatch, samples_per_prompt: int) -> np.ndarray:
+    """A number for the prompt of each row, int64 [R], from 0; rows of one step and prompt share it."""
+    _, group = np.unique(np.stack([batch.steps, batch.row_ids // samples_per_prompt]), axis=1, return_inverse=True)
+    return group.reshape(-1)
 
 
 def _last_token_penalty(batch: RaggedBatch, penalty: float) -> np.ndarray:
@@ -203,10 +201,13 @@ def _check_choice(what: str, value: str, choices) -> None:
 
 def _check_fields(batch: RaggedBatch, names: tuple[str, ...]) -> None:
     """One number that isn't finite would reach every advantage through the whitening, so it is named here."""
+    fields = batch.by_row | batch.by_token
     for name in names:
-        if name not in batch.fields:
-            raise ValueError(f"advantages need the field {name!r}; the batch has {', '.join(sorted(batch.fields)) or 'none'}")
-        bad = np.flatnonzero(~np.isfinite(batch.fields[name]))
+        if name not in fields:
+            raise ValueError(f"advantages need the field {name!r}; the batch has {', '.join(sorted(fields))}")
+        bad = np.flatnonzero(~np.isfinite(fields[name]))
+        if len(bad) and name in batch.by_row:
+            raise ValueError(f"field {name!r} of row {batch.row_ids[bad[0]]} is not finite")
         if len(bad):
             row = batch.row_of_token[bad[0]]
             raise ValueError(f"field {name!r} of row {batch.row_ids[row]} is not finite at token {bad[0] - batch.offsets[row]}")

@@ -1,11 +1,8 @@
-"""The adaptive KL coefficient. Imports nothing, because the config's arithmetic checks its horizon."""
+"""The adaptive KL coefficient."""
 
 from __future__ import annotations
 
-
-def shortest_horizon(samples: int) -> float:
-    """The horizon at which a step of so many samples could take the coefficient to 0; it must be longer."""
-    return AdaptiveKLController.MAX_ERROR * samples
+from dvpo_ray.config.arithmetic import MAX_KL_ERROR, shortest_horizon
 
 
 class AdaptiveKLController:
@@ -13,8 +10,6 @@ class AdaptiveKLController:
 
     Each update multiplies it by 1 + error * samples / horizon, where error = clip(KL / target - 1, -0.2, 0.2).
     """
-
-    MAX_ERROR = 0.2
 
     def __init__(self, coefficient: float, target_nats: float | None, horizon: float) -> None:
         """
@@ -39,7 +34,7 @@ class AdaptiveKLController:
             raise ValueError(
                 f"an adaptive KL horizon of {self.horizon:g} is too short for {samples} samples: it must be above {shortest_horizon(samples):g}"
             )
-        error = min(max(sequence_kl_nats / self.target_nats - 1.0, -self.MAX_ERROR), self.MAX_ERROR)
+        error = min(max(sequence_kl_nats / self.target_nats - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
         self.coefficient *= 1.0 + error * samples / self.horizon
         return self.coefficient
 

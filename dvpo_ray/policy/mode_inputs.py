@@ -21,8 +21,7 @@ class ModeInputs:
         truncation_penalty: float64 [n], what the value after a token loses: 0 but at the last token of a penalised row.
         gae_lambda: trace decay.
         rewards: float64 [R], outcome of each row by a reward model, less the penalty of a cut-off one; None where there is no reward model.
-        group: int64 [R], the prompt of each row.
-        greedy_rewards: float64, outcome of each prompt's greedy response, by the numbers in `group`; None where there are none.
+        group: int64 [R], a number for the prompt of each row.
     """
 
     batch: RaggedBatch
@@ -32,7 +31,6 @@ class ModeInputs:
     gae_lambda: float
     rewards: np.ndarray | None = None
     group: np.ndarray | None = None
-    greedy_rewards: np.ndarray | None = None
 
     @cached_property
     def position(self) -> np.ndarray:

@@ -43,7 +43,7 @@ def rloo(inputs: ModeInputs) -> np.ndarray:
 
 def remax(inputs: ModeInputs) -> np.ndarray:
     """G_t less the reward of the greedy response to the same prompt (Li et al. 2023, arXiv 2310.10505)."""
-    return _returns(inputs) - inputs.per_token(inputs.greedy_rewards[inputs.group])
+    return _returns(inputs) - inputs.per_token(inputs.batch.by_row["greedy_rewards"])
 
 
 def reinforce(inputs: ModeInputs) -> np.ndarray:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.policy.advantages import row_rewards
 
 
 def sequence_kl(batch: RaggedBatch) -> np.ndarray:
     """Sum over a response's tokens of log pi - log pi_ref, in nats, float64 [R]: a one-sample estimate of each row's KL."""
-    kl = (batch.fields["log_probs"].astype(np.float64) - batch.fields["reference_log_probs"])[batch.response_mask]
+    kl = (batch.by_token["log_probs"].astype(np.float64) - batch.by_token["reference_log_probs"])[batch.response_mask]
     ends = np.cumsum(batch.response_lengths)
     return np.diff(np.concatenate([[0.0], np.concatenate([[0.0], np.cumsum(kl)])[ends]]))
 
@@ -30,13 +29,11 @@ def explained_variance(values: list[np.ndarray]) -> float:
     return float(1.0 - (terminal - earlier).var() / variance) if variance > 0 else float("nan")
 
 
-def batch_statistics(batch: RaggedBatch, gold: np.ndarray | None) -> dict[str, float]:
-    """Metrics of a batch with `advantages`, `loss_mask`, `log_probs` and `reference_log_probs`, and `values` and `rewards` where it has them.
-
-    Args:
-        gold: float [R], the gold judge's scores, where there is a judge.
+def batch_statistics(batch: RaggedBatch) -> dict[str, float]:
+    """Metrics of a batch with `advantages`, `loss_mask`, `log_probs` and `reference_log_probs`; and with `values` by token, `rewards` and
+    `gold` by row, as far as it has them.
     """
-    advantages = batch.fields["advantages"][batch.fields["loss_mask"] > 0].astype(np.float64)
+    advantages = batch.by_token["advantages"][batch.by_token["loss_mask"] > 0].astype(np.float64)
     kl = sequence_kl(batch)
     lengths = batch.response_lengths
     metrics = {
@@ -48,18 +45,19 @@ def batch_statistics(batch: RaggedBatch, gold: np.ndarray | None) -> dict[str, f
     }
     if len(advantages):
         metrics |= {f"advantage/{name}": getattr(np, name)(advantages) for name in ("mean", "std", "min", "max")}
-    if "values" in batch.fields:
+    if "values" in batch.by_token:
         metrics |= _value_statistics(batch)
-    if "rewards" in batch.fields:
-        rewards = row_rewards(batch)
+    if "rewards" in batch.by_row:
+        rewards = batch.by_row["rewards"]
         metrics |= {"reward/model_mean": rewards.mean(), "reward/model_std": rewards.std()}
-    if gold is not None:
+    if "gold" in batch.by_row:
+        gold = batch.by_row["gold"]
         metrics |= {"reward/gold_mean": gold.mean(dtype=np.float64), "reward/gold_std": gold.std(dtype=np.float64)}
     return {name: float(value) for name, value in metrics.items()}
 
 
 def _value_statistics(batch: RaggedBatch) -> dict[str, float]:
-    values = [batch.fields["values"][batch.states(r)] for r in range(batch.num_rows)]
+    values = [batch.by_token["values"][batch.states(r)] for r in range(batch.num_rows)]
     all_values = np.concatenate(values).astype(np.float64)
     return {
         "value/mean": all_values.mean(),

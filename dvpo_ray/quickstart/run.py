@@ -12,14 +12,14 @@ from pathlib import Path
 
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.evaluation.gain import read_evaluation
-from dvpo_ray.gvm.training import train_gvm
 from dvpo_ray.monitoring.console import RunConsole, duration
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.summary import write_summary
-from dvpo_ray.orchestration.cluster import connect
-from dvpo_ray.orchestration.run import train
 from dvpo_ray.quickstart.checkpoint import smollm2_checkpoint
+from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.training.policy import train
+from dvpo_ray.training.value_model import train_value_model
 
 FOLDER = Path(__file__).parent
 CONFIG = FOLDER / "config.yaml"
@@ -66,7 +66,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Path:
         if not _names_model(overrides):
             config = quickstart_config(overrides, smollm2_checkpoint(say=console.say))
         with connect(config.ray):
-            gvm = train_gvm(config, out / "gvm", console=console)
+            gvm = train_value_model(config, config.gvm, out / "gvm", console=console)
             train(_with_gvm(config, gvm, out), console=console)
     _complete_summary(out, started, memory.peak_gib)
     report = write_report(out)

@@ -28,10 +28,11 @@ from pathlib import Path
 
 from dvpo_ray.config.health import RefreshConfig
 from dvpo_ray.data.prompts import Prompt
-from dvpo_ray.data.self_preferences import Sample, pair_row
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.files import clear_when_full, whole_file
 from dvpo_ray.monitoring.run_files import read_json_lines
+from dvpo_ray.refresh.pairs import pair_row
+from dvpo_ray.refresh.samples import Sample
 
 POLL_SECONDS = 1.0
 

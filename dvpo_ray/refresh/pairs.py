@@ -4,18 +4,60 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dvpo_ray.config.schema import DataConfig
 from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
+from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import parse_rows
 from dvpo_ray.data.splitting import split_by_prompt
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
+from dvpo_ray.refresh.samples import Sample
 
 NEW, HELDOUT, TRAINING = "pairs.train.jsonl", "pairs.heldout.jsonl", "training.jsonl"
+
+
+def pair_up(samples: Sequence[Sample], pairs: int, min_score_gap: float) -> list[tuple[Sample, Sample]]:
+    """Pair the best sample with the worst, the second best with the second worst, and so on.
+
+    Args:
+        samples: responses to one prompt.
+        pairs: at most so many pairs; no sample is in two of them.
+        min_score_gap: pairs whose scores are closer than this, or equal, are left out.
+
+    Returns:
+        (chosen, rejected) pairs.
+    """
+    ranked = sorted(samples, key=lambda sample: sample.score, reverse=True)
+    opposite = list(zip(ranked, reversed(ranked), strict=True))[: min(pairs, len(ranked) // 2)]
+    return [(best, worst) for best, worst in opposite if best.score > worst.score and best.score - worst.score >= min_score_gap]
+
+
+def pair_row(prompt: Prompt, chosen: Sample, rejected: Sample) -> dict:
+    """A pair as a row of a preference file; responses to messages are messages."""
+
+    def content(text: str) -> str | list[dict[str, str]]:
+        return text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
+
+    scored = chosen.score is not None and rejected.score is not None
+    return {
+        "prompt": prompt.content,
+        "chosen": content(chosen.text),
+        "rejected": content(rejected.text),
+        **({"chosen_score": round(chosen.score, 4), "rejected_score": round(rejected.score, 4)} if scored else {}),
+        "chosen_truncated": chosen.truncated,
+        "rejected_truncated": rejected.truncated,
+    }
+
+
+def preference_rows(judged: Sequence[tuple[Prompt, list[Sample]]], pairs: int, min_score_gap: float) -> Iterator[dict]:
+    """Rows of a preference file, prompt by prompt."""
+    for prompt, samples in judged:
+        for chosen, rejected in pair_up(samples, pairs, min_score_gap):
+            yield pair_row(prompt, chosen, rejected)
 
 
 def write_pairs(

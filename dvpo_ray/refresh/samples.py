@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt
-from dvpo_ray.data.self_preferences import Sample, exact_text
 from dvpo_ray.evaluation.judges import Judge
 from dvpo_ray.files import whole_file
 from dvpo_ray.monitoring.run_files import read_json_lines
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response of the model.
+
+    Attributes:
+        text: the response; encoded after its prompt it gives the sampled token ids again.
+        truncated: the length limit ended it.
+        score: by the gold judge; None where nobody has scored it.
+    """
+
+    text: str
+    truncated: bool
+    score: float | None = None
+
+
+def exact_text(encoder: Encoder, prompt: Prompt, token_ids: list[int], truncated: bool) -> str | None:
+    """Text of a sampled response; None where it is blank, or would not give the sampled tokens again after its prompt."""
+    text = encoder.decode(token_ids)
+    answer = encoder.encode_answer(prompt.content, text, prompt.where, truncated) if text.strip() else None
+    return text if answer is not None and answer[1] == token_ids else None
 
 
 def usable_samples(

@@ -1,0 +1,122 @@
+"""The roles of policy optimisation: which class each one is, and all of a run's actors, started together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+
+from dvpo_ray.actors.critic import Critic
+from dvpo_ray.actors.experience_builder import ExperienceBuilder
+from dvpo_ray.actors.frozen import ReferenceModel, RewardScorer, ValueScorer
+from dvpo_ray.actors.policy_learner import PolicyLearner
+from dvpo_ray.actors.rollout_engine import RolloutEngine
+from dvpo_ray.config.algorithms import ROLE_SECTIONS
+from dvpo_ray.config.schema import Config, RoleConfig
+from dvpo_ray.planning.placement import Bundle, choose_transport, plan_placement
+from dvpo_ray.runtime.cluster import get
+from dvpo_ray.runtime.process import Actor, environment
+from dvpo_ray.runtime.room import Room, reserved, spawn, stop, wait_until_ready
+
+CLASSES: dict[str, type[Actor]] = {
+    cls.role: cls for cls in (RolloutEngine, ValueScorer, RewardScorer, ReferenceModel, PolicyLearner, Critic, ExperienceBuilder)
+}
+FROZEN = ("scorer", "reward_model", "reference")
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Handles of the actors of a run.
+
+    Attributes:
+        by_role: all of them under the names that metrics and logs use.
+        local_pids: process ids of those on the driver's node.
+        room: what they occupy.
+        run_folder: where their logs go.
+    """
+
+    by_role: dict[str, list[ActorHandle]]
+    local_pids: list[int]
+    room: Room
+    run_folder: str
+
+    @property
+    def engines(self) -> list[ActorHandle]:
+        return self.by_role["rollout"]
+
+    @property
+    def frozen(self) -> dict[str, list[ActorHandle]]:
+        """The frozen models that score each finished rollout, by role."""
+        return {role: self.by_role[role] for role in FROZEN if role in self.by_role}
+
+    @property
+    def trained(self) -> dict[str, list[ActorHandle]]:
+        """The models that change, by role: what a checkpoint holds."""
+        return {role: self.by_role[role] for role in ("learner", "critic") if role in self.by_role}
+
+    @property
+    def learners(self) -> list[ActorHandle]:
+        return self.by_role["learner"]
+
+    @property
+    def critics(self) -> list[ActorHandle]:
+        """Empty unless the algorithm trains a value model online."""
+        return self.by_role.get("critic", [])
+
+    @property
+    def builder(self) -> ActorHandle:
+        return self.by_role["experience"][0]
+
+    def retire(self, role: str) -> Room:
+        """Stop the actors of a frozen role, and return the room that they leave."""
+        stop(self.by_role[role])
+        return self.room.of_role(role)
+
+    def restart(self, role: str, config: Config) -> list[int]:
+        """Start the actors of a retired role again, with another config; returns the process ids of those on this node."""
+        self.by_role[role] = [_start(config, bundle, self.room, self.run_folder) for bundle in self.room.of_role(role).free]
+        return wait_until_ready({role: self.by_role[role]}, config.rollout.start_timeout_seconds)[role]
+
+
+@contextmanager
+def started_roles(
+    config: Config, run_folder: str, stop_token_ids: frozenset[int], max_sequence_tokens: int, only: Collection[str] | None = None
+) -> Iterator[Roles]:
+    """All actors of a run, ready, for the time of a `with` block.
+
+    Args:
+        run_folder: gets their logs.
+        stop_token_ids: tokens that end a response.
+        max_sequence_tokens: longest prompt and response together.
+        only: the roles to start, where it is not all that the algorithm has.
+
+    Raises:
+        ResourceError: the cluster has no room for them, or one did not start in time.
+    """
+    bundles = [bundle for bundle in plan_placement(config) if only is None or bundle.role in only]
+    transport, patience = choose_transport(config), config.rollout.start_timeout_seconds
+    actors: dict[str, list[ActorHandle]] = {}
+    with reserved(bundles, config.ray) as room:
+        try:
+            for bundle in bundles:
+                more = (stop_token_ids, transport, max_sequence_tokens) if bundle.role == "rollout" else ()
+                actors.setdefault(bundle.role, []).append(_start(config, bundle, room, run_folder, *more))
+            pids = wait_until_ready(actors, patience)
+            roles = Roles(actors, [pid for role in pids.values() for pid in role], room, run_folder)
+            for role, ranks in roles.trained.items():
+                address = get(ranks[0].rendezvous.remote(), what=f"{role} rendezvous")
+                channel = (roles.engines, transport) if role == "learner" else ()
+                get([rank.connect.remote(*address, *channel) for rank in ranks], what=f"the start of the {role}", timeout_seconds=patience)
+            yield roles
+        finally:
+            for handle in [handle for handles in actors.values() for handle in handles]:
+                ray.kill(handle)
+
+
+def _start(config: Config, bundle: Bundle, room: Room, run_folder: str, *more) -> ActorHandle:
+    section = ROLE_SECTIONS.get(bundle.role)
+    settings = RoleConfig() if section is None else getattr(config, section)
+    return spawn(CLASSES[bundle.role], bundle, room, environment(settings), config, bundle.index, run_folder, *more)

@@ -1,0 +1,101 @@
+"""Preference pairs as one ragged batch, two rows a pair with an outcome each; and how a minibatch is cut up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.data.encoding import EncodedPair, rows_of_pairs
+from dvpo_ray.errors import InputError
+from dvpo_ray.models.forward import micro_batches
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """P preference pairs.
+
+    Attributes:
+        batch: 2P rows; row 2p is the chosen response of pair p and row 2p + 1 the rejected one. Its row field `outcome`, float32 [2P], is r.
+    """
+
+    batch: RaggedBatch
+
+    @property
+    def num_pairs(self) -> int:
+        return self.batch.num_rows // 2
+
+    @property
+    def outcomes(self) -> np.ndarray:
+        """r of each row, float32 [2P]."""
+        return self.batch.by_row["outcome"]
+
+    @property
+    def pair_tokens(self) -> np.ndarray:
+        """Padded tokens of each pair, int64 [P]: twice its longer row, because the two share a micro-batch."""
+        return 2 * self.batch.lengths.reshape(-1, 2).max(axis=1)
+
+    @property
+    def pair_states(self) -> np.ndarray:
+        """Supervised states of each pair, int64 [P]."""
+        return self.batch.state_lengths.reshape(-1, 2).sum(axis=1)
+
+    def select(self, pairs: np.ndarray) -> PairBatch:
+        """The given pairs, in the given order."""
+        rows = (2 * np.asarray(pairs, dtype=np.int64)[:, None] + np.array([0, 1])).reshape(-1)
+        return PairBatch(self.batch.select(rows))
+
+
+def build_pairs(pairs: Sequence[EncodedPair], outcome: Literal["binary", "score"], scale: float) -> PairBatch:
+    """Lay encoded pairs out as rows with their outcomes.
+
+    Args:
+        outcome: `binary` gives +1 to chosen and -1 to rejected responses, `score` the data's score of each times `scale`.
+
+    Raises:
+        InputError: a pair has no scores, but `score` was asked for.
+    """
+    outcomes = [r for pair in pairs for r in _outcomes(pair, outcome, scale)]
+    return PairBatch(rows_of_pairs(pairs).with_row_fields(outcome=np.array(outcomes, dtype=np.float32)))
+
+
+def _outcomes(pair: EncodedPair, outcome: Literal["binary", "score"], scale: float) -> list[float]:
+    if outcome == "binary":
+        return [1.0, -1.0]
+    if pair.chosen_score is None or pair.rejected_score is None:
+        raise InputError(
+            f"{pair.where}: gvm.outcome is score, but the row has no chosen_score and rejected_score; add them or set gvm.outcome=binary"
+        )
+    return [scale * pair.chosen_score, scale * pair.rejected_score]
+
+
+def minibatches(num_pairs: int, pairs_per_step: int, epoch: int, seed: int) -> list[np.ndarray]:
+    """The pairs of each optimizer step of one epoch: a fresh shuffle cut into nearly equal parts of at most `pairs_per_step`.
+
+    Equal parts, because a last minibatch of a few pairs would move the weights as far as a full one.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
+    return np.array_split(order, -(-num_pairs // pairs_per_step))
+
+
+def plan_minibatch(pair_tokens: np.ndarray, world_size: int, max_tokens: int) -> list[list[np.ndarray]]:
+    """Deal a minibatch out to the workers as micro-batches of at most `max_tokens` padded tokens.
+
+    Every worker gets the same number of micro-batches, because each one is a collective under ZeRO. To that end the
+    micro-batches with most pairs are halved; workers that still have none to do get an empty one.
+
+    Args:
+        pair_tokens: int64 [P], padded tokens of each pair of the minibatch.
+
+    Returns:
+        For each worker its micro-batches: indices into the minibatch, every pair exactly once over all workers.
+    """
+    groups = micro_batches(pair_tokens, max_tokens)
+    while len(groups) % world_size and max(map(len, groups)) > 1:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+        groups[largest : largest + 1] = np.array_split(groups[largest], 2)
+    groups += [np.zeros(0, np.int64)] * (-len(groups) % world_size)
+    return [groups[worker::world_size] for worker in range(world_size)]

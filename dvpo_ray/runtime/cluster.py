@@ -1,0 +1,126 @@
+"""Joining or starting Ray, and calls to actors whose failures are one clear line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
+
+from dvpo_ray.config.schema import RayConfig
+from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.runtime.termination import keeps_termination
+
+START_PATIENCE = "RAY_raylet_start_wait_time_s"
+"""The environment variable of the seconds that Ray gives its own node to start."""
+
+
+@contextmanager
+def connect(config: RayConfig) -> Iterator[None]:
+    """Ray for the time of a `with` block: the session this process is in, the cluster of this job or address, or a local one.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": "WARNING"}
+    with keeps_termination():
+        if address:
+            _join(address, quiet)
+        else:
+            _start_local(config, quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str, options: dict) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself would try for minutes before it says that nobody is there
+            socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
+        ray.init(address=address, **options)
+    except (ConnectionError, TimeoutError, socket.gaierror) as error:
+        raise ResourceError(f"no Ray cluster answers at {address}; start one with `ray start --head`, or unset ray.address") from error
+    except ValueError as error:
+        raise ResourceError(f"'{address}' is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto in RAY_ADDRESS") from error
+
+
+def _start_local(config: RayConfig, options: dict) -> None:
+    # Ray warns that a new cluster asks for a token, which this process and its actors have without anybody's doing.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    try:
+        ray.init(
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+            object_store_memory=int(config.object_store_gib * 2**30) if config.object_store_gib else None,
+            include_dashboard=config.dashboard,
+            **options,
+        )
+    except Exception as error:  # Ray raises a bare Exception when its node takes longer than it allows
+        if "timed out during startup" not in str(error):
+            raise
+        patience = os.environ.get(START_PATIENCE, "30")
+        raise ResourceError(
+            f"Ray did not start within the {patience} seconds it gives itself; the machine is overloaded: try again, or give it longer with "
+            f"{START_PATIENCE}=120 in the environment"
+        ) from error
+
+
+def check_gpus(wanted: Mapping[str, float], config: RayConfig) -> None:
+    """Refuse GPUs on a cluster that `connect` would start on a machine without any.
+
+    Args:
+        wanted: GPUs by the key that asks for them.
+
+    Raises:
+        ResourceError: names the first such key.
+    """
+    joins = ray.is_initialized() or config.address or os.environ.get("RAY_ADDRESS")
+    key = next((key for key, gpus in wanted.items() if gpus > 0), None)
+    if joins or key is None or torch.cuda.is_available():
+        return
+    raise ResourceError(
+        f"{key} is {wanted[key]:g}, but this machine has no GPU that torch can use; set {key}=0 (cluster_configs/local-cpu.yaml is for CPUs), "
+        "or ray.address to a cluster with GPUs"
+    )
+
+
+def get(refs, *, what: str, timeout_seconds: float | None = None):
+    """`ray.get` whose failures say what was waited for.
+
+    Args:
+        refs: one reference or a list of them.
+        what: names the work, for the error.
+
+    Raises:
+        InputError, ResourceError: as raised in the actor; or an actor died, its node ran out of memory, or the time limit passed.
+    """
+    try:
+        return ray.get(refs, timeout=timeout_seconds)
+    except RayTaskError as error:
+        if isinstance(error.cause, InputError | ResourceError):
+            raise type(error.cause)(str(error.cause)) from None
+        raise
+    except GetTimeoutError:
+        raise ResourceError(f"{what} did not finish within {timeout_seconds:g} seconds") from None
+    except OutOfMemoryError as error:
+        told = str(error).partition("\n")[0].rstrip(".")
+        raise ResourceError(f"{what}: {told}; use fewer or smaller actors, or end what else takes memory") from error
+    except RayActorError as error:
+        # Of an error in a constructor Ray keeps the text alone.
+        raised = re.search(r"dvpo_ray\.errors\.(InputError|ResourceError): (.+)", str(error))
+        if raised is not None:
+            raise {"InputError": InputError, "ResourceError": ResourceError}[raised[1]](raised[2]) from None
+        reason = " ".join(str(error).split())
+        raise ResourceError(f"{what}: an actor died: {reason[:300]}; its log is in the run folder's logs/") from error

@@ -1,0 +1,142 @@
+"""What every actor's process has in common: threads, log file, busy time and memory."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import ray
+
+import dvpo_ray
+from dvpo_ray.config.schema import RoleConfig, RolloutConfig
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.monitoring.logs import redirect_process_output
+
+T = TypeVar("T")
+
+WORKING_FOLDER = "DVPO_WORKING_FOLDER"
+"""Environment variable with the driver's working folder. A process of a running cluster begins in the folder that the cluster
+was started from, where the relative paths of a config would mean something else."""
+
+
+PACKAGE_FOLDER = "DVPO_PACKAGE_FOLDER"
+"""Environment variable with the folder that the driver's `dvpo_ray` lies in. Ray puts the folder that a driver was started from
+first on its workers' search path, so a copy of the package there would be taken for the installed one."""
+
+
+def driver_folders() -> dict[str, str]:
+    """Environment variables that tell an actor where its driver works and where the driver's code is."""
+    return {WORKING_FOLDER: os.getcwd(), PACKAGE_FOLDER: str(_package_folder())}
+
+
+def _package_folder() -> Path:
+    return Path(dvpo_ray.__file__).resolve().parent
+
+
+def environment(role: RoleConfig) -> dict[str, str]:
+    """Environment variables of an actor's process, to be set before it starts.
+
+    Threads wait passively: OpenMP threads that spin while another process computes slow both by more than ten times. GNU's, which are
+    torch's, may spin for a moment before they sleep: an operation often follows at once, and waking them costs a sixth of an update.
+    """
+    variables = {
+        "OMP_NUM_THREADS": str(role.threads),
+        "MKL_NUM_THREADS": str(role.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "5000",  # a fraction of a millisecond
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # glibc would give every larger tensor back to the system and fetch fresh pages for the next: a quarter of a small model's pass.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    }
+    if isinstance(role, RolloutConfig) and role.backend == "vllm":
+        variables |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's own process, where weights arrive
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(role.kv_cache_gib),
+        }
+        if role.gpus_per_actor == 0 and role.enforce_eager:
+            # Else vLLM compiles a count over the logits all the same: half a minute, and it needs a C++ compiler.
+            variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
+
+
+def _enter_working_folder() -> None:
+    folder = os.environ.get(WORKING_FOLDER, os.curdir)
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ResourceError(f"{folder}: {error.strerror} on this node; the folder of a run must be on a file system that all nodes share") from None
+
+
+def _check_package() -> None:
+    """Refuse to compute with another copy of the package than the driver's, where both are on this node."""
+    drivers = Path(os.environ.get(PACKAGE_FOLDER, _package_folder()))
+    if drivers != _package_folder() and drivers.is_dir():
+        raise ResourceError(
+            f"actors would run {_package_folder()}, but this command runs {drivers}: Ray's workers look first where a command was started; "
+            "start it from another folder"
+        )
+
+
+class BusyClock:
+    """Seconds that an actor spent computing since it was last asked."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextmanager
+    def busy(self):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - started
+
+    def read_and_reset(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class Actor:
+    """Base of every role: its name, its log file, its busy time and memory.
+
+    Args:
+        index: number of the actor within its role.
+        run_folder: the run's folder on a file system that all nodes share; logs go to its `logs/`.
+    """
+
+    role = "actor"
+
+    def __init__(self, index: int, run_folder: str) -> None:
+        self.index = index
+        self.clock = BusyClock()
+        _enter_working_folder()
+        _check_package()
+        redirect_process_output(Path(run_folder) / "logs" / f"{self.role}-{index}.log")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.index})"
+
+    def ready(self) -> tuple[str, int]:
+        """Ray's id of this node and the process id, once the constructor is through."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def stats(self) -> dict[str, float]:
+        """Busy seconds since the last call, and peak memory in GiB (of the GPU where there is one, else resident)."""
+        import torch
+
+        gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else psutil.Process().memory_info().rss / 2**30
+        return {"busy_seconds": self.clock.read_and_reset(), "memory_gib": gib}
+
+    def observe(self, function: Callable[..., T], *args) -> T:
+        """Call a function with this actor and return what it returns: how a benchmark or a debugger looks inside."""
+        return function(self, *args)

@@ -1,0 +1,74 @@
+"""Weight sync: one protocol (init, start, update, finish) over any transport, as the learner calls it.
+
+The protocol is vLLM's own. Every call to an engine has a time limit and names the engine and the phase when it passes,
+and an engine takes its new version number only when all of its weights have arrived.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from dvpo_ray.errors import ResourceError
+
+WeightStream = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+
+
+class EngineClient:
+    """The four phases, fanned out to all rollout engines; has the methods of vLLM's `VLLMWeightSyncClient` protocol."""
+
+    def __init__(self, engines: list[ActorHandle], ranks_per_engine: int, timeout_seconds: float) -> None:
+        self.engines = engines
+        self.ranks_per_engine = ranks_per_engine
+        self.timeout_seconds = timeout_seconds
+        self._deadline = float("inf")
+
+    def begin(self) -> None:
+        """Start the time limit of one whole sync."""
+        self._deadline = time.monotonic() + self.timeout_seconds
+
+    def _all(self, phase: str, arguments: list[tuple]) -> None:
+        pending = {getattr(e, phase).remote(*args): i for i, (e, args) in enumerate(zip(self.engines, arguments, strict=True))}
+        ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=max(0.0, self._deadline - time.monotonic()))
+        if late:
+            index = pending[late[0]]
+            raise ResourceError(
+                f"weight sync: rollout engine {index} did not answer {phase} within weight_sync.timeout_seconds="
+                f"{self.timeout_seconds:g}; see logs/rollout-{index}.log"
+            )
+        ray.get(ready)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open the channel; each engine gets its own first rank of the transfer group."""
+        self.begin()
+        infos = [dict(init_info) for _ in self.engines]
+        for index, info in enumerate(infos):
+            if "rank_offset" in info:
+                info["rank_offset"] += index * self.ranks_per_engine
+        self._all("init_weight_transfer_engine", [(info,) for info in infos])
+
+    def start_weight_update(self) -> None:
+        self._all("start_weight_update", [()] * len(self.engines))
+
+    def update_weights(self, update_info: Any) -> None:
+        """Send one bucket: a dict, or an object reference to one (then it travels through the object store)."""
+        self._all("update_weights", [(update_info,)] * len(self.engines))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._all("finish_weight_update", [()] * len(self.engines))
+
+    def set_policy_version(self, version: int) -> None:
+        """All weights have arrived: what the engines sample from now on is of this version."""
+        self._all("set_policy_version", [(version,)] * len(self.engines))
+
+
+class WeightSender(Protocol):
+    """The learner's end of a transport. Every learner rank calls `send`; rank 0 talks to the engines."""
+
+    def send(self, version: int) -> None:
+        """Replace the engines' weights by the learner's current ones, as policy version `version`."""

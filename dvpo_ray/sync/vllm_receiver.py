@@ -1,0 +1,57 @@
+"""vLLM's receiving end of the object-store transport, registered beside its NCCL and CUDA IPC engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from dvpo_ray.sync.object_store import unpack
+
+
+@dataclass
+class ObjectStoreInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on: a bucket describes itself."""
+
+
+@dataclass
+class ObjectStoreUpdateInfo(WeightTransferUpdateInfo):
+    """One bucket, as `dvpo_ray.sync.object_store.pack` makes it."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    data: list[np.ndarray]
+    crc32: int | None
+
+
+class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, ObjectStoreUpdateInfo]):
+    """Loads checkpoint-format weights from buckets that Ray has already brought into this process."""
+
+    init_info_cls = ObjectStoreInitInfo
+    update_info_cls = ObjectStoreUpdateInfo
+
+    def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
+        weights: Any = unpack(update_info.names, update_info.dtypes, update_info.shapes, update_info.data, update_info.crc32)
+        self.model.load_weights(weights)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        # A head tied to the embedding receives no weights of its own, so the reload does not repack it; on CPU it would
+        # go on computing with a packed copy of the old embedding.
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    def shutdown(self) -> None:
+        pass

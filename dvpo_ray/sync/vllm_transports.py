@@ -1,0 +1,59 @@
+"""The learner's end of vLLM's own transports: NCCL broadcast between GPUs and CUDA IPC on a shared one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ray
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.utils.network_utils import get_open_port
+
+from dvpo_ray.config.schema import WeightSyncConfig
+from dvpo_ray.sync.client import EngineClient, WeightStream
+
+
+class LearnerWeights(WeightSource):
+    """The learner's full weights as vLLM's trainer engines read them; ZeRO-3 and LoRA are resolved by the stream."""
+
+    def __init__(self, weights: WeightStream) -> None:
+        self._weights = weights
+        self._metadata: list[ParamMeta] | None = None
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names, dtypes and shapes; the first call gathers every weight once to learn them."""
+        if self._metadata is None:
+            self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._weights()]
+        return self._metadata
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._weights())
+
+
+class VLLMSender:
+    """One of vLLM's trainer-side weight-transfer engines, with versions and the client's time limit."""
+
+    def __init__(self, transport: str, client: EngineClient, weights: WeightStream, rank: int, sync: WeightSyncConfig) -> None:
+        self.client = client
+        bucket_bytes = int(sync.bucket_mib * 2**20)
+        if transport == "nccl":
+            init_info = NCCLTrainerInitInfo(
+                master_address=ray.util.get_node_ip_address(),
+                master_port=get_open_port(),
+                world_size=1 + len(client.engines) * client.ranks_per_engine,
+                packed_buffer_size_bytes=bucket_bytes,
+                rank=rank,
+            )
+        else:
+            init_info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=bucket_bytes, rank=rank)
+        self.is_sender = rank == 0
+        self.engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=LearnerWeights(weights))
+
+    def send(self, version: int) -> None:
+        self.client.begin()
+        self.engine.send_weights()
+        if self.is_sender:
+            self.client.set_policy_version(version)

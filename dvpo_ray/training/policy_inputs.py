@@ -1,0 +1,149 @@
+"""Everything a run reads, checked before any actor starts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.inputs import too_long_rows
+from dvpo_ray.config.notes import training_notes
+from dvpo_ray.config.schema import Config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.prompts import Prompt, load_prompts
+from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_files, check_tokenizer, read_manifest, refuse_as_policy
+from dvpo_ray.gvm.start import check_trunk
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.models.skeleton import check_partial_training
+from dvpo_ray.planning.placement import plan_placement, wanted_gpus
+from dvpo_ray.refresh.pairs import old_pairs
+from dvpo_ray.runtime.cluster import check_gpus
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts as token ids, and what the actors must know of the tokenizer and of the model that scores rollouts.
+
+    Attributes:
+        prompts: training prompts.
+        texts: the same prompts as they stand in the data.
+        heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
+        stop_token_ids: tokens that end a response.
+        manifest: of the GVM, or of a baseline's reward model.
+        notes: settings that are hardly meant, skipped and dropped rows, one line each.
+    """
+
+    prompts: list[list[int]]
+    texts: list[Prompt]
+    heldout: list[list[int]]
+    stop_token_ids: frozenset[int]
+    manifest: GVMManifest
+    notes: list[str]
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Check the resources, the models and what is to be trained of them, and read the prompts.
+
+    Raises:
+        InputError, ResourceError: anything missing, unreadable or unfit, in one line.
+    """
+    check_gpus(wanted_gpus(config, plan_placement(config)), config.ray)
+    refuse_as_policy(config.model.path, "model.path")
+    check_partial_training(config.model, config.policy)
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    context = context_tokens(config.model.path, config.model.trust_remote_code)
+    too_long = too_long_rows(config, context)
+    if too_long is not None:
+        raise InputError(too_long)
+    manifest = _scoring_manifest(config, tokenizer)
+    _check_examples(config, manifest.context, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
+    _check_ensemble(config, manifest, tokenizer)
+    if config.gvm.refresh.source is not None:
+        old_pairs(config.data, [])  # read again at each refresh; a mistake in them shows now
+        check_trunk(config.gvm.path, None, config.gvm.lora, "gvm", config.model.trust_remote_code)
+    sets = load_prompts(config.data.prompts, config.data.on_bad_row)
+    encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
+    train, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
+    if not train:
+        raise InputError(f"{config.data.prompts.path}: no prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
+    return Inputs(
+        prompts=[ids for _, ids in train],
+        texts=[prompt for prompt, _ in train],
+        heldout=_sample([ids for _, ids in heldout], config.evaluation.prompts, config.seed),
+        stop_token_ids=frozenset(encoder.stop_token_ids),
+        manifest=manifest,
+        notes=[*training_notes(config), *sets.skipped, *(f"{row}: dropped, {reason}" for reason, rows in encoder.dropped.items() for row in rows)],
+    )
+
+
+def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVMManifest:
+    """The manifest of the GVM or, for a baseline, of the reward model."""
+    needs_values = ALGORITHMS[config.algorithm].scorer == "scorer"
+    path = Path(config.gvm.path if needs_values else config.reward_model.path)
+    manifest = read_manifest(path, "gvm" if needs_values else "reward_model")
+    if needs_values:
+        _check_is_value_model(path, manifest, "gvm.path")
+    if not needs_values and manifest.context.examples:
+        raise InputError(f"{path}: a value model that takes examples before each prompt, which a reward model gets none of; give one without")
+    check_tokenizer(path, manifest, tokenizer, config.model.chat_template)
+    check_files(path, manifest)
+    return manifest
+
+
+def _check_is_value_model(path: Path, manifest: GVMManifest, key: str) -> None:
+    if manifest.objective.name == "bradley_terry":
+        raise InputError(f"{path}: a reward model, of which only the last value was trained; {key} needs one made by `dvpo gvm train`")
+
+
+def _check_ensemble(config: Config, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse value models whose values cannot be compared with those of `gvm.path`, or that say the same."""
+    known = {config.gvm.path: manifest}
+    for path in map(Path, config.scorer.ensemble):
+        other = read_manifest(path)
+        _check_is_value_model(path, other, "scorer.ensemble")
+        check_tokenizer(path, other, tokenizer, config.model.chat_template)
+        check_files(path, other)
+        same = next((name for name, earlier in known.items() if earlier.weights_sha256 == other.weights_sha256), None)
+        if same is not None:
+            raise InputError(f"scorer.ensemble: {path} is the same model as {same}, so they never disagree; give models of other seeds or data")
+        known[str(path)] = other
+        for name in ("outcome", "context"):
+            if getattr(other, name) != getattr(manifest, name):
+                raise InputError(f"scorer.ensemble: {path} was trained with another {name} than {config.gvm.path}; train both alike")
+
+
+def _check_examples(config: Config, context: ContextSpec, longest: int) -> None:
+    """Refuse a GVM whose examples would not fit before the longest row, or would run out."""
+    if not context.examples:
+        return
+    if config.gvm.context.pool <= context.examples:
+        raise InputError(
+            f"gvm.context.pool is {config.gvm.context.pool}, but {config.gvm.path} takes {context.examples} examples of other prompts "
+            f"than a row's own; set it to {context.examples + 1} or more"
+        )
+    room = context_tokens(config.gvm.path, config.model.trust_remote_code)
+    needed = longest + context.examples * context.max_tokens
+    if needed > room:
+        raise InputError(
+            f"{config.gvm.path}: {context.examples} examples of at most {context.max_tokens} tokens before rows of {longest} = {needed} tokens, "
+            f"but the GVM has a context of {room}; lower data.max_prompt_tokens or rollout.max_response_tokens, or use a GVM with a shorter context"
+        )
+    refresh = config.gvm.refresh
+    if refresh.source is not None and int(refresh.prompts * refresh.heldout_fraction) <= context.examples:
+        raise InputError(
+            f"gvm.refresh.prompts {refresh.prompts} x gvm.refresh.heldout_fraction {refresh.heldout_fraction:g} leaves too few held-out prompts to "
+            f"draw {context.examples} examples from; raise one of them"
+        )
+
+
+def _encode(encoder: Encoder, prompts: list[Prompt]) -> list[tuple[Prompt, list[int]]]:
+    encoded = ((prompt, encoder.encode_prompt(prompt)) for prompt in prompts)
+    return [(prompt, ids) for prompt, ids in encoded if ids is not None]
+
+
+def _sample(prompts: list[list[int]], count: int, seed: int) -> list[list[int]]:
+    return prompts if len(prompts) <= count else random.Random(seed).sample(prompts, count)

@@ -1,0 +1,147 @@
+"""Who may write into a run folder: a new run, the same run resumed, or nobody.
+
+`summary.json` says which stage made the folder (`stage`) and how far it came; `config.yaml` says with which settings.
+Nothing here loads torch or ray, and nothing is written before `begin`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from dvpo_ray.config import Config, dump_config, load_config
+from dvpo_ray.config.resuming import STAGES, check_resumable
+from dvpo_ray.errors import InputError
+from dvpo_ray.files import whole_file
+from dvpo_ray.monitoring.summary import write_summary
+
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+
+_LEFTOVERS = (
+    *(CONFIG, SUMMARY, "report.html", "metrics.jsonl", "trackers.json", "logs/*.log", "tensorboard/events.out.tfevents.*", "wandb/**/*"),
+    *("evaluation/step_000000.jsonl", "rollouts/step_000001.jsonl", "checkpoints/.step_*.draft/**/*"),
+)
+"""Files that a run leaves which ended before its first step was done."""
+
+
+def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
+    """Make a folder that of a run that starts now: settings, and a summary that says so. Call it when all inputs are loaded.
+
+    What a run left there that never took a step is removed first; of a resumed run the summary keeps its numbers until there are new ones.
+    """
+    if not resumed and _ended_before_its_first_step(folder):
+        _remove_leftovers(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / CONFIG) as file:
+        file.write(dump_config(config))
+    kept = _read_summary(folder) if resumed else {}
+    write_summary(folder, kept | {"name": config.name, "stage": stage, "state": "running", "seed": config.seed})
+
+
+# --------------------------------------------------------------------------------------------------------- a new run
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder for a new run unless it is absent, empty, or holds only what a run left that never took a step.
+
+    Raises:
+        InputError: says what is there, and what to do.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: already there and no folder; give another --out")
+    if all(path.is_dir() for path in folder.rglob("*")):
+        return
+    if not _ended_before_its_first_step(folder):
+        raise InputError(f"{folder}: already there and not empty; give another --out, or --resume to continue the run in it{_hint(folder)}")
+    foreign = next(_foreign_files(folder), None)
+    if foreign is not None:
+        raise InputError(f"{folder}: the run in it ended before its first step, but {foreign} is none of its files; move it, or give another --out")
+
+
+def _ended_before_its_first_step(folder: Path) -> bool:
+    summary = _read_summary(folder)
+    return summary.get("state") in ("failed", "interrupted") and not summary.get("steps") and not _has_results(folder)
+
+
+def _has_results(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return (folder / "final").exists() or any(_checkpoints(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    """Of the package's own kind, and of transformers' trainers."""
+    yield from (folder / "checkpoints").glob("step_*")
+    yield from (folder / "checkpoints").glob("checkpoint-*")
+
+
+def _hint(folder: Path) -> str:
+    """What to add where there is nothing to continue."""
+    state = _read_summary(folder).get("state")
+    if state is None or any(_checkpoints(folder)):
+        return ""
+    over = "it is finished" if state == "finished" else f"its state is {state}; once it is over, remove the folder to start anew"
+    return f" (it has no checkpoint to continue from: {over})"
+
+
+def _foreign_files(folder: Path) -> Iterator[Path]:
+    own = set(_leftovers(folder))
+    return (path for path in sorted(folder.rglob("*")) if not path.is_dir() and path not in own)
+
+
+def _leftovers(folder: Path) -> Iterator[Path]:
+    return (path for pattern in _LEFTOVERS for path in folder.glob(pattern) if not path.is_dir())
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the files of a run that never took a step, and the folders that this leaves empty."""
+    for path in list(_leftovers(folder)):
+        path.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------- a resumed run
+
+
+def check_resume(folder: Path, stage: str, config: Config) -> None:
+    """Refuse to continue the run of a folder as another one.
+
+    Args:
+        stage: key of `STAGES`: the command that asks.
+        config: its settings.
+
+    Raises:
+        InputError: another command made the folder, its settings were others, it has no checkpoint, or it is no run folder.
+    """
+    kept_file = folder / CONFIG
+    if not kept_file.is_file():
+        raise InputError(f"{folder}: no {CONFIG}, so this is no run folder to resume; give the --out of the run")
+    maker = _read_summary(folder).get("stage", stage)
+    if maker in STAGES and maker != stage:
+        made_by, command = STAGES[maker].command, STAGES[stage].command
+        raise InputError(f"{folder}: a run of `{made_by}`, which `{command}` cannot resume; resume it with its own command")
+    check_resumable(stage, load_config(kept_file), config, folder)
+    if _is_over(folder, stage, config):
+        longer = "; give a larger train.steps to go on" if stage == "train" else ""
+        raise InputError(f"{folder}: the run is finished and its result is in final/{longer}")
+    if not any(_checkpoints(folder)):
+        over = "start it again without --resume" if _ended_before_its_first_step(folder) else "give another --out, or remove the folder to start anew"
+        raise InputError(f"{folder}: no checkpoint to resume from; {over}")
+
+
+def _is_over(folder: Path, stage: str, config: Config) -> bool:
+    """Whether a run has its result and no step is left. Only the policy's can be made longer."""
+    summary = _read_summary(folder)
+    done = summary.get("state") == "finished" and (folder / "final").is_dir()
+    return done and (stage != "train" or (summary.get("steps") or 0) >= config.train.steps)
+
+
+def _read_summary(folder: Path) -> dict:
+    """summary.json, or nothing where it is missing or damaged."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}

@@ -1,0 +1,141 @@
+"""Supervised fine-tuning, the step before the method: TRL's SFTTrainer on answers encoded like every later rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from dvpo_ray.config import Config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.prompts import parse_prompt
+from dvpo_ray.data.reading import read_rows
+from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
+from dvpo_ray.errors import InputError
+from dvpo_ray.gvm.artifact import refuse_as_policy
+from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.monitoring.logs import library_output
+from dvpo_ray.training.run import Run
+from dvpo_ray.training.trl_stage import OPTIMIZER_METRICS, last_trainer_checkpoint, run_stage, trained_policy, training_arguments
+
+IGNORED_LABEL = -100
+"""Label of tokens that are no part of the loss, as in torch's cross entropy."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt and the answer to learn; without a prompt, a text to learn as a whole."""
+
+    prompt: Content | None
+    answer: Content
+    where: str
+
+
+def train_sft(config: Config, out: Path, resume: bool) -> Path:
+    """Fine-tune `model.path` on `data.sft` with the loss on the answers.
+
+    Args:
+        config: `sft`, `model`, `data` and `checkpoint` are used.
+        out: run folder; see `run_stage`.
+        resume: continue from the last whole checkpoint in `out`.
+
+    Returns:
+        `out/final`, a checkpoint of model and tokenizer in `model.dtype`.
+
+    Raises:
+        InputError: rows or checkpoint are missing or wrong.
+        ResourceError: the disk is full, or training has diverged.
+    """
+    run = Run("sft", config, out, resume=resume)
+    run.open_checkpoint(last_trainer_checkpoint)
+    refuse_as_policy(config.model.path, "model.path")
+    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    rows = encode_answers(load_answers(config.data.sft, config.data.on_bad_row), tokenizer, config)
+    longest = min(config.sft.max_tokens, context_tokens(config.model.path, config.model.trust_remote_code))
+    arguments = SFTConfig(**training_arguments(config, config.sft, out), max_length=longest)
+    with library_output() as output:
+        trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        return run_stage(run, trainer, OPTIMIZER_METRICS, tokenizer, output)
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+def load_answers(path: str, on_bad_row: str) -> list[Answer]:
+    """Every answer of a file or hub set, in TRL's SFT layouts (`text`; `prompt`, `completion`; `messages`) or Alpaca's.
+
+    Raises:
+        InputError: a missing, unreadable or empty source; a bad row, unless bad rows are skipped.
+    """
+    answers, _ = parse_rows(path, read_rows(path, "train"), parse_answers, on_bad_row)
+    return [answer for row in answers for answer in row]
+
+
+def parse_answers(columns: Mapping, where: str) -> list[Answer]:
+    """The answers of one row: one, or in a dialogue one for each turn of the assistant.
+
+    Raises:
+        BadRow: no answer, or a layout that is none of those.
+    """
+    if columns.get("messages") is not None:
+        return _dialogue(columns["messages"], where)
+    if columns.get("instruction") is not None:
+        return [Answer(parse_prompt(columns, where).content, checked_response(required(columns, "output"), "output"), where)]
+    if columns.get("prompt") is not None:
+        return [Answer(checked_prompt(columns["prompt"]), checked_response(required(columns, "completion"), "completion"), where)]
+    if columns.get("text") is not None:
+        return [Answer(None, _text(columns["text"]), where)]
+    raise BadRow(
+        f"needs `messages`, `prompt` and `completion`, `instruction` and `output`, or `text`; the row has {', '.join(columns) or 'no columns'}"
+    )
+
+
+def _dialogue(value: object, where: str) -> list[Answer]:
+    messages = checked_content(value, "messages")
+    if not isinstance(messages, list):
+        raise BadRow("`messages` must be a list of messages")
+    answers = [Answer(messages[:turn], [message], where) for turn, message in enumerate(messages) if turn and message["role"] == "assistant"]
+    if not answers:
+        raise BadRow("`messages` has no assistant message that answers another one")
+    return answers
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow("`text` must be text that is not empty")
+    return str(checked_content(value, "text"))
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+
+def encode_answers(answers: Iterable[Answer], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of every answer that fits; rows over `sft.max_tokens` are cut off at the end by the trainer.
+
+    The encoder is the one of preference pairs and rollouts, so that later stages see the ids that are learned here.
+
+    Raises:
+        InputError: no answer is left.
+    """
+    context = context_tokens(config.model.path, config.model.trust_remote_code)
+    limits = {"max_prompt_tokens": context, "max_response_tokens": context, "long_prompt": "drop", "long_response": "truncate"}
+    encoder = Encoder(tokenizer, config.data.model_copy(update=limits), config.model.chat_template, 2 * context)
+    rows = [row for answer in answers if (row := _encode(answer, encoder, tokenizer)) is not None]
+    if not rows:
+        raise InputError(f"{config.data.sft}: no row is left; all prompts are longer than the model's context of {context} tokens")
+    return rows
+
+
+def _encode(answer: Answer, encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]] | None:
+    if answer.prompt is None:
+        ids = [*tokenizer(answer.answer)["input_ids"], encoder.end_token_id]
+        return {"input_ids": ids, "labels": ids}
+    encoded = encoder.encode_answer(answer.prompt, answer.answer, answer.where)
+    if encoded is None:
+        return None
+    prompt_ids, answer_ids = encoded
+    return {"input_ids": prompt_ids + answer_ids, "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids}

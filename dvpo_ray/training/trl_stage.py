@@ -1,0 +1,177 @@
+"""What the stages that a trainer of TRL runs have in common: arguments, progress, metrics, checkpoints and the finished checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+
+from dvpo_ray.config import Config
+from dvpo_ray.config.trl_stages import TRLStageConfig
+from dvpo_ray.errors import InputError, diverged
+from dvpo_ray.files import whole_folder
+from dvpo_ray.models.loading import load_policy, torch_dtype
+from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.logs import LibraryOutput
+from dvpo_ray.monitoring.metrics import MetricsLog
+from dvpo_ray.training.run import Run, check_finite
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER_METRICS = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+"""What every trainer logs, by its names, and the names in metrics.jsonl after the stage's."""
+
+
+def trained_policy(config: Config) -> PreTrainedModel:
+    """The model of `model.path` to train, with weights in float32.
+
+    `model.dtype` is the dtype of the computation: AdamW's small steps would vanish in bfloat16 weights.
+
+    Raises:
+        InputError: the checkpoint is missing or is no causal language model.
+    """
+    return load_policy(config.model.model_copy(update={"dtype": "float32"}))
+
+
+def training_arguments(config: Config, stage: TRLStageConfig, out: Path) -> dict:
+    """Arguments of transformers' trainers that a stage's settings and the run folder decide."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(out / "checkpoints"),
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "linear",
+        "num_train_epochs": stage.epochs,
+        "per_device_train_batch_size": stage.batch_size,
+        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
+        "bf16": config.model.dtype == "bfloat16",
+        "fp16": config.model.dtype == "float16",
+        "gradient_checkpointing": on_gpu,
+        "use_cpu": not on_gpu,
+        "disable_tqdm": True,
+        "save_steps": config.checkpoint.every_steps,
+        "save_total_limit": config.checkpoint.keep,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # else a loss that is no number is logged as the mean of those before it
+        "report_to": [],
+        "seed": config.seed,
+    }
+
+
+def run_stage(
+    run: Run, trainer: Trainer, metrics: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, output: LibraryOutput, notes: Sequence[str] = ()
+) -> Path:
+    """Train, and save the result as a checkpoint that later stages start from.
+
+    Args:
+        run: of the stage, with its checkpoint open where it is resumed.
+        trainer: with the arguments of `training_arguments`.
+        metrics: what goes to metrics.jsonl: the trainer's names, and ours after `<stage>/`. The first is shown beside the progress bar.
+        output: of the libraries; goes to `logs/<stage>.log`.
+        notes: what the user should know of the data, one line each.
+
+    Returns:
+        `final/` of the run folder, a checkpoint of model and tokenizer in `model.dtype`.
+
+    Raises:
+        ResourceError: the disk is full, or training has diverged.
+    """
+    stage, dtype = run.stage, run.config.model.dtype
+    trainer.remove_callback(PrinterCallback)
+    facts = {"model": run.config.model.path, "rows": len(trainer.train_dataset)}
+
+    def summary() -> dict:
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return {"steps": trainer.state.global_step, "last_step": _metrics_entry(stage, metrics, history[-1]) if history else {}}
+
+    with (
+        RunConsole(Console(file=output.terminal, highlight=False)) as terminal,
+        run.started(stage.upper(), facts, notes, summary, terminal) as console,
+    ):
+        output.keep(run.folder / "logs" / f"{stage}.log")
+        with run.metrics_log() as log:
+            trainer.add_callback(_Progress(console, log, stage, metrics, dtype))
+            trainer.train(resume_from_checkpoint=str(run.checkpoint[0]) if run.checkpoint is not None else None)
+        _check_weights(trainer.model, stage)
+        with whole_folder(run.folder / "final") as folder:
+            trainer.model.to(torch_dtype(dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return run.folder / "final"
+
+
+def _check_weights(model: PreTrainedModel, name: str) -> None:
+    """The last step's update shows in no loss; it must not be saved as a result where it broke the model."""
+    broken = next((weight for weight, parameter in model.named_parameters() if not torch.isfinite(parameter).all()), None)
+    if broken is not None:
+        raise diverged(f"{broken} is not finite after the last step", name)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def last_trainer_checkpoint(run_folder: Path) -> tuple[Path, dict]:
+    """The last whole checkpoint of a trainer in a run folder, and its step; damaged ones are named in a warning and passed over.
+
+    Raises:
+        InputError: there is no whole checkpoint.
+    """
+    steps = {folder: folder.name.removeprefix("checkpoint-") for folder in (run_folder / "checkpoints").glob("checkpoint-*")}
+    for folder, step in sorted(((f, int(s)) for f, s in steps.items() if s.isdigit()), key=lambda one: one[1], reverse=True):
+        problem = _problem(folder)
+        if problem is None:
+            return folder, {"step": step}
+        logger.warning("%s is not whole (%s) and is passed over", folder, problem)
+    raise InputError(f"{run_folder}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint of transformers' trainer, or None. The trainer writes trainer_state.json last."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "no readable trainer_state.json"
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        return "no weights"
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{file.name} is damaged or truncated"
+    torn = [file.name for file in (*folder.glob("*.pt"), *folder.glob("*.pth")) if not zipfile.is_zipfile(file)]
+    return f"{torn[0]} is damaged or truncated" if torn else None
+
+
+class _Progress(TrainerCallback):
+    """A progress bar, and the metrics of every optimizer step."""
+
+    def __init__(self, console: RunConsole, log: MetricsLog, stage: str, metrics: Mapping[str, str], dtype: str) -> None:
+        self.console, self.log, self.stage, self.metrics, self.dtype = console, log, stage, metrics, dtype
+        self.shown = next(iter(metrics))
+        self.open = ExitStack()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.progress = self.open.enter_context(self.console.stage(self.stage, state.max_steps, done=state.global_step, unit="steps"))
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        entry = state.log_history[-1]
+        if "loss" in entry:
+            metrics = _metrics_entry(self.stage, self.metrics, entry)
+            check_finite(entry["step"], metrics, self.stage, self.stage, dtype=self.dtype)
+            self.progress.advance(details=f"{self.metrics[self.shown]} {entry[self.shown]:.3f}")
+            self.log.write(entry["step"], metrics)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.open.close()
+
+
+def _metrics_entry(stage: str, metrics: Mapping[str, str], entry: Mapping) -> dict[str, float]:
+    return {f"{stage}/{ours}": entry[theirs] for theirs, ours in metrics.items()}

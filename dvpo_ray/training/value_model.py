@@ -1,0 +1,192 @@
+"""`dvpo gvm train` and `dvpo rm train`: preference pairs to a value model or a reward model, on Ray and DeepSpeed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from dvpo_ray.actors.gvm_trainer import SHARES, GVMTrainer
+from dvpo_ray.config import Config
+from dvpo_ray.errors import InputError, diverged
+from dvpo_ray.gvm.artifact import GVMManifest
+from dvpo_ray.gvm.dataset import GVMData, TrainingSettings, load_gvm_data, manifest_entries
+from dvpo_ray.gvm.evaluation import heldout_report, heldout_warning, write_evaluation
+from dvpo_ray.gvm.pairs import minibatches
+from dvpo_ray.gvm.views import HeldoutValues
+from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.planning.placement import plan_training_placement
+from dvpo_ray.runtime.cluster import check_gpus, connect, get
+from dvpo_ray.runtime.process import environment
+from dvpo_ray.runtime.room import Room, reserved, spawn, wait_until_ready
+from dvpo_ray.training.run import Run, check_finite, is_due
+
+STAGES = {"gvm": "gvm", "reward_model": "rm"}
+
+
+def train_value_model(
+    config: Config, settings: TrainingSettings, out: Path, resume: bool = False, console: RunConsole | None = None, room: Room | None = None
+) -> Path:
+    """Train a value model on the config's preference pairs.
+
+    Args:
+        settings: `config.gvm` for a Global Value Model, `config.reward_model` for a reward model.
+        out: run folder. The artifact goes to its `final/`, the held-out evaluation to `evaluation/`.
+        resume: continue the run in that folder from its last whole checkpoint.
+        console: of a larger run that this is a part of; otherwise the run opens its own.
+        room: of a larger run that lends it; has a free bundle for each of `num_actors`. Otherwise the run reserves its own.
+
+    Returns:
+        The artifact's folder.
+
+    Raises:
+        InputError, ResourceError: in one line; bad input is found before any actor starts.
+    """
+    run = Run(STAGES[settings.section], config, out, resume=resume)
+    if room is None:
+        check_gpus({f"{settings.section}.gpus_per_actor": settings.gpus_per_actor}, config.ray)
+    data = load_gvm_data(config, settings)
+    training = ValueModelTraining(run, settings, data)
+    training.check_checkpoint(run.open_checkpoint())
+    with (
+        run.started(training.title, training.header(), data.notes, lambda: training.summary, console) as run_console,
+        connect(config.ray),
+        training.started_trainers(room) as trainers,
+    ):
+        return training.train(trainers, run_console)
+
+
+class ValueModelTraining:
+    """The steps of one training, the held-out evaluation and the artifact."""
+
+    def __init__(self, run: Run, settings: TrainingSettings, data: GVMData) -> None:
+        self.run = run
+        self.config = run.config
+        self.settings = settings
+        self.data = data
+        self.steps_per_epoch = -(-data.train.num_pairs // settings.pairs_per_step)
+        self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.accuracies: list[float] = []
+        self.is_reward_model = settings.objective == "bradley_terry"
+        self.title, self.called = ("Reward model", "reward model") if self.is_reward_model else ("Global Value Model", "GVM")
+        self.summary: dict = {"model": settings.init_from or self.config.model.path}
+
+    def header(self) -> dict[str, object]:
+        """What the console says of it before it starts."""
+        examples = self.settings.context.examples
+        return {
+            "model": self.summary["model"],
+            "objective": self.settings.objective,
+            **({"context": f"{examples} examples before each prompt"} if examples else {}),
+            "pairs": f"{self.data.train.num_pairs} training, {self.data.heldout.num_pairs} held out",
+            "steps": self.total_steps,
+        }
+
+    def check_checkpoint(self, state: dict | None) -> None:
+        """Refuse a checkpoint of a run on another number of steps than the data gives now.
+
+        Raises:
+            InputError: names the checkpoint.
+        """
+        if state is not None and state["total_steps"] != self.total_steps:
+            raise InputError(
+                f"{self.run.checkpoint[0]}: the run had {state['total_steps']} steps, {self.config.data.preferences.path} gives "
+                f"{self.total_steps} now; resume with the data that it started with"
+            )
+
+    @contextmanager
+    def started_trainers(self, room: Room | None) -> Iterator[list[ActorHandle]]:
+        """All ranks of the trainer with their shards of the model, for the time of a `with` block."""
+        config, trainers = self.config, []
+        with reserved(plan_training_placement(self.settings), config.ray) if room is None else nullcontext(room) as room:
+            try:
+                for index, bundle in enumerate(room.free):
+                    arguments = (config, self.settings, index, str(self.run.folder))
+                    trainers.append(spawn(GVMTrainer, bundle, room, environment(self.settings), *arguments, role=GVMTrainer.role))
+                pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds)
+                self.run.memory.add_pids(pids[GVMTrainer.role])
+                yield trainers
+            finally:
+                for trainer in trainers:
+                    ray.kill(trainer)
+
+    def train(self, trainers: list[ActorHandle], console: RunConsole) -> Path:
+        """All steps from the checkpoint or the start on, then the held-out evaluation and the artifact; returns the artifact's folder."""
+        address = get(trainers[0].rendezvous.remote(), what=f"the meeting of the {self.called} trainers")
+        pairs = ray.put(self.data.train)
+        connected = [trainer.connect.remote(*address, pairs, self.total_steps) for trainer in trainers]
+        head, num_layers = get(connected, what=f"the start of the {self.called} trainers")[0]
+        if self.run.checkpoint is not None:
+            folder = str(self.run.checkpoint[0] / "trainer")
+            get([trainer.load_checkpoint.remote(folder) for trainer in trainers], what="loading a checkpoint")
+            console.say(f"resumed after step {self.run.last_step}")
+        with (
+            self.run.metrics_log() as log,
+            console.stage(self.called, total=self.total_steps, done=self.run.last_step, unit="steps") as progress,
+        ):
+            for step in range(self.run.last_step + 1, self.total_steps + 1):
+                metrics = self.step(trainers, step)
+                check_finite(step, metrics, "gvm", self.settings.section, dtype=self.config.model.dtype)
+                self.run.last_step = step
+                log.write(step, metrics)
+                self.accuracies.append(metrics["gvm/accuracy"])
+                if is_due(step, self.settings.checkpoint_every_steps):
+                    self.run.save_checkpoint(partial(self._write_checkpoint, trainers), {"total_steps": self.total_steps})
+                text = f"loss {metrics['gvm/loss']:.3f} · accuracy {metrics['gvm/accuracy']:.2f} · {metrics['time/step_seconds']:.1f} s/step"
+                progress.advance(1, text)
+        report = self._evaluate(trainers, console)
+        manifest = GVMManifest(
+            **manifest_entries(self.config, self.settings, self.data),
+            head=head,
+            num_layers=num_layers,
+            heldout_accuracy=report["heldout_accuracy"],
+            heldout_regression={name: report["regression"][name] for name in ("mse", "explained_variance")},
+        )
+        final = self.run.folder / "final"
+        get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what=f"saving the {self.called}")
+        self.summary["gvm"] = {"path": str(final), "heldout_accuracy": manifest.heldout_accuracy}
+        return final
+
+    def step(self, trainers: list[ActorHandle], step: int) -> dict[str, float]:
+        """One optimizer step, counted from 1, on all ranks, and its metrics."""
+        started = time.perf_counter()
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        pairs = minibatches(self.data.train.num_pairs, self.settings.pairs_per_step, epoch, self.config.seed)[index]
+        shares = get([trainer.step.remote(pairs) for trainer in trainers], what=f"{self.called} step {step}")
+        seconds = time.perf_counter() - started
+        total = {name: sum(share[name] for share in shares) for name in SHARES}
+        return {
+            **{f"gvm/{name}": total[name] for name in ("loss", "regression_loss", "bradley_terry_loss", "accuracy")},
+            **{f"gvm/{name}": shares[0][name] for name in ("grad_norm", "learning_rate")},
+            "throughput/trained_tokens_per_second": total["tokens"] / seconds,
+            "time/step_seconds": seconds,
+        }
+
+    def _write_checkpoint(self, trainers: list[ActorHandle], folder: Path) -> None:
+        get([trainer.save_checkpoint.remote(str(folder / "trainer")) for trainer in trainers], what="saving a checkpoint")
+
+    def _evaluate(self, trainers: list[ActorHandle], console: RunConsole) -> dict:
+        """Held-out metrics of the trained model, written to the run folder; a warning where they are poor."""
+        heldout = ray.put(self.data.heldout)
+        parts = get([trainer.evaluate.remote(heldout) for trainer in trainers], what="the held-out evaluation")
+        values = HeldoutValues.from_parts(self.data.heldout, [part for worker in parts for part in worker])
+        if not np.isfinite(values.values).all():
+            raise diverged("the held-out values are not finite after the last step", self.settings.section)
+        report = heldout_report(values, self.settings.outcome)
+        write_evaluation(self.run.folder / "evaluation", values, report)
+        accuracy = report["heldout_accuracy"]
+        by_mean = "" if self.is_reward_model else f"{accuracy['mean']:.3f} by mean value, "
+        console.say(f"held-out accuracy: {by_mean}{accuracy['last']:.3f} by last value, {values.num_pairs} pairs")
+        training_accuracy = float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0]))
+        view = "last" if self.is_reward_model else "mean"
+        warning = heldout_warning(accuracy, training_accuracy, self.data.train.num_pairs, self.settings.section, view)
+        if warning is not None:
+            console.warn(warning)
+            self.summary["warnings"] = [warning]
+        return report
