@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dvpo_ray.actors.experience_builder import ScoredChunk
 from dvpo_ray.actors.roles import Roles
 from dvpo_ray.config.schema import Config, PreferenceData
 from dvpo_ray.data.prompts import Prompt
@@ -29,9 +27,11 @@ from dvpo_ray.rollouts.schedule import prompt_indices
 from dvpo_ray.runtime.cluster import get
 from dvpo_ray.training.policy_inputs import Inputs
 from dvpo_ray.training.run import Run
+from dvpo_ray.training.stages import Stages
 from dvpo_ray.training.value_model import train_value_model
 
-Sample = Callable[[list[list[int]], int], list[ScoredChunk]]
+SAMPLES_STREAM = 2
+"""Stream of random numbers of the samples of a refresh."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +83,21 @@ class Refresher:
         """The run's config with the artifact in force."""
         return self.config.model_copy(update={"gvm": self.config.gvm.model_copy(update={"path": self.state.path or None})})
 
-    def refresh(self, step: int, sample: Sample, roles: Roles, console: RunConsole) -> dict[str, float]:
+    def refresh(self, step: int, loop: Stages, console: RunConsole) -> dict[str, float]:
         """Collect preferences on the policy of a step, train the GVM on, and give it to the scorers; returns the time it took as a metric.
-
-        Args:
-            sample: rollouts of that policy to prompts, for a step.
 
         Raises:
             InputError, ResourceError: too few pairs, bad labels or none in time, or what training raises.
         """
         started = time.perf_counter()
         folder = self._emptied(self._folder(step))
-        rows = self._label(folder, self._sample(folder, step, sample, roles, console), console)
+        rows = self._label(folder, self._sample(folder, step, loop, console), console)
         settings, manifest = self.config.gvm.refresh, read_manifest(Path(self.state.path))
         old = old_pairs(self.config.data, [self._folder(earlier) for earlier in self.state.steps])
         write_pairs(folder, rows, f"policy@{step}", settings.heldout_fraction, old, settings.old_pairs_per_new, self.config.seed + step)
         config = training_config(self.config, manifest, self.state.path, folder)
-        before = self._accuracy(config, manifest, roles)
-        artifact = train_value_model(config, config.gvm, folder, console=console, room=roles.retire("scorer"))
+        before = self._accuracy(config, manifest, loop.roles)
+        artifact = train_value_model(config, config.gvm, folder, console=console, room=loop.roles.retire("scorer"))
         self.state = Refreshed(
             path=str(artifact),
             steps=(*self.state.steps, step),
@@ -108,7 +105,7 @@ class Refresher:
             accuracy_before=before,
             accuracy=read_manifest(artifact).heldout_accuracy["last"],
         )
-        self.run.memory.add_pids(roles.restart("scorer", self.scoring_config))
+        self.run.memory.add_pids(loop.roles.restart("scorer", self.scoring_config))
         console.say(f"GVM refreshed after step {step} on {len(rows)} new pairs: held-out accuracy {before:.3f} → {self.state.accuracy:.3f}")
         return {"time/refresh_seconds": time.perf_counter() - started}
 
@@ -125,7 +122,7 @@ class Refresher:
                 path.unlink()
         return folder
 
-    def _sample(self, folder: Path, step: int, sample: Sample, roles: Roles, console: RunConsole) -> Path:
+    def _sample(self, folder: Path, step: int, loop: Stages, console: RunConsole) -> Path:
         """The policy's answers to some training prompts, written to the refresh's folder."""
         settings, texts = self.config.gvm.refresh, self.inputs.texts
         indices = prompt_indices(len(texts), min(settings.prompts, len(texts)), len(self.state.steps) + 1, self.config.seed)
@@ -134,7 +131,7 @@ class Refresher:
         path = folder / "samples.jsonl"
         with console.stage("samples for the refresh", total=len(requests), unit="responses") as progress:
             prompts: list[Prompt] = [texts[i] for i in chosen]
-            write = roles.builder.write_samples.remote(sample(requests, step), prompts, str(path))
+            write = loop.roles.builder.write_samples.remote(loop.sample(requests, step, SAMPLES_STREAM), prompts, str(path))
             usable = get(write, what="samples for the refresh")
             progress.advance(len(requests), f"{usable} different and usable")
         return path

@@ -1,0 +1,169 @@
+"""The stages of a step as calls to the actors. `dvpo_ray.training.policy` puts them together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from dvpo_ray.actors.experience_builder import ScoredChunk
+from dvpo_ray.actors.roles import Roles
+from dvpo_ray.config import Config
+from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.policy.kl_controller import AdaptiveKLController
+from dvpo_ray.rollouts.pool import RolloutPool
+from dvpo_ray.rollouts.schedule import prompt_indices
+from dvpo_ray.runtime.cluster import get
+
+EXAMPLES_STREAM = 1
+"""Stream of random numbers of the examples of a step; its rollouts have stream 0."""
+
+
+class Stages:
+    """What a step can ask of the actors of a run.
+
+    Attributes:
+        kl: the KL coefficient in force.
+        policy_version: of the weights that the engines have.
+
+    Args:
+        prompts: token ids of the training prompts.
+        heldout: token ids of the held-out prompts that evaluations sample from.
+        takes_examples: the GVM is conditioned on examples of the current policy, which each step then samples first.
+    """
+
+    def __init__(
+        self, config: Config, roles: Roles, prompts: Sequence[list[int]], heldout: Sequence[list[int]], takes_examples: bool = False
+    ) -> None:
+        self.config = config
+        self.roles = roles
+        self.prompts = prompts
+        self.heldout = heldout
+        self.takes_examples = takes_examples
+        self.algorithm = ALGORITHMS[config.algorithm]
+        self.kl = AdaptiveKLController(config.kl.coefficient, config.kl.adaptive_target_nats, config.kl.adaptive_horizon)
+        self.policy_version = 0
+        self.pool = RolloutPool(roles.engines, config.seed)
+        self.samples_per_step = derive_batch(config).samples_per_step
+        self._turns = itertools.count()
+
+    # ------------------------------------------------------------------------------------------------ within a step
+
+    def prompts_of(self, step: int) -> list[list[int]]:
+        indices = prompt_indices(len(self.prompts), self.config.batch.prompts_per_step, step, self.config.seed)
+        return [self.prompts[i] for i in indices]
+
+    def examples(self, step: int) -> ObjectRef:
+        """Fresh rollouts of the current policy to distinct prompts, for the value model to know the policy by."""
+        distinct = list(dict.fromkeys(map(tuple, self.prompts)))
+        indices = prompt_indices(len(distinct), min(self.config.gvm.context.pool, len(distinct)), step, self.config.seed)
+        chunks = self.rollout([list(distinct[i]) for i in dict.fromkeys(indices)], step, scored_by=(), stream=EXAMPLES_STREAM)
+        return self.roles.builder.gather.remote(chunks)
+
+    def rollout(
+        self,
+        prompts: Sequence[list[int]],
+        step: int,
+        scored_by: Iterable[str],
+        *,
+        greedy: bool = False,
+        examples: ObjectRef | None = None,
+        stream: int = 0,
+    ) -> list[ScoredChunk]:
+        """A response to each prompt; every chunk goes to the frozen models while the next is being sampled.
+
+        Args:
+            examples: rollouts for a value model that takes them.
+        """
+        scored_by = list(scored_by)
+        return [self._score(chunk, scored_by, examples) for chunk in self.pool.sample(prompts, step, stream=stream, greedy=greedy)]
+
+    def _score(self, rollouts: ObjectRef, roles: Sequence[str], examples: ObjectRef | None) -> ScoredChunk:
+        turn, scores = next(self._turns), {}
+        for role in roles:
+            models = self.roles.frozen[role]
+            more = (examples,) if role == "scorer" else ()
+            scores[role] = models[turn % len(models)].score.remote(rollouts, *more)
+        return ScoredChunk(rollouts, scores)
+
+    def score_by_critic(self, chunks: list[ScoredChunk]) -> None:
+        """Values of the online critic, where there is one. All its ranks run forward together, so it takes a step's chunks at once."""
+        critics = self.roles.critics
+        for i, critic in enumerate(critics):
+            mine = chunks[i :: len(critics)]
+            refs = critic.score.options(num_returns=max(1, len(mine))).remote([chunk.rollouts for chunk in mine])
+            for chunk, ref in zip(mine, [refs] if len(mine) <= 1 else refs, strict=False):
+                chunk.scores["critic"] = ref
+
+    def advantages(self, chunks: list[ScoredChunk], greedy: list[ScoredChunk]) -> tuple[dict[str, float], list[ObjectRef]]:
+        """The batch's metrics, and one shard for each rank of the learner and then of the critic."""
+        coefficient = self.kl.coefficient if self.config.kl.placement == "reward" else 0.0
+        build = self.roles.builder.build.options(num_returns=1 + len(self.roles.learners) + len(self.roles.critics))
+        metrics, *shards = build.remote(chunks, self.policy_version, coefficient, greedy)
+        return get(metrics, what="advantages"), shards
+
+    def update(self, shards: list[ObjectRef], step: int) -> dict[str, float]:
+        """The policy's update, and beside it the critic's where there is one."""
+        coefficient = self.kl.coefficient if self.config.kl.placement == "loss" else 0.0
+        learners, critics = self.roles.learners, self.roles.critics
+        policy = [learner.update.remote(shard, step, coefficient) for learner, shard in zip(learners, shards, strict=False)]
+        critic = [actor.update.remote(shard, step) for actor, shard in zip(critics, shards[len(learners) :], strict=True)]
+        metrics = get(policy, what="the policy update")[0]
+        return metrics | get(critic, what="the critic's update")[0] if critics else metrics
+
+    def sync(self, version: int) -> None:
+        """Bring the learner's weights to every rollout engine, as policy version `version`."""
+        # The sender has the same limit for each phase; this one holds when a learner rank itself hangs.
+        limit = 2 * self.config.weight_sync.timeout_seconds
+        get([learner.sync_weights.remote(version) for learner in self.roles.learners], what="weight sync", timeout_seconds=limit)
+        self.policy_version = version
+
+    # ------------------------------------------------------------------------------------------------ between steps
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Sample one response to each held-out prompt and judge it; the sampling seed is the same at every step."""
+        chunks = self.rollout(self.heldout, step=0, scored_by=("reference",))
+        result = get(self.roles.builder.evaluate.remote(step, chunks), what="evaluation")
+        self.role_statistics()  # what was spent here is not part of the next step
+        return result
+
+    def sample(self, prompts: Sequence[list[int]], step: int, stream: int) -> list[ScoredChunk]:
+        """Rollouts of the current policy that nothing scores."""
+        chunks = self.rollout(prompts, step, scored_by=(), stream=stream)
+        self.role_statistics()  # what was spent here is not part of the next step
+        return chunks
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint."""
+        get([learner.save_pretrained.remote(str(folder)) for learner in self.roles.learners], what="saving the policy")
+
+    def save(self, folder: Path) -> None:
+        """Write what the actors hold into a checkpoint's folder, each trained role into its own."""
+        get([rank.save_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="saving a checkpoint")
+        if self.config.checkpoint.save_pretrained:
+            self.save_policy(folder / "policy")
+
+    def load(self, folder: Path, state: dict) -> None:
+        """Bring the actors and the KL coefficient to the state of a checkpoint."""
+        get([rank.load_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="loading a checkpoint")
+        self.kl.load_state_dict(state["kl"])
+        self.sync(state["step"])
+
+    def _trained(self) -> list[tuple[str, ActorHandle]]:
+        return [(role, rank) for role, ranks in self.roles.trained.items() for rank in ranks]
+
+    def role_statistics(self) -> dict[str, list[dict[str, float]]]:
+        """Busy seconds since the last call and memory of every actor, by role."""
+        pending = {role: [handle.stats.remote() for handle in handles] for role, handles in self.roles.by_role.items()}
+        return {role: get(refs, what=f"statistics of {role}") for role, refs in pending.items()}
+
+
+def wait(refs: Iterable[ObjectRef]) -> None:
+    """Wait until all are there, without fetching them."""
+    refs = list(refs)
+    ray.wait(refs, num_returns=len(refs), fetch_local=False)
