@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 class ResourceError(RuntimeError):
-    """Something the run needs (a GPU, a port, disk space, an engine's answer) is not there. One line, exit status 2."""
+    """Something that the run needs is missing: a GPU, a port, disk space, an engine's answer. One line, exit status 2."""
 
 
 def diverged(finding: str, section: str) -> ResourceError:

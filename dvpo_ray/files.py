@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and a full disk as one clear line."""
+"""Files and folders that are whole or absent, and one clear line when the disk is full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dvpo_ray.errors import ResourceError
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder that takes the place of `folder` when the block ends well, and is removed when it does not.
+    """A draft folder that replaces `folder` when the block succeeds and is removed when it fails.
 
     Raises:
         ResourceError: the disk is full.
@@ -39,7 +39,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `file` when the block ends well, and is removed when it does not.
+    """A text file that replaces `file` when the block succeeds and is removed when it fails.
 
     Raises:
         ResourceError: the disk is full.
@@ -71,5 +71,5 @@ def _disk_is_full(error: Exception) -> bool:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, SafetensorError):
         return "No space left" in str(error)  # safetensors keeps the system's message only
-    # torch.save says where its writer stood, not why it could not go on; nothing but a full disk stops it there.
+    # torch.save says where its writer stopped, not why; only a full disk stops it there.
     return "inline_container" in str(error) or "PytorchStreamWriter failed writing" in str(error)

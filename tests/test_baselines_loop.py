@@ -65,5 +65,5 @@ def test_ppo_learns_its_values_and_a_finished_run_goes_on(baseline_settings, tmp
 
 
 def test_a_reward_model_is_no_value_model(baseline_settings, tmp_path):
-    with pytest.raises(InputError, match="a reward model, of which only the last value was trained"):
+    with pytest.raises(InputError, match="a reward model; only its last value is trained"):
         run(baseline_settings | {"gvm": baseline_settings["reward_model"]}, tmp_path / "refused")

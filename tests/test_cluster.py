@@ -27,7 +27,8 @@ def test_nobody_at_the_address(scheme):
 
 def test_a_cluster_in_the_environment_whose_address_is_none(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nonsense")
-    with pytest.raises(ResourceError, match="'nonsense' is no address of a Ray cluster; expected HOST:PORT.* in RAY_ADDRESS"), connect(RayConfig()):
+    told = "'nonsense' is not the address of a Ray cluster; expected HOST:PORT.* in RAY_ADDRESS"
+    with pytest.raises(ResourceError, match=told), connect(RayConfig()):
         pass
 
 

@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
     folder, state = checkpoints.last_whole(tmp_path)
     assert state == {"step": 5}
     if damage == "truncated":
-        assert "step_000010 is not whole (learner/model.pt has 60 of 100 bytes) and is passed over" in caplog.text
+        assert "step_000010 is damaged (learner/model.pt has 60 of 100 bytes) and is skipped" in caplog.text
 
 
 def test_no_whole_checkpoint_is_one_line(tmp_path):

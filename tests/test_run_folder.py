@@ -141,7 +141,7 @@ def test_a_folder_of_another_command_is_refused(tmp_path, made_by, checkpoint):
 def test_a_folder_without_settings_is_none_of_a_run(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "config.yaml").unlink()
-    assert "no config.yaml, so this is no run folder to resume" in refused(check_resume, folder, "train", config_with())
+    assert "no config.yaml, so this is not a run folder" in refused(check_resume, folder, "train", config_with())
 
 
 def test_without_a_checkpoint_the_line_says_what_to_do(tmp_path):
@@ -215,7 +215,7 @@ def test_an_empty_folder_and_none_are_new(tmp_path):
     check_new(tmp_path / "run")
     check_new(tmp_path / "gone")
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file: already there and no folder"):
+    with pytest.raises(InputError, match="file: a file with this name is already there"):
         check_new(tmp_path / "file")
 
 

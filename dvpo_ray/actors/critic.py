@@ -26,7 +26,7 @@ from dvpo_ray.policy.losses import combine_metrics, value_loss
 
 
 class Critic(DeepSpeedRank):
-    """One data-parallel rank. A shard has the token fields `values` (of before the update), `returns` and `loss_mask`."""
+    """One data-parallel rank. A shard has the token fields `values` (before the update), `returns` and `loss_mask`."""
 
     role = "critic"
 
@@ -54,7 +54,7 @@ class Critic(DeepSpeedRank):
         """`values` of the state after every token of each of this rank's chunks of rollouts.
 
         Args:
-            chunks: references to the rollouts that this rank scores. Ranks may have different numbers of them, none too.
+            chunks: references to the rollouts that this rank scores. Ranks may have different numbers of them, also 0.
 
         Returns:
             One result per chunk; call with `num_returns=len(chunks)`.

@@ -1,4 +1,4 @@
-"""What the actors that train have in common: one data-parallel rank of a model under DeepSpeed."""
+"""One data-parallel rank of a model under DeepSpeed: the base of all actors that train."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DeepSpeedRank(Actor):
     model: nn.Module
 
     def rendezvous(self) -> tuple[str, int]:
-        """Address and free port at which the ranks can meet; asked of rank 0."""
+        """Address and free port where the ranks can meet. Call it on rank 0."""
         from ray._common.network_utils import find_free_port
 
         return ray.util.get_node_ip_address(), find_free_port()
@@ -38,7 +38,7 @@ class DeepSpeedRank(Actor):
         init_process_group(self.index, num_ranks, master_addr, master_port)
 
     def _shard(self, model: nn.Module, optimizer: OptimizerConfig, deepspeed: DeepSpeedConfig, dtype: torch.dtype, total_steps: int) -> None:
-        """Put a model under DeepSpeed, for so many optimizer steps in the whole run."""
+        """Put a model under DeepSpeed, for `total_steps` optimizer steps in the whole run."""
         self.model = model
         self.max_grad_norm = optimizer.max_grad_norm
         self.engine = build_engine(model, optimizer, deepspeed, dtype, total_steps)
@@ -67,7 +67,7 @@ class DeepSpeedRank(Actor):
 
 
 def over_ranks(values: Sequence[float], op: dist.ReduceOp) -> list[float]:
-    """Numbers summed, or the largest of them, over all ranks, each with those at its place."""
+    """Each number summed over all ranks, or its maximum over them."""
     tensor = torch.tensor(values, dtype=torch.float64, device=default_device())
     dist.all_reduce(tensor, op)
     return tensor.tolist()

@@ -27,11 +27,11 @@ from dvpo_ray.runtime.process import Actor
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """Some rollouts and what the frozen models say of them, as references into the object store.
+    """Some rollouts and their scores, as references into the object store.
 
     Attributes:
         rollouts: reference to a `RaggedBatch`.
-        scores: reference to the `Fields` that each role made of them, by the role's name.
+        scores: reference to the `Fields` of each role that scored them, by the role's name.
     """
 
     rollouts: ObjectRef
@@ -39,7 +39,7 @@ class ScoredChunk:
 
 
 class ExperienceBuilder(Actor):
-    """Advantages over the whole batch, shards for the learner, and the texts that people read."""
+    """Advantages over the whole batch, shards for the learner, and the files that people read."""
 
     role = "experience"
 
@@ -61,13 +61,13 @@ class ExperienceBuilder(Actor):
 
         Args:
             chunks: references to rollouts and their scores, in any order.
-            policy_version: version that every rollout must be of.
+            policy_version: the version that must have sampled every token.
             kl_reward_coefficient: weight of the KL penalty inside the advantage; 0 when KL is in the loss or off.
-            greedy_chunks: references to the greedy response to each prompt and its reward, for the algorithm that has such a baseline.
+            greedy_chunks: references to the greedy response to each prompt and its reward, if the algorithm has such a baseline.
 
         Returns:
-            Metrics, then one shard per learner rank with equal numbers of rows and like numbers of tokens, then one per critic rank
-            where there is a critic. Call with as many `num_returns`, so that a rank fetches its own part only.
+            Metrics, one shard per learner rank with equal numbers of rows and similar numbers of tokens, and one shard per critic
+            rank, if there is a critic. Call it with as many `num_returns`, so that a rank fetches its own shard only.
         """
         with self.clock.busy():
             batch = self._judged(_gather(chunks))
@@ -94,7 +94,7 @@ class ExperienceBuilder(Actor):
             return (batch_statistics(self.batch) | health_statistics(self.batch), *shards)
 
     def _trusted(self, batch: RaggedBatch, advantages: np.ndarray) -> np.ndarray:
-        """The advantages, after whitening, with less weight where the value models of an ensemble disagree; float32 [N]."""
+        """The whitened advantages, smaller where the value models of an ensemble disagree, float32 [N]."""
         coefficient = self.config.advantage.disagreement_coefficient
         return advantages if coefficient == 0 else (advantages * confidence(batch, coefficient)).astype(np.float32)
 
@@ -109,18 +109,18 @@ class ExperienceBuilder(Actor):
             return _gather(chunks)
 
     def write_samples(self, chunks: list[ScoredChunk], prompts: list[Prompt], path: str) -> int:
-        """Write the usable responses of some rollouts for a refresh of the value model, judged where the judge is its source.
+        """Write the usable responses of some rollouts for a refresh of the value model, with gold scores if the judge is its source.
 
         Args:
             chunks: references to `gvm.refresh.samples_per_prompt` rollouts of each prompt.
-            prompts: as they stand in the data.
+            prompts: as the data has them.
 
         Returns:
             Usable responses.
         """
         with self.clock.busy():
             config, settings = self.config, self.config.gvm.refresh
-            # A text that encodes to more tokens than were sampled is left out like every other that does not give its tokens again.
+            # A text that encodes to more tokens than were sampled is left out, like every text that does not encode to its tokens.
             data = config.data.model_copy(update={"long_response": "drop"})
             context = context_tokens(config.model.path, config.model.trust_remote_code)
             encoder = Encoder(self.tokenizer, data, config.model.chat_template, context)
@@ -130,7 +130,7 @@ class ExperienceBuilder(Actor):
             return sum(map(len, samples))
 
     def write_rollouts(self, step: int) -> None:
-        """Write the batch built last to rollouts/step_*.jsonl, one row per rollout."""
+        """Write the last batch to rollouts/step_*.jsonl, one row per rollout."""
         with self.clock.busy():
             path = self.run_folder / "rollouts" / f"step_{step:06d}.jsonl"
             _write_jsonl(path, [self._record(r) for r in range(self.batch.num_rows)])
@@ -162,7 +162,7 @@ class ExperienceBuilder(Actor):
         """Judge held-out rollouts and write them to evaluation/step_*.jsonl.
 
         Returns:
-            `gold`, the mean score (absent without a judge), and `kl`, the mean sequence KL from the reference in nats.
+            `kl`, the mean sequence KL from the reference in nats, and with a judge `gold`, the mean score.
         """
         with self.clock.busy():
             batch = self._judged(_gather(chunks))
@@ -183,7 +183,7 @@ class ExperienceBuilder(Actor):
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _judged(self, batch: RaggedBatch) -> RaggedBatch:
-        """The batch with the row field `gold`, where there is a judge."""
+        """The batch with the row field `gold`, if there is a judge."""
         if self.judge is None:
             return batch
         rows = range(batch.num_rows)
@@ -201,7 +201,7 @@ def _gather(chunks: list[ScoredChunk]) -> RaggedBatch:
 
 
 def _check_rows(batch: RaggedBatch, policy_version: int) -> None:
-    """A step's batch holds each of its rows once, and all of its tokens were sampled by the current policy."""
+    """Check that a batch holds each row once, and that the current policy sampled every token."""
     if len(np.unique(np.stack([batch.steps, batch.row_ids]), axis=1).T) != batch.num_rows:
         raise RuntimeError("a rollout was delivered twice")
     versions = np.unique(batch.policy_versions[batch.response_mask])

@@ -19,7 +19,7 @@ from dvpo_ray.runtime.process import Actor
 
 
 class FrozenModel(Actor):
-    """A model that is never trained: all of its state is its weights."""
+    """A model that is never trained."""
 
     model: PreTrainedModel
 
@@ -50,7 +50,7 @@ class ValueScorer(FrozenModel):
         """Values of every token, prompt and response.
 
         Args:
-            examples: other rollouts of the current policy, of which a model with a context puts some before each row.
+            examples: other rollouts of the current policy. A model with a context puts some of them before each row.
 
         Returns:
             `values`, of the state after each token; with `scorer.ensemble` also `disagreement`, the standard deviation of that
@@ -76,7 +76,7 @@ class ValueScorer(FrozenModel):
 
 
 class RewardScorer(ValueScorer):
-    """The frozen reward model of a baseline. Its value after the last token is the response's reward; no other number counts."""
+    """The frozen reward model of a baseline. Its value after the last token is the reward of the response; its other values are not used."""
 
     role = "reward_model"
 
@@ -85,14 +85,14 @@ class RewardScorer(ValueScorer):
 
     @torch.inference_mode()
     def score(self, batch: RaggedBatch) -> Fields:
-        """`rewards`, float64 [R], one of each response."""
+        """`rewards`, float64 [R]: one number for each response."""
         with self.clock.busy():
             values = self._values(self.model, batch, examples=None)
             return Fields(by_row={"rewards": values[batch.offsets[1:] - 1].astype(np.float64)})
 
 
 class ReferenceModel(FrozenModel):
-    """The frozen copy of the policy that KL is measured from."""
+    """The frozen copy of the policy. KL is measured from it."""
 
     role = "reference"
 

@@ -1,4 +1,4 @@
-"""How the rows of an update fall into optimizer steps and passes, agreed on by all ranks at once."""
+"""How the rows of an update are cut into optimizer steps and passes. All ranks agree on it at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Minibatch:
         batch: the rank's rows, with the token field `loss_mask`.
         micro_batches: rows of each forward and backward pass.
         tokens: tokens in the loss on all ranks together, at least 1.
-        idle_passes: passes that other ranks have more; ranks run together.
+        idle_passes: how many more passes another rank has; ranks run together.
     """
 
     batch: RaggedBatch
@@ -43,7 +43,7 @@ def minibatch_rows(config: Config, num_rows: int, step: int, epoch: int, rank: i
 
 
 def cut_minibatches(config: Config, shard: RaggedBatch, step: int, rank: int, micro_batch_tokens: int) -> list[Minibatch]:
-    """The minibatches of all epochs of an update, in order; a collective of all ranks, which exchange two messages for the whole update."""
+    """The minibatches of all epochs of an update, in order. A collective of all ranks with two messages for the whole update."""
     batches = [
         shard.select(rows) for epoch in range(config.batch.update_epochs) for rows in minibatch_rows(config, shard.num_rows, step, epoch, rank)
     ]

@@ -1,4 +1,4 @@
-"""The actor that trains the policy. It knows no algorithm: tokens arrive with their advantages."""
+"""The actor that trains the policy. It does not know the algorithm: tokens arrive with their advantages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PolicyLearner(DeepSpeedRank):
         if config.policy.lora is not None:
             model = apply_lora(model, config.policy.lora)
         self._shard(model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps)
-        # The engines loaded the same checkpoint, so what is not trained never has to travel.
+        # The engines load the same checkpoint, so weights that are not trained never travel.
         self.sender = make_sender(transport, config, engines, partial(self._weights, changing_only=True), self.index)
 
     def _weights(self, changing_only: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -79,7 +79,7 @@ class PolicyLearner(DeepSpeedRank):
                 shard = shard.with_token_fields(old_log_probs=shard.by_token["log_probs"])
             elif self.optimizer_steps_per_batch > 1:
                 shard = shard.with_token_fields(old_log_probs=self.log_probs(shard))
-            # Else the only optimizer step sees the ratio at 1, and its own forward pass serves as the old log-probs.
+            # Otherwise the ratio is 1 at the only optimizer step, and its own forward pass gives the old log-probs.
             tally = _Tally()
             for minibatch in cut_minibatches(self.config, shard, step, self.index, self.micro_batch_tokens):
                 result = self._optimizer_step(self._losses(minibatch, kl_loss_coefficient, tally))
@@ -91,7 +91,7 @@ class PolicyLearner(DeepSpeedRank):
         return batch_log_probs(self.model, batch, self.micro_batch_tokens, self.config.rollout.temperature, run=self.engine)
 
     def _losses(self, minibatch: Minibatch, kl_coefficient: float, tally: _Tally) -> list[Callable[[], Tensor]]:
-        """One loss function per pass, as many on every rank."""
+        """One loss function per pass; every rank has the same number of them."""
         loss = partial(self._loss, minibatch.batch, minibatch_tokens=minibatch.tokens, kl_coefficient=kl_coefficient, tally=tally)
         return [partial(loss, rows, counts=counts) for rows, counts in minibatch.passes()]
 
@@ -153,7 +153,7 @@ class PolicyLearner(DeepSpeedRank):
 
 
 class _Tally:
-    """Metrics of one `update`, collected by micro-batch and brought together over minibatches and ranks at the end."""
+    """Metrics of one `update`: collected by micro-batch, combined over minibatches and ranks at the end."""
 
     def __init__(self) -> None:
         self._parts: list[dict[str, Tensor]] = []
@@ -162,7 +162,7 @@ class _Tally:
         self._unchanged: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, metrics: dict[str, Tensor], learner_log_probs: Tensor, engine_log_probs: Tensor) -> None:
-        """A micro-batch. Until the first optimizer step the learner still has the weights that the engine sampled with."""
+        """Take in a micro-batch. Before the first optimizer step the learner has the weights that the engine sampled with."""
         self._parts.append(metrics)
         if not self._minibatches:
             self._unchanged.append((learner_log_probs.detach().cpu().numpy(), engine_log_probs.cpu().numpy()))
@@ -173,7 +173,7 @@ class _Tally:
         self._parts = []
 
     def of_all_ranks(self) -> dict[str, float]:
-        """Each minibatch summed over the ranks, then the mean (of `*_max` the maximum) over minibatches."""
+        """Each minibatch summed over the ranks, then the mean over minibatches (the maximum for `*_max`)."""
         ranks: list = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, (self._minibatches, self._unchanged))
         whole = [combine_metrics(parts) for parts in zip(*(minibatches for minibatches, _ in ranks), strict=True)]

@@ -91,7 +91,7 @@ def started_roles(
         run_folder: gets their logs.
         stop_token_ids: tokens that end a response.
         max_sequence_tokens: longest prompt and response together.
-        only: the roles to start, where it is not all that the algorithm has.
+        only: the roles to start; all that the algorithm has when not given.
 
     Raises:
         ResourceError: the cluster has no room for them, or one did not start in time.

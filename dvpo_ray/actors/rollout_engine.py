@@ -14,7 +14,7 @@ from dvpo_ray.runtime.process import Actor
 
 
 class RolloutEngine(Actor):
-    """One copy of the policy in a generation library. Its weights are replaced between steps, never during one.
+    """One copy of the policy in a generation library. Its weights are replaced between steps, never within one.
 
     Args:
         stop_token_ids: tokens that end a response.
@@ -37,11 +37,11 @@ class RolloutEngine(Actor):
             step, row_ids: identity of each prompt's row.
 
         Yields:
-            Finished rollouts with their `log_probs`, `rollout.rollouts_per_chunk` rows together, as they finish. Called
-            through Ray this is a stream of object references: a chunk can be scored while the next is being sampled.
+            Finished rollouts with their `log_probs`, `rollout.rollouts_per_chunk` rows together, as they finish. Through Ray
+            this is a stream of object references: a chunk can be scored while the next one is sampled.
 
         Raises:
-            ResourceError: the policy's weights give no probabilities any more.
+            ResourceError: the policy's weights give log-probs that are not finite.
         """
         finished: list[Response] = []
         responses = self.backend.generate(prompts, seed, greedy)

@@ -1,4 +1,4 @@
-"""Rollouts by transformers' own generation, for machines without vLLM and for runs that must repeat to the last bit."""
+"""Rollouts by transformers' own generation, for machines without vLLM and for runs that repeat bit by bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TransformersBackend:
         self.model = load_policy(config.model, default_device())
         self.parameters = dict(self.model.named_parameters())
         self.batch_size = config.rollout.max_concurrent_sequences
-        self.pad_token_id = min(stop_token_ids)  # fills rows that ended; never read back
+        self.pad_token_id = min(stop_token_ids)  # fills rows that have ended; nothing reads it
         self.stop_token_ids = stop_token_ids
         self.max_new_tokens = config.rollout.max_response_tokens
         self.temperature = config.rollout.temperature
@@ -52,7 +52,7 @@ class TransformersBackend:
         try:
             output = self.model.generate(input_ids, attention_mask=attention_mask, generation_config=settings)
         except RuntimeError as error:
-            if "probability tensor" not in str(error):  # torch's words where it cannot sample
+            if "probability tensor" not in str(error):  # torch's words when it cannot sample
                 raise
             raise diverged("the policy's token probabilities are not finite", "policy") from error
         sampled = output.sequences[:, width:]

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and finding the last whole one."""
+"""Checkpoints that are whole or absent, and how the last whole one is found."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def begin(run_folder: Path, step: int) -> Path:
 def commit(draft: Path, state: dict, keep: int) -> Path:
     """Make a written draft the checkpoint of its step, and remove all but the newest `keep`.
 
-    The manifest lists every file with its size; a checkpoint that does not match it is not whole.
+    The manifest lists every file with its size. A checkpoint that does not match it is damaged.
     """
     (draft / _STATE).write_text(json.dumps(state), encoding="utf-8")
     sizes = {str(f.relative_to(draft)): f.stat().st_size for f in sorted(draft.rglob("*")) if f.is_file()}
@@ -41,7 +41,7 @@ def commit(draft: Path, state: dict, keep: int) -> Path:
 
 
 def last_whole(run_folder: Path) -> tuple[Path, dict]:
-    """The newest whole checkpoint of a run and its state; damaged ones are named in a warning and passed over.
+    """The newest whole checkpoint of a run and its state; damaged ones are skipped with a warning.
 
     Raises:
         InputError: the run has no whole checkpoint.
@@ -50,7 +50,7 @@ def last_whole(run_folder: Path) -> tuple[Path, dict]:
         problem = _problem(folder)
         if problem is None:
             return folder, json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        logger.warning("%s is not whole (%s) and is passed over", folder, problem)
+        logger.warning("%s is damaged (%s) and is skipped", folder, problem)
     raise InputError(f"{run_folder}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
 
 

@@ -1,4 +1,4 @@
-"""Joining or starting Ray, and calls to actors whose failures are one clear line."""
+"""Joining or starting Ray, and calls to actors that fail with one clear line."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.runtime.termination import keeps_termination
 
 START_PATIENCE = "RAY_raylet_start_wait_time_s"
-"""The environment variable of the seconds that Ray gives its own node to start."""
+"""The environment variable with the seconds that Ray waits for its own node to start."""
 
 
 @contextmanager
 def connect(config: RayConfig) -> Iterator[None]:
-    """Ray for the time of a `with` block: the session this process is in, the cluster of this job or address, or a local one.
+    """Ray for the time of a `with` block: this process's session, the cluster at an address, or a new one on this machine.
 
     Raises:
         ResourceError: no cluster answers at the address.
@@ -47,17 +47,17 @@ def connect(config: RayConfig) -> Iterator[None]:
 def _join(address: str, options: dict) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if host and port.isdigit():  # Ray itself would try for minutes before it says that nobody is there
+        if host and port.isdigit():  # Ray itself would try for minutes before it gives up
             socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
         ray.init(address=address, **options)
     except (ConnectionError, TimeoutError, socket.gaierror) as error:
         raise ResourceError(f"no Ray cluster answers at {address}; start one with `ray start --head`, or unset ray.address") from error
     except ValueError as error:
-        raise ResourceError(f"'{address}' is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto in RAY_ADDRESS") from error
+        raise ResourceError(f"'{address}' is not the address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto in RAY_ADDRESS") from error
 
 
 def _start_local(config: RayConfig, options: dict) -> None:
-    # Ray warns that a new cluster asks for a token, which this process and its actors have without anybody's doing.
+    # Ray warns that a new cluster asks for a token. This process and its actors have the token anyway.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         ray.init(
@@ -72,16 +72,16 @@ def _start_local(config: RayConfig, options: dict) -> None:
             raise
         patience = os.environ.get(START_PATIENCE, "30")
         raise ResourceError(
-            f"Ray did not start within the {patience} seconds it gives itself; the machine is overloaded: try again, or give it longer with "
+            f"Ray did not start within its limit of {patience} seconds; the machine is overloaded: try again, or raise the limit with "
             f"{START_PATIENCE}=120 in the environment"
         ) from error
 
 
 def check_gpus(wanted: Mapping[str, float], config: RayConfig) -> None:
-    """Refuse GPUs on a cluster that `connect` would start on a machine without any.
+    """Refuse GPUs that a cluster started by `connect` would not have, because this machine has no GPU.
 
     Args:
-        wanted: GPUs by the key that asks for them.
+        wanted: number of GPUs by the key that asks for them.
 
     Raises:
         ResourceError: names the first such key.
@@ -97,14 +97,14 @@ def check_gpus(wanted: Mapping[str, float], config: RayConfig) -> None:
 
 
 def get(refs, *, what: str, timeout_seconds: float | None = None):
-    """`ray.get` whose failures say what was waited for.
+    """`ray.get` with errors that say what was waited for.
 
     Args:
         refs: one reference or a list of them.
         what: names the work, for the error.
 
     Raises:
-        InputError, ResourceError: as raised in the actor; or an actor died, its node ran out of memory, or the time limit passed.
+        InputError, ResourceError: the actor raised it, an actor died, its node ran out of memory, or the time limit passed.
     """
     try:
         return ray.get(refs, timeout=timeout_seconds)
@@ -116,9 +116,9 @@ def get(refs, *, what: str, timeout_seconds: float | None = None):
         raise ResourceError(f"{what} did not finish within {timeout_seconds:g} seconds") from None
     except OutOfMemoryError as error:
         told = str(error).partition("\n")[0].rstrip(".")
-        raise ResourceError(f"{what}: {told}; use fewer or smaller actors, or end what else takes memory") from error
+        raise ResourceError(f"{what}: {told}; use fewer or smaller actors, or stop other programs that take memory") from error
     except RayActorError as error:
-        # Of an error in a constructor Ray keeps the text alone.
+        # Ray keeps only the text of an error in a constructor.
         raised = re.search(r"dvpo_ray\.errors\.(InputError|ResourceError): (.+)", str(error))
         if raised is not None:
             raise {"InputError": InputError, "ResourceError": ResourceError}[raised[1]](raised[2]) from None

@@ -1,4 +1,4 @@
-"""What every actor's process has in common: threads, log file, busy time and memory."""
+"""What every actor has: its process's threads and folder, a log file, busy time and memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dvpo_ray.monitoring.logs import redirect_process_output
 T = TypeVar("T")
 
 WORKING_FOLDER = "DVPO_WORKING_FOLDER"
-"""Environment variable with the driver's working folder. A process of a running cluster begins in the folder that the cluster
-was started from, where the relative paths of a config would mean something else."""
+"""Environment variable with the driver's working folder. Processes of a running cluster start in the folder where the cluster was
+started, and there the relative paths of a config would mean something else."""
 
 
 PACKAGE_FOLDER = "DVPO_PACKAGE_FOLDER"
-"""Environment variable with the folder that the driver's `dvpo_ray` lies in. Ray puts the folder that a driver was started from
-first on its workers' search path, so a copy of the package there would be taken for the installed one."""
+"""Environment variable with the folder of the driver's `dvpo_ray`. Ray puts the folder where a driver was started first on its
+workers' search path, so a copy of the package in that folder would be used instead of the installed one."""
 
 
 def driver_folders() -> dict[str, str]:
@@ -41,8 +41,9 @@ def _package_folder() -> Path:
 def environment(role: RoleConfig) -> dict[str, str]:
     """Environment variables of an actor's process, to be set before it starts.
 
-    Threads wait passively: OpenMP threads that spin while another process computes slow both by more than ten times. GNU's, which are
-    torch's, may spin for a moment before they sleep: an operation often follows at once, and waking them costs a sixth of an update.
+    Threads wait passively: OpenMP threads that spin while another process computes make both more than ten times slower. GNU's
+    threads, which torch uses, spin for a moment before they sleep: the next operation often follows at once, and to wake them costs
+    a sixth of an update.
     """
     variables = {
         "OMP_NUM_THREADS": str(role.threads),
@@ -52,7 +53,7 @@ def environment(role: RoleConfig) -> dict[str, str]:
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        # glibc would give every larger tensor back to the system and fetch fresh pages for the next: a quarter of a small model's pass.
+        # Otherwise glibc returns every larger tensor to the system and fetches new pages for the next: a quarter of a small model's pass.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     }
@@ -64,7 +65,7 @@ def environment(role: RoleConfig) -> dict[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": str(role.kv_cache_gib),
         }
         if role.gpus_per_actor == 0 and role.enforce_eager:
-            # Else vLLM compiles a count over the logits all the same: half a minute, and it needs a C++ compiler.
+            # Otherwise vLLM still compiles a count over the logits: that takes half a minute and needs a C++ compiler.
             variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables
 
@@ -78,17 +79,17 @@ def _enter_working_folder() -> None:
 
 
 def _check_package() -> None:
-    """Refuse to compute with another copy of the package than the driver's, where both are on this node."""
+    """Refuse to compute with another copy of the package than the driver's, if both are on this node."""
     drivers = Path(os.environ.get(PACKAGE_FOLDER, _package_folder()))
     if drivers != _package_folder() and drivers.is_dir():
         raise ResourceError(
-            f"actors would run {_package_folder()}, but this command runs {drivers}: Ray's workers look first where a command was started; "
+            f"actors would run {_package_folder()}, but this command runs {drivers}: Ray's workers look first in the folder of the command; "
             "start it from another folder"
         )
 
 
 class BusyClock:
-    """Seconds that an actor spent computing since it was last asked."""
+    """Seconds that an actor has computed since the last call of `read_and_reset`."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -127,11 +128,11 @@ class Actor:
         return f"{type(self).__name__}({self.index})"
 
     def ready(self) -> tuple[str, int]:
-        """Ray's id of this node and the process id, once the constructor is through."""
+        """Ray's id of this node and the process id; the answer comes when the constructor is done."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def stats(self) -> dict[str, float]:
-        """Busy seconds since the last call, and peak memory in GiB (of the GPU where there is one, else resident)."""
+        """Busy seconds since the last call, and memory in GiB: the GPU's peak, or without a GPU the resident memory."""
         import torch
 
         gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else psutil.Process().memory_info().rss / 2**30

@@ -1,4 +1,4 @@
-"""SIGTERM as Ctrl-C: the run is unwound, its summary written, its actors stopped."""
+"""SIGTERM ends a run like Ctrl-C: its actors are stopped and its summary is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Termination:
-    """From now on, and until `close`, SIGTERM raises KeyboardInterrupt, once. Only for the main thread.
+    """Until `close`, the first SIGTERM raises KeyboardInterrupt. For the main thread only.
 
     Attributes:
         received: whether this process was asked to end.
@@ -20,19 +20,19 @@ class Termination:
         self._before = signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # Ray's waits end for KeyboardInterrupt alone. A second signal must not cut off what the first one has unwound.
+        # Only KeyboardInterrupt ends Ray's waits. A second signal must not interrupt what the first one started.
         if not self.received:
             self.received = True
             raise KeyboardInterrupt
 
     def close(self) -> None:
-        """Bring back the handler of before."""
+        """Restore the earlier handler."""
         signal.signal(signal.SIGTERM, self._before)
 
 
 @contextmanager
 def keeps_termination() -> Iterator[None]:
-    """A `Termination` from before this context holds after it: Ray puts its own handlers, which exit at once, in the place of any."""
+    """Restore a `Termination` after this context: Ray replaces every handler by its own, which exits at once."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield

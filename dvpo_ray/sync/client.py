@@ -1,7 +1,7 @@
 """Weight sync: one protocol (init, start, update, finish) over any transport, as the learner calls it.
 
-The protocol is vLLM's own. Every call to an engine has a time limit and names the engine and the phase when it passes,
-and an engine takes its new version number only when all of its weights have arrived.
+The protocol is vLLM's own. Every call to an engine has a time limit. When it passes, the error names the engine and the phase.
+An engine takes its new version number only when all of its weights have arrived.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class EngineClient:
         ray.get(ready)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Open the channel; each engine gets its own first rank of the transfer group."""
+        """Open the channel. Each engine gets its own first rank in the transfer group."""
         self.begin()
         infos = [dict(init_info) for _ in self.engines]
         for index, info in enumerate(infos):
@@ -63,7 +63,7 @@ class EngineClient:
         self._all("finish_weight_update", [()] * len(self.engines))
 
     def set_policy_version(self, version: int) -> None:
-        """All weights have arrived: what the engines sample from now on is of this version."""
+        """Tell the engines the version of the weights that have arrived."""
         self._all("set_policy_version", [(version,)] * len(self.engines))
 
 

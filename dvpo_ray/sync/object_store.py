@@ -38,9 +38,9 @@ class ObjectStoreSender:
 
 
 def pack(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, checksum: bool) -> Iterator[dict]:
-    """Cut a stream of weights into buckets of at most `bucket_bytes`; a larger tensor gets a bucket of its own.
+    """Cut a stream of weights into buckets of at most `bucket_bytes`. A larger tensor gets a bucket of its own.
 
-    Nothing is copied here where a tensor is contiguous and on the CPU: the object store copies each array once, into shared memory.
+    A tensor that is contiguous and on the CPU is not copied here. The object store copies each array once, into shared memory.
 
     Yields:
         `names`, `dtypes`, `shapes` of the tensors, `data` uint8 arrays with their bytes, and `crc32` of all bytes (None without
@@ -68,10 +68,10 @@ def pack(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, checksu
 def unpack(
     names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]], data: Sequence[np.ndarray], crc32: int | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a bucket, as views of its bytes; read-only where those are the object store's.
+    """The weights of a bucket, as views of its bytes; bytes of the object store are read-only.
 
     Raises:
-        ValueError: the bytes don't have the checksum they were sent with.
+        ValueError: the checksum of the bytes differs.
     """
     if crc32 is not None and _crc32(data) != crc32:
         raise ValueError(f"weight bucket {names[0]} … {names[-1]} arrived damaged: CRC-32 differs")

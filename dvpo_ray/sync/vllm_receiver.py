@@ -15,7 +15,7 @@ from dvpo_ray.sync.object_store import unpack
 
 @dataclass
 class ObjectStoreInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: a bucket describes itself."""
+    """Empty: a bucket describes itself."""
 
 
 @dataclass
@@ -47,8 +47,8 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
-        # A head tied to the embedding receives no weights of its own, so the reload does not repack it; on CPU it would
-        # go on computing with a packed copy of the old embedding.
+        # A head that is tied to the embedding receives no weights of its own, so the reload does not pack it again. On CPU it would
+        # compute with a packed copy of the old embedding.
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)

@@ -17,14 +17,14 @@ from dvpo_ray.sync.client import EngineClient, WeightStream
 
 
 class LearnerWeights(WeightSource):
-    """The learner's full weights as vLLM's trainer engines read them; ZeRO-3 and LoRA are resolved by the stream."""
+    """The learner's full weights as vLLM's trainer engines read them. The stream gathers ZeRO-3 shards and merges LoRA."""
 
     def __init__(self, weights: WeightStream) -> None:
         self._weights = weights
         self._metadata: list[ParamMeta] | None = None
 
     def metadata(self) -> list[ParamMeta]:
-        """Names, dtypes and shapes; the first call gathers every weight once to learn them."""
+        """Names, dtypes and shapes; the first call gathers every weight once to find them."""
         if self._metadata is None:
             self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._weights()]
         return self._metadata

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290): TRL's DPOTrainer on pairs encoded like the value model's."""
+"""`dvpo dpo`: Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290), by TRL's DPOTrainer, on the value model's pairs."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     """The ids of every training pair, under the same limits as in `dvpo gvm train`.
 
     Returns:
-        Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`; and what became of the other rows, one line for each kind.
+        Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, and one line for each kind of row that is left out or shortened.
 
     Raises:
-        InputError: anything missing, unreadable or unfit; no pair is left.
+        InputError: a file is missing or unreadable, or no pair is left.
     """
     sets = load_preferences(config.data.preferences, config.data.on_bad_row)
     context = context_tokens(config.model.path, config.model.trust_remote_code)
@@ -82,8 +82,8 @@ def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
 class EncodedDPOTrainer(DPOTrainer):
     """TRL's trainer on rows that hold token ids already.
 
-    TRL would tokenise texts itself: with its own end token, with an end token after responses that were cut off, and without
-    the tokens of the prompt that a merge with the response changes.
+    TRL would tokenise texts itself: with its own end token, with an end token after responses that were cut off, and with other
+    ids where the end of the prompt merges with the response.
     """
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, dataset_name: str) -> Dataset:

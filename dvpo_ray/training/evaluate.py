@@ -34,7 +34,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     """Sample one response of a policy to each held-out prompt and judge it.
 
     Args:
-        config: `data.prompts`, `evaluation`, `rollout` and `ray` are used; `model.path` only for its other settings.
+        config: `data.prompts`, `evaluation`, `rollout`, `ray` and the settings of `model` beside its path are used.
         policy: checkpoint folder or hub name.
         out: folder that gets `evaluation.jsonl` with one row per prompt, and the engines' logs.
 
@@ -76,7 +76,7 @@ def heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], lis
     """The held-out prompts that the settings keep, at most `evaluation.prompts` of them, and their token ids.
 
     Raises:
-        InputError: none is left.
+        InputError: no prompt is left.
     """
     heldout = load_prompts(config.data.prompts, config.data.on_bad_row).heldout
     kept = [(prompt, ids) for prompt in heldout if (ids := encoder.encode_prompt(prompt)) is not None]

@@ -1,4 +1,4 @@
-"""Everything a run reads, checked before any actor starts."""
+"""Everything that policy optimisation reads, checked before any actor starts."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Inputs:
 
     Attributes:
         prompts: training prompts.
-        texts: the same prompts as they stand in the data.
+        texts: the same prompts as the data has them.
         heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
         stop_token_ids: tokens that end a response.
         manifest: of the GVM, or of a baseline's reward model.
-        notes: settings that are hardly meant, skipped and dropped rows, one line each.
+        notes: settings that are probably a mistake, and rows that are left out, one line each.
     """
 
     prompts: list[list[int]]
@@ -46,7 +46,7 @@ class Inputs:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Check the resources, the models and what is to be trained of them, and read the prompts.
+    """Check the resources, the models and which parts of them are trained, and read the prompts.
 
     Raises:
         InputError, ResourceError: anything missing, unreadable or unfit, in one line.
@@ -88,7 +88,7 @@ def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVM
     if needs_values:
         _check_is_value_model(path, manifest, "gvm.path")
     if not needs_values and manifest.context.examples:
-        raise InputError(f"{path}: a value model that takes examples before each prompt, which a reward model gets none of; give one without")
+        raise InputError(f"{path}: this value model takes examples before each prompt, and a reward model gets no examples; give one without")
     check_tokenizer(path, manifest, tokenizer, config.model.chat_template)
     check_files(path, manifest)
     return manifest
@@ -96,11 +96,11 @@ def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVM
 
 def _check_is_value_model(path: Path, manifest: GVMManifest, key: str) -> None:
     if manifest.objective.name == "bradley_terry":
-        raise InputError(f"{path}: a reward model, of which only the last value was trained; {key} needs one made by `dvpo gvm train`")
+        raise InputError(f"{path}: a reward model; only its last value is trained, so {key} needs a model made by `dvpo gvm train`")
 
 
 def _check_ensemble(config: Config, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse value models whose values cannot be compared with those of `gvm.path`, or that say the same."""
+    """Refuse value models whose values cannot be compared with those of `gvm.path`, and copies of one model."""
     known = {config.gvm.path: manifest}
     for path in map(Path, config.scorer.ensemble):
         other = read_manifest(path)
@@ -109,7 +109,9 @@ def _check_ensemble(config: Config, manifest: GVMManifest, tokenizer: PreTrained
         check_files(path, other)
         same = next((name for name, earlier in known.items() if earlier.weights_sha256 == other.weights_sha256), None)
         if same is not None:
-            raise InputError(f"scorer.ensemble: {path} is the same model as {same}, so they never disagree; give models of other seeds or data")
+            raise InputError(
+                f"scorer.ensemble: {path} is the same model as {same}, so they never disagree; give models trained with other seeds or data"
+            )
         known[str(path)] = other
         for name in ("outcome", "context"):
             if getattr(other, name) != getattr(manifest, name):
@@ -117,13 +119,13 @@ def _check_ensemble(config: Config, manifest: GVMManifest, tokenizer: PreTrained
 
 
 def _check_examples(config: Config, context: ContextSpec, longest: int) -> None:
-    """Refuse a GVM whose examples would not fit before the longest row, or would run out."""
+    """Refuse a GVM whose examples do not fit before the longest row, and too few rollouts to draw them from."""
     if not context.examples:
         return
     if config.gvm.context.pool <= context.examples:
         raise InputError(
-            f"gvm.context.pool is {config.gvm.context.pool}, but {config.gvm.path} takes {context.examples} examples of other prompts "
-            f"than a row's own; set it to {context.examples + 1} or more"
+            f"gvm.context.pool is {config.gvm.context.pool}, but {config.gvm.path} takes {context.examples} examples, none of them of "
+            f"the row's own prompt; set it to {context.examples + 1} or more"
         )
     room = context_tokens(config.gvm.path, config.model.trust_remote_code)
     needed = longest + context.examples * context.max_tokens

@@ -23,7 +23,7 @@ class PolicyState:
         refresh_is_due: the GVM is refreshed before the next step.
 
     Raises:
-        InputError: the run is resumed and has no whole checkpoint, or one of a later step than `train.steps`.
+        InputError: a resumed run has no whole checkpoint, or one of a later step than `train.steps`.
     """
 
     def __init__(self, run: Run, inputs: Inputs) -> None:
@@ -39,7 +39,7 @@ class PolicyState:
             self._load_state_dict(state)
 
     def evaluate(self, loop: Stages, console: RunConsole) -> None:
-        """Judge the policy of the last step on the held-out prompts, where there are any."""
+        """Judge the policy of the last step on the held-out prompts, if there are any."""
         if not self.inputs.heldout:
             return
         step, prompts = self.run.last_step, len(self.inputs.heldout)

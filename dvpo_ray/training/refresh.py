@@ -1,8 +1,8 @@
-"""Semi-online refresh: new preferences over the current policy's samples, and the Global Value Model trained on with them.
+"""Semi-online refresh: new preferences over the current policy's samples continue the training of the Global Value Model.
 
     sample → label → train, in the room of the scorers → scorers again, with the new artifact
 
-A refresh has a folder, `gvm/refresh_<step>/` of the run: samples, labels, pairs, and what `dvpo gvm train` leaves.
+A refresh has a folder, `gvm/refresh_<step>/` of the run, with samples, labels, pairs, and the files of `dvpo gvm train`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SAMPLES_STREAM = 2
 
 @dataclass(frozen=True)
 class Refreshed:
-    """What the last refresh left behind, and all of them together.
+    """The result of the last refresh, and totals over all of them.
 
     Attributes:
         path: the artifact in force.
-        steps: steps after which there was a refresh.
+        steps: the steps that a refresh followed.
         pairs_total: labelled pairs of all refreshes.
-        accuracy_before, accuracy: by the last value, on the held-out pairs of the last refresh, of the GVM before it and after it.
+        accuracy_before, accuracy: of the GVM before and after the last refresh, by the last value, on the held-out pairs of that refresh.
     """
 
     path: str
@@ -53,7 +53,7 @@ class Refreshed:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """`refresh/…`, none before the first refresh."""
+        """`refresh/…`; empty before the first refresh."""
         if not self.steps:
             return {}
         return {
@@ -84,10 +84,13 @@ class Refresher:
         return self.config.model_copy(update={"gvm": self.config.gvm.model_copy(update={"path": self.state.path or None})})
 
     def refresh(self, step: int, loop: Stages, console: RunConsole) -> dict[str, float]:
-        """Collect preferences on the policy of a step, train the GVM on, and give it to the scorers; returns the time it took as a metric.
+        """Collect preferences on the policy of a step, continue the training of the GVM, and give it to the scorers.
+
+        Returns:
+            The time it took, as a metric.
 
         Raises:
-            InputError, ResourceError: too few pairs, bad labels or none in time, or what training raises.
+            InputError, ResourceError: too few pairs, bad labels, no labels in time, or an error of the training.
         """
         started = time.perf_counter()
         folder = self._emptied(self._folder(step))
@@ -113,7 +116,7 @@ class Refresher:
         return self.run.folder / "gvm" / f"refresh_{step:06d}"
 
     def _emptied(self, folder: Path) -> Path:
-        """The folder of a refresh without what an interrupted attempt left there, but with its labels."""
+        """The folder of a refresh. Files of an interrupted attempt are removed, but its labels stay."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             if path.is_dir():
@@ -150,7 +153,7 @@ class Refresher:
         return labelled_rows(pairs, labels, needs_scores=read_manifest(Path(self.state.path)).outcome.kind == "score")
 
     def _accuracy(self, config: Config, manifest: GVMManifest, roles: Roles) -> float:
-        """Of the GVM in force, on the new held-out pairs."""
+        """Accuracy of the GVM in force on the new held-out pairs."""
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         pairs = load_heldout(config, config.gvm, manifest, tokenizer)
         return get(roles.by_role["scorer"][0].accuracy.remote(pairs), what="the accuracy before the refresh")
@@ -158,7 +161,7 @@ class Refresher:
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps. An artifact in the run folder is named relative to it, so that the folder can move."""
+        """What a checkpoint keeps. The path of an artifact in the run folder is relative to it, so that the folder can move."""
         path = Path(self.state.path)
         inside = bool(self.state.steps) and path.is_relative_to(self.run.folder)
         return asdict(self.state) | {"path": str(path.relative_to(self.run.folder)) if inside else self.state.path}
@@ -170,11 +173,11 @@ class Refresher:
 
 
 def training_config(config: Config, manifest: GVMManifest, start: str, folder: Path) -> Config:
-    """The config of a refresh's training: from the GVM in force on, with its own objective, in the scorers' room.
+    """The config of a refresh's training: it starts from the GVM in force, with that model's own objective, in the scorers' room.
 
     Args:
         start: the artifact in force.
-        folder: has the files of `write_pairs`.
+        folder: with the files of `write_pairs`.
     """
     objective, settings, scorer = manifest.objective, config.gvm.refresh, config.scorer
     changes = {
@@ -199,6 +202,6 @@ def training_config(config: Config, manifest: GVMManifest, start: str, folder: P
         update={
             "gvm": config.gvm.model_copy(update=changes),
             "data": config.data.model_copy(update={"preferences": pairs, "max_response_tokens": longest}),
-            "train": config.train.model_copy(update={"trackers": []}),  # those of the run are its policy's
+            "train": config.train.model_copy(update={"trackers": []}),  # the run's own trackers show its policy
         }
     )

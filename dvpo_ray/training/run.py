@@ -1,12 +1,12 @@
 """One lifecycle for every run that has a folder: who may write there, where it goes on, what it saves, and how it ended.
 
     run = Run("train", config, folder, resume=resume)     refuses a folder or settings that are not this run's
-    inputs = ...                                          everything that can be wrong is found here
-    run.open_checkpoint()                                 the last whole one, where the run is resumed
+    inputs = ...                                          every mistake in the inputs is found here
+    run.open_checkpoint()                                 the last whole one of a resumed run
     with run.started("DVPO", facts, notes) as console:    from here on the folder is this run's
         ...                                               `run.last_step` and `run.outcome` go to the summary
 
-Whatever ends the block, summary.json says how: `finished`, `stopped`, `interrupted` or `failed`.
+However the block ends, summary.json says it: `finished`, `stopped`, `interrupted` or `failed`.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ _LEFTOVERS = (
     *(CONFIG, SUMMARY, "report.html", "metrics.jsonl", "trackers.json", "logs/*.log", "tensorboard/events.out.tfevents.*", "wandb/**/*"),
     *("evaluation/step_000000.jsonl", "rollouts/step_000001.jsonl", "checkpoints/.step_*.draft/**/*"),
 )
-"""Files that a run leaves which ended before its first step was done."""
+"""Files that a run leaves when it ends before its first step is done."""
 
 
 def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
-    """Make a folder that of a run that starts now: settings, and a summary that says so. Call it when all inputs are loaded.
+    """Make the folder belong to a run that starts now: write its settings and a summary. Call it when all inputs are loaded.
 
-    What a run left there that never took a step is removed first; of a resumed run the summary keeps its numbers until there are new ones.
+    Files of a run that never took a step are removed first. The summary of a resumed run keeps its numbers until there are new ones.
     """
     if not resumed and _ended_before_its_first_step(folder):
         _remove_leftovers(folder)
@@ -43,20 +43,22 @@ def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder for a new run unless it is absent, empty, or holds only what a run left that never took a step.
+    """Refuse a folder for a new run unless it is absent, empty, or holds only files of a run that never took a step.
 
     Raises:
         InputError: says what is there, and what to do.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: already there and no folder; give another --out")
+        raise InputError(f"{folder}: a file with this name is already there; give another --out")
     if all(path.is_dir() for path in folder.rglob("*")):
         return
     if not _ended_before_its_first_step(folder):
         raise InputError(f"{folder}: already there and not empty; give another --out, or --resume to continue the run in it{_hint(folder)}")
     foreign = next(_foreign_files(folder), None)
     if foreign is not None:
-        raise InputError(f"{folder}: the run in it ended before its first step, but {foreign} is none of its files; move it, or give another --out")
+        raise InputError(
+            f"{folder}: the run in it ended before its first step, but {foreign} is not one of its files; move it, or give another --out"
+        )
 
 
 def _ended_before_its_first_step(folder: Path) -> bool:
@@ -70,13 +72,13 @@ def _has_results(folder: Path) -> bool:
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:
-    """Of the package's own kind, and of transformers' trainers."""
+    """The package's own checkpoints, and those of transformers' trainers."""
     yield from (folder / "checkpoints").glob("step_*")
     yield from (folder / "checkpoints").glob("checkpoint-*")
 
 
 def _hint(folder: Path) -> str:
-    """What to add where there is nothing to continue."""
+    """What to add to the message when there is nothing to continue."""
     state = _read_summary(folder).get("state")
     if state is None or any(_checkpoints(folder)):
         return ""
@@ -113,11 +115,11 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
         config: its settings.
 
     Raises:
-        InputError: another command made the folder, its settings were others, it has no checkpoint, or it is no run folder.
+        InputError: another command made the folder, the settings differ, there is no checkpoint, or it is not a run folder.
     """
     kept_file = folder / CONFIG
     if not kept_file.is_file():
-        raise InputError(f"{folder}: no {CONFIG}, so this is no run folder to resume; give the --out of the run")
+        raise InputError(f"{folder}: no {CONFIG}, so this is not a run folder; give the --out of the run")
     maker = _read_summary(folder).get("stage", stage)
     if maker in STAGES and maker != stage:
         made_by, command = STAGES[maker].command, STAGES[stage].command
@@ -132,7 +134,7 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
 
 
 def _is_over(folder: Path, stage: str, config: Config) -> bool:
-    """Whether a run has its result and no step is left. Only the policy's can be made longer."""
+    """Whether a run has its result and no step is left. Only a run of `dvpo train` can be made longer."""
     summary = _read_summary(folder)
     done = summary.get("state") == "finished" and (folder / "final").is_dir()
     return done and (stage != "train" or (summary.get("steps") or 0) >= config.train.steps)

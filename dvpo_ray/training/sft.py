@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, the step before the method: TRL's SFTTrainer on answers encoded like every later rollout."""
+"""`dvpo sft`: supervised fine-tuning before the method, by TRL's SFTTrainer, on answers encoded like every later rollout."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dvpo_ray.training.run import Run
 from dvpo_ray.training.trl_stage import OPTIMIZER_METRICS, last_trainer_checkpoint, run_stage, trained_policy, training_arguments
 
 IGNORED_LABEL = -100
-"""Label of tokens that are no part of the loss, as in torch's cross entropy."""
+"""Label of tokens outside the loss, as in torch's cross entropy."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and the answer to learn; without a prompt, a text to learn as a whole."""
+    """A prompt and the answer to learn. Without a prompt, the answer is a text to learn as a whole."""
 
     prompt: Content | None
     answer: Content
@@ -79,7 +79,7 @@ def parse_answers(columns: Mapping, where: str) -> list[Answer]:
     """The answers of one row: one, or in a dialogue one for each turn of the assistant.
 
     Raises:
-        BadRow: no answer, or a layout that is none of those.
+        BadRow: no answer, or an unknown layout.
     """
     if columns.get("messages") is not None:
         return _dialogue(columns["messages"], where)
@@ -100,13 +100,13 @@ def _dialogue(value: object, where: str) -> list[Answer]:
         raise BadRow("`messages` must be a list of messages")
     answers = [Answer(messages[:turn], [message], where) for turn, message in enumerate(messages) if turn and message["role"] == "assistant"]
     if not answers:
-        raise BadRow("`messages` has no assistant message that answers another one")
+        raise BadRow("`messages` has no assistant message after another message")
     return answers
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadRow("`text` must be text that is not empty")
+        raise BadRow("`text` must be a text and not empty")
     return str(checked_content(value, "text"))
 
 
@@ -119,7 +119,7 @@ def encode_answers(answers: Iterable[Answer], tokenizer: PreTrainedTokenizerBase
     The encoder is the one of preference pairs and rollouts, so that later stages see the ids that are learned here.
 
     Raises:
-        InputError: no answer is left.
+        InputError: no row is left.
     """
     context = context_tokens(config.model.path, config.model.trust_remote_code)
     limits = {"max_prompt_tokens": context, "max_response_tokens": context, "long_prompt": "drop", "long_response": "truncate"}

@@ -1,4 +1,4 @@
-"""What the stages that a trainer of TRL runs have in common: arguments, progress, metrics, checkpoints and the finished checkpoint folder."""
+"""What SFT and DPO have in common: a trainer of TRL in this process, its arguments, metrics and checkpoints, and the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dvpo_ray.training.run import Run, check_finite
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_METRICS = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
-"""What every trainer logs, by its names, and the names in metrics.jsonl after the stage's."""
+"""What every trainer logs: its names, and ours in metrics.jsonl after `<stage>/`."""
 
 
 def trained_policy(config: Config) -> PreTrainedModel:
@@ -36,7 +36,7 @@ def trained_policy(config: Config) -> PreTrainedModel:
     `model.dtype` is the dtype of the computation: AdamW's small steps would vanish in bfloat16 weights.
 
     Raises:
-        InputError: the checkpoint is missing or is no causal language model.
+        InputError: the checkpoint is missing or is not a causal language model.
     """
     return load_policy(config.model.model_copy(update={"dtype": "float32"}))
 
@@ -59,7 +59,7 @@ def training_arguments(config: Config, stage: TRLStageConfig, out: Path) -> dict
         "save_steps": config.checkpoint.every_steps,
         "save_total_limit": config.checkpoint.keep,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # else a loss that is no number is logged as the mean of those before it
+        "logging_nan_inf_filter": False,  # else a loss that is not finite is logged as the mean of the losses before it
         "report_to": [],
         "seed": config.seed,
     }
@@ -107,7 +107,7 @@ def run_stage(
 
 
 def _check_weights(model: PreTrainedModel, name: str) -> None:
-    """The last step's update shows in no loss; it must not be saved as a result where it broke the model."""
+    """No loss shows what the last update did. A model that it broke must not be saved as a result."""
     broken = next((weight for weight, parameter in model.named_parameters() if not torch.isfinite(parameter).all()), None)
     if broken is not None:
         raise diverged(f"{broken} is not finite after the last step", name)
@@ -117,7 +117,7 @@ def _check_weights(model: PreTrainedModel, name: str) -> None:
 
 
 def last_trainer_checkpoint(run_folder: Path) -> tuple[Path, dict]:
-    """The last whole checkpoint of a trainer in a run folder, and its step; damaged ones are named in a warning and passed over.
+    """The last whole checkpoint of a trainer in a run folder, and its step; damaged ones are skipped with a warning.
 
     Raises:
         InputError: there is no whole checkpoint.
@@ -127,7 +127,7 @@ def last_trainer_checkpoint(run_folder: Path) -> tuple[Path, dict]:
         problem = _problem(folder)
         if problem is None:
             return folder, {"step": step}
-        logger.warning("%s is not whole (%s) and is passed over", folder, problem)
+        logger.warning("%s is damaged (%s) and is skipped", folder, problem)
     raise InputError(f"{run_folder}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
 
 

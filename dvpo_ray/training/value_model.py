@@ -40,7 +40,7 @@ def train_value_model(
         out: run folder. The artifact goes to its `final/`, the held-out evaluation to `evaluation/`.
         resume: continue the run in that folder from its last whole checkpoint.
         console: of a larger run that this is a part of; otherwise the run opens its own.
-        room: of a larger run that lends it; has a free bundle for each of `num_actors`. Otherwise the run reserves its own.
+        room: lent by a larger run, with a free bundle for each of `num_actors`. Otherwise the run reserves its own.
 
     Returns:
         The artifact's folder.
@@ -78,7 +78,7 @@ class ValueModelTraining:
         self.summary: dict = {"model": settings.init_from or self.config.model.path}
 
     def header(self) -> dict[str, object]:
-        """What the console says of it before it starts."""
+        """What runs, for the console."""
         examples = self.settings.context.examples
         return {
             "model": self.summary["model"],
@@ -89,7 +89,7 @@ class ValueModelTraining:
         }
 
     def check_checkpoint(self, state: dict | None) -> None:
-        """Refuse a checkpoint of a run on another number of steps than the data gives now.
+        """Refuse a checkpoint whose run had another number of steps than the data gives now.
 
         Raises:
             InputError: names the checkpoint.
@@ -97,7 +97,7 @@ class ValueModelTraining:
         if state is not None and state["total_steps"] != self.total_steps:
             raise InputError(
                 f"{self.run.checkpoint[0]}: the run had {state['total_steps']} steps, {self.config.data.preferences.path} gives "
-                f"{self.total_steps} now; resume with the data that it started with"
+                f"{self.total_steps} now; resume with the data of its start"
             )
 
     @contextmanager
@@ -117,7 +117,7 @@ class ValueModelTraining:
                     ray.kill(trainer)
 
     def train(self, trainers: list[ActorHandle], console: RunConsole) -> Path:
-        """All steps from the checkpoint or the start on, then the held-out evaluation and the artifact; returns the artifact's folder."""
+        """All steps after the checkpoint or from the start, then the held-out evaluation and the artifact. Returns the artifact's folder."""
         address = get(trainers[0].rendezvous.remote(), what=f"the meeting of the {self.called} trainers")
         pairs = ray.put(self.data.train)
         connected = [trainer.connect.remote(*address, pairs, self.total_steps) for trainer in trainers]
@@ -172,7 +172,7 @@ class ValueModelTraining:
         get([trainer.save_checkpoint.remote(str(folder / "trainer")) for trainer in trainers], what="saving a checkpoint")
 
     def _evaluate(self, trainers: list[ActorHandle], console: RunConsole) -> dict:
-        """Held-out metrics of the trained model, written to the run folder; a warning where they are poor."""
+        """Held-out metrics of the trained model, written to the run folder; with a warning when they are poor."""
         heldout = ray.put(self.data.heldout)
         parts = get([trainer.evaluate.remote(heldout) for trainer in trainers], what="the held-out evaluation")
         values = HeldoutValues.from_parts(self.data.heldout, [part for worker in parts for part in worker])
