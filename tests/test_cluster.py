@@ -32,13 +32,13 @@ def test_a_cluster_in_the_environment_whose_address_is_none(monkeypatch):
         pass
 
 
-def test_a_node_that_takes_too_long_names_what_gives_it_longer(monkeypatch):
+def test_a_node_that_takes_too_long_names_the_limit(monkeypatch):
     def init(**options):
         raise Exception("The current node timed out during startup. This could happen because ...")
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ResourceError, match="within the 30 seconds .*RAY_raylet_start_wait_time_s=120 in the environment"), connect(RayConfig()):
+    with pytest.raises(ResourceError, match="within its limit of 30 seconds; .*RAY_raylet_start_wait_time_s=120 in the environment"), connect(RayConfig()):
         pass
 
 

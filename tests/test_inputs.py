@@ -147,7 +147,7 @@ def test_an_ensemble_of_others_only(settings, gvm, tiny_model, tmp_path):
         return refused(lambda: train(changed(settings, tmp_path / "run", scorer={"ensemble": list(map(str, paths))})), tmp_path / "run")
 
     reward_model = make_gvm(tmp_path / "rm", tiny_model, bias=0.5, objective=REWARD_MODEL)
-    assert f"{reward_model}: a reward model" in line(reward_model) and "scorer.ensemble needs one made by `dvpo gvm train`" in line(reward_model)
+    assert f"{reward_model}: a reward model" in line(reward_model) and "scorer.ensemble needs a model made by `dvpo gvm train`" in line(reward_model)
     copied = shutil.copytree(gvm, tmp_path / "copy")
     assert f"scorer.ensemble: {copied} is the same model as {gvm}" in line(copied)
     other = make_gvm(tmp_path / "other", tiny_model, bias=0.75)

@@ -47,7 +47,7 @@ def test_layouts(row, expected):
         ({"prompt": "Hi"}, "rows.jsonl:2: no `completion`; the row has prompt"),
         ({"instruction": "Add", "input": "1"}, "rows.jsonl:2: no `output`; the row has instruction, input"),
         ({"instruction": "Add", "output": " "}, "rows.jsonl:2: `output` is empty text"),
-        ({"messages": [USER]}, "rows.jsonl:2: `messages` has no assistant message that answers another one"),
+        ({"messages": [USER]}, "rows.jsonl:2: `messages` has no assistant message after another message"),
         (
             {"question": "Hi"},
             "rows.jsonl:2: needs `messages`, `prompt` and `completion`, `instruction` and `output`, or `text`; the row has question",
