@@ -19,19 +19,19 @@ class TransformersBackend:
 
     def __init__(self, config: Config, stop_token_ids: frozenset[int]) -> None:
         self.model = load_policy(config.model, default_device())
+        self.model.generation_config = GenerationConfig()  # else what the checkpoint suggests fills in what the settings below leave open
         self.parameters = dict(self.model.named_parameters())
         self.batch_size = config.rollout.max_concurrent_sequences
         self.pad_token_id = min(stop_token_ids)  # fills rows that have ended; nothing reads it
         self.stop_token_ids = stop_token_ids
         self.max_new_tokens = config.rollout.max_response_tokens
-        self.temperature = config.rollout.temperature
         ends = {
             "max_new_tokens": self.max_new_tokens,
             "min_new_tokens": config.rollout.min_response_tokens or None,
             "eos_token_id": sorted(stop_token_ids),
             "pad_token_id": self.pad_token_id,
             "return_dict_in_generate": True,
-            "output_logits": True,
+            "output_scores": True,  # after temperature and minimum length: the distribution that is sampled
         }
         self.sampling = GenerationConfig(do_sample=True, temperature=config.rollout.temperature, top_p=config.rollout.top_p, top_k=0, **ends)
         self.greedy = GenerationConfig(do_sample=False, **ends)
@@ -57,10 +57,7 @@ class TransformersBackend:
             raise diverged("the policy's token probabilities are not finite", "policy") from error
         sampled = output.sequences[:, width:]
         log_probs = torch.stack(
-            [
-                (logits.float() / self.temperature).log_softmax(-1).gather(1, sampled[:, step : step + 1])[:, 0]
-                for step, logits in enumerate(output.logits)
-            ],
+            [scores.float().log_softmax(-1).gather(1, sampled[:, step : step + 1])[:, 0] for step, scores in enumerate(output.scores)],
             dim=1,
         )
         for offset, (tokens, token_log_probs) in enumerate(zip(sampled.tolist(), log_probs.tolist(), strict=True)):

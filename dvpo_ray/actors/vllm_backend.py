@@ -30,6 +30,7 @@ class VLLMBackend:
             trust_remote_code=config.model.trust_remote_code,
             skip_tokenizer_init=True,  # prompts arrive as token ids and text is made elsewhere
             generation_config="vllm",  # sampling is what this config says, not what the checkpoint suggests
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after temperature and minimum length
             max_model_len=max_sequence_tokens,
             max_num_seqs=rollout.max_concurrent_sequences,
             tensor_parallel_size=rollout.tensor_parallel_size,
