@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from loop_runs import without_times
 
 from dvpo_ray.config import Config
 from dvpo_ray.errors import InputError, ResourceError
@@ -113,11 +114,12 @@ def test_it_learns_the_preference_and_a_resumed_run_ends_alike(tiny_chat_model, 
     whole = train_dpo(settings, tmp_path / "whole", resume=False)
     (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "checkpoint-4", tmp_path / "stopped" / "checkpoints" / "checkpoint-4")
-    shutil.copy(tmp_path / "whole" / "config.yaml", tmp_path / "stopped")
+    for file in ("config.yaml", "metrics.jsonl"):  # which holds the steps after the checkpoint too
+        shutil.copy(tmp_path / "whole" / file, tmp_path / "stopped")
     resumed = train_dpo(settings, tmp_path / "stopped", resume=True)
 
-    logged = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "stopped")]
-    assert logged[0] == logged[1]
+    logged = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "stopped")]
+    assert without_times(map(json.loads, logged[0])) == without_times(map(json.loads, logged[1]))
     summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
     assert (summary["state"], summary["stage"], summary["steps"]) == ("finished", "dpo", 6)
     assert summary["last_step"]["dpo/accuracy"] == 1.0 and summary["last_step"]["dpo/margin"] > 0.1
@@ -148,25 +150,27 @@ def test_a_run_that_diverges_is_stopped_and_leaves_no_model(tiny_model, tmp_path
 @pytest.mark.slow
 def test_only_whole_checkpoints_are_resumed(tiny_chat_model, tmp_path, caplog):
     from dvpo_ray.training.dpo import train_dpo
-    from dvpo_ray.training.trl_stage import checkpoint_to_resume
+    from dvpo_ray.training.run import Run
+    from dvpo_ray.training.trl_stage import last_trainer_checkpoint
 
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS, dpo={"batch_size": 1}, checkpoint={"every_steps": 1})
     out = tmp_path / "run"
     train_dpo(settings, out, resume=False)
     with pytest.raises(InputError, match="the run is finished and its result is in final/$"):
-        checkpoint_to_resume(out, "dpo", settings)
+        Run("dpo", settings, out, resume=True)
     shutil.rmtree(out / "final")
-    assert checkpoint_to_resume(out, "dpo", settings).name == "checkpoint-2"
+    folder, state = last_trainer_checkpoint(out)
+    assert (folder.name, state["step"]) == ("checkpoint-2", 2)
     weights = out / "checkpoints" / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert checkpoint_to_resume(out, "dpo", settings).name == "checkpoint-1"
+    assert last_trainer_checkpoint(out)[0].name == "checkpoint-1"
     assert "checkpoint-2 is damaged (model.safetensors is damaged or truncated) and is skipped" in caplog.text
     optimizer = out / "checkpoints" / "checkpoint-1" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     with pytest.raises(InputError, match="no whole checkpoint to resume from"):
-        checkpoint_to_resume(out, "dpo", settings)
+        last_trainer_checkpoint(out)
     with pytest.raises(InputError, match="a run of `dvpo dpo`, which `dvpo sft` cannot resume"):
-        checkpoint_to_resume(out, "sft", settings)
+        Run("sft", settings, out, resume=True)
 
 
 def test_every_metric_is_in_the_catalogue():
