@@ -38,7 +38,8 @@ def test_a_node_that_takes_too_long_names_the_limit(monkeypatch):
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ResourceError, match="within its limit of 30 seconds; .*RAY_raylet_start_wait_time_s=120 in the environment"), connect(RayConfig()):
+    told = "within its limit of 30 seconds; .*RAY_raylet_start_wait_time_s=120 in the environment"
+    with pytest.raises(ResourceError, match=told), connect(RayConfig()):
         pass
 
 
