@@ -181,8 +181,8 @@ def test_bytes_are_tokens():
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--repeats", "0"], "argument --repeats: '0' is no whole number of at least 1"),
-        (["--group-size", "1"], "argument --group-size: '1' is no whole number of at least 2"),
+        (["--repeats", "0"], "argument --repeats: '0' is not a whole number of at least 1"),
+        (["--group-size", "1"], "argument --group-size: '1' is not a whole number of at least 2"),
         (["--tokenizer", "."], "--tokenizer is for --random-weights CONFIG_JSON"),
         (["--algorithms", "sarsa"], "argument --algorithms: 'sarsa' is no algorithm; expected some of dvpo,ppo,"),
         (["--random-weights", "nowhere"], "nowhere: no config.json there"),

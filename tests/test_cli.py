@@ -290,4 +290,4 @@ def test_scores_replace_no_file(capsys, tmp_path):
 @pytest.mark.parametrize("memory", ["nan", "inf", "-1", "0", "much"])
 def test_numbers_of_options_are_finite(memory, capsys):
     line = refusal(capsys, "plan", LOCAL_CPU, "--node-memory-gib", memory)
-    assert line == f"argument --node-memory-gib: '{memory}' is no finite number above 0; see `dvpo plan --help`"
+    assert line == f"argument --node-memory-gib: '{memory}' is not a finite number above 0; see `dvpo plan --help`"

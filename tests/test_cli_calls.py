@@ -118,7 +118,7 @@ def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, t
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "step"}
     assert capsys.readouterr().out == "b/bench.json\n"
     assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == (
-        "argument --repeats: '0' is no whole number of at least 1; see `dvpo bench step --help`"
+        "argument --repeats: '0' is not a whole number of at least 1; see `dvpo bench step --help`"
     )
     assert "gvm.path is not set" in refusal(capsys, "bench", "step", LOCAL_CPU)
 
@@ -162,5 +162,5 @@ def test_settings_of_one_algorithm_name_it_and_a_key(capsys):
         capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "rloo:policy.threads=1"
     )
     assert "--set ppo: expected ALGORITHM:KEY=VALUE" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo")
-    assert "--set ppo:seed=1: seed is the command's own to choose" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo:seed=1")
+    assert "--set ppo:seed=1: the command itself chooses seed" in refusal(capsys, "bench", "ledger", LOCAL_CPU, "--set", "ppo:seed=1")
     assert "policy.thread" in refusal(capsys, "bench", "trl", LOCAL_CPU, "--trl-python", "p", "--set", "ppo:policy.thread=1")

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray.config import Config, load_config
-from dvpo_ray.config.arithmetic import batch_notes, derive_batch
+from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.docs import configuration_page
 from dvpo_ray.config.keys import known_keys
+from dvpo_ray.config.notes import training_notes
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, plan_placement, plan_training_placement, total_resources
 
@@ -70,12 +71,6 @@ def test_uneven_batches_are_refused_with_numbers_that_work(prompts, samples, wor
         derive_batch(config(int(number)))
 
 
-def test_what_is_legal_but_odd_is_noted():
-    assert batch_notes(make()) == []
-    notes = batch_notes(make(batch={"prompts_per_step": 2, "micro_batch_tokens": 100}, rollout={"num_actors": 3}))
-    assert [note.split()[0] for note in notes] == ["batch.micro_batch_tokens", "rollout.num_actors"]
-
-
 def test_placement_of_every_role():
     config = make(
         rollout={"num_actors": 2, "tensor_parallel_size": 2, "gpus_per_actor": 1, "cpus_per_actor": 3},
@@ -114,7 +109,7 @@ def test_shipped_configs_fit_the_machine_they_are_named_after(path):
     gpus = int(counted[1]) if counted else int("gpu" in path.stem)
     config = load_config(path)
     derive_batch(config)
-    assert batch_notes(config) == []
+    assert training_notes(config) == []
     assert min(gpus, 1) / 2 <= total_resources(plan_placement(config))[1] <= gpus
     assert total_resources(plan_training_placement(config.gvm))[1] == gpus
     assert config.data.preferences and config.data.prompts

@@ -75,7 +75,7 @@ MISSING = [
     (
         "bound",
         ["--policy", "runs/stories"],
-        "--policy runs/stories: no config.json, so this is no checkpoint; give the folder that save_pretrained wrote",
+        "--policy runs/stories: no config.json, so this is not a checkpoint; give the folder that save_pretrained wrote",
     ),
     ("bound", ["--policy", "runs/stories/gvm/final"], "--policy runs/stories/gvm/final: a value model, which writes no text; give a language model"),
     (
@@ -86,17 +86,17 @@ MISSING = [
     (
         "convergence",
         [*JUDGED, "reward_model.path=runs/stories/rm"],
-        "reward_model.path runs/stories/rm: no gvm.json, so this is no reward model; did you mean runs/stories/rm/final?",
+        "reward_model.path runs/stories/rm: no gvm.json, so this is not a reward model; did you mean runs/stories/rm/final?",
     ),
     (
         "advantage-modes",
         [*JUDGED, "gvm.path=runs/stories/rm/final"],
-        "gvm.path runs/stories/rm/final: a reward model, of which only the last value was trained; give one made by `dvpo gvm train`",
+        "gvm.path runs/stories/rm/final: a reward model; only its last value was trained; give a folder made by `dvpo gvm train`",
     ),
     (
         "distribution-shift",
         ["gvm.path=runs/stories/gvm"],
-        "gvm.path runs/stories/gvm: no gvm.json, so this is no GVM artifact; did you mean runs/stories/gvm/final?",
+        "gvm.path runs/stories/gvm: no gvm.json, so this is not a GVM artifact; did you mean runs/stories/gvm/final?",
     ),
     ("bound", ["--pairs", "50", "551", "500"], f"--pairs 551: {PAIRS[0]} has 550 training pairs; give fewer"),
     (
@@ -157,12 +157,12 @@ def test_every_stage_says_what_it_reads():
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["gvm-quality", "--examples", "0"], "argument --examples: '0' is no whole number of at least 1"),
-        (["gvm-quality", "--bt-weight", "nan"], "argument --bt-weight: 'nan' is no finite number above 0"),
-        (["gvm-size", "--layers", "0"], "argument --layers: '0' is no whole number of at least 1"),
-        (["bound", "--prompts", "-3"], "argument --prompts: '-3' is no whole number of at least 1"),
-        (["distribution-shift", "--positions", "101"], "argument --positions: '101' is no finite number of at least 0 and of at most 100"),
-        (["advantage-modes", "--kl", "inf"], "argument --kl: 'inf' is no finite number of at least 0"),
+        (["gvm-quality", "--examples", "0"], "argument --examples: '0' is not a whole number of at least 1"),
+        (["gvm-quality", "--bt-weight", "nan"], "argument --bt-weight: 'nan' is not a finite number above 0"),
+        (["gvm-size", "--layers", "0"], "argument --layers: '0' is not a whole number of at least 1"),
+        (["bound", "--prompts", "-3"], "argument --prompts: '-3' is not a whole number of at least 1"),
+        (["distribution-shift", "--positions", "101"], "argument --positions: '101' is not a finite number of at least 0 and of at most 100"),
+        (["advantage-modes", "--kl", "inf"], "argument --kl: 'inf' is not a finite number of at least 0"),
     ],
 )
 def test_options_that_mean_nothing(argv, line, capsys):
@@ -220,7 +220,7 @@ CURVES = ["evaluation.every_steps=5"]
         (["transfer", "--domain", "a=x,y", "--domain", "b=x,z"], "--domain: x is in both domains, a and b; transfer is between two different ones"),
         (["transfer", "--domain", "a=x,y", "--domain", "b=z,y"], "--domain: y is in both domains, a and b"),
         (["transfer", "--domain", "a=x,x", "--domain", "b=z,y"], "--domain a=x,x: the held-out pairs are the training pairs; give others"),
-        (["convergence", *CURVES, "--grid", "seed=1,2"], "--grid seed=1,2: seed is the command's own to choose; leave it out"),
+        (["convergence", *CURVES, "--grid", "seed=1,2"], "--grid seed=1,2: the command itself chooses seed; leave it out"),
         (["advantage-modes", *CURVES, "algorithm=ppo"], f"{STORIES}: algorithm is ppo, which has no advantage modes to compare"),
     ],
 )

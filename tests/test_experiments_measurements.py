@@ -220,7 +220,7 @@ def test_bound_compares_models_of_several_qualities(faked, tmp_path):
     ("argv", "line"),
     [
         (["distribution-shift", STORIES, "--snapshots", 30], "--snapshots is 30; expected 1 to train.steps, which is 20"),
-        (["distribution-shift", STORIES, "--continuations", 1], "argument --continuations: '1' is no whole number of at least 2"),
+        (["distribution-shift", STORIES, "--continuations", 1], "argument --continuations: '1' is not a whole number of at least 2"),
         (["bound", STORIES, "evaluation.judge=none"], "evaluation.judge is none, and bound compares gold; set one"),
     ],
 )

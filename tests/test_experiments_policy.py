@@ -171,7 +171,7 @@ def test_refreshed_value_models_stand_beside_frozen_ones_of_fewer_and_of_as_many
     ("argv", "line"),
     [
         (["--every", 4], "--every 4: expected less than train.steps, which is 4"),
-        (["--pairs", 0], "'0' is no whole number of at least 1"),
+        (["--pairs", 0], "'0' is not a whole number of at least 1"),
         (["evaluation.judge=none"], "set evaluation.judge and evaluation.every_steps"),
         (["data.preferences=null"], "data.preferences.path is not set"),
     ],

@@ -93,7 +93,7 @@ def test_no_folder(tmp_path):
 
 
 def test_no_manifest(tiny_model):
-    refused(tiny_model, "no gvm.json, so this is no GVM artifact")
+    refused(tiny_model, "no gvm.json, so this is not a GVM artifact")
 
 
 @pytest.mark.parametrize("version", [2, 0, "1", None, True])

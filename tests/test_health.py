@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.config.health import HealthConfig
+from dvpo_ray.config.schema import HealthConfig
 from dvpo_ray.health.alarms import RULES, HealthMonitor, trend
 from dvpo_ray.health.diagnostics import against_gold, along_the_response, calibration_error, correlation, health_statistics, quantile_bins
 from dvpo_ray.health.disagreement import confidence, ensemble_std

@@ -39,9 +39,9 @@ def test_a_checkpoint_without_a_tokenizer(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("load", [load_tokenizer, context_tokens, policy])
 def test_a_run_folder_is_no_checkpoint_but_its_final_is(load, tiny_model, tmp_path):
-    assert refusal(load, str(tmp_path)).startswith(f"{tmp_path}: no config.json, so this is no checkpoint; give the folder")
+    assert refusal(load, str(tmp_path)).startswith(f"{tmp_path}: no config.json, so this is not a checkpoint; give the folder")
     shutil.copytree(tiny_model, tmp_path / "final")
-    assert refusal(load, str(tmp_path)) == f"{tmp_path}: no config.json, so this is no checkpoint; did you mean {tmp_path}/final?"
+    assert refusal(load, str(tmp_path)) == f"{tmp_path}: no config.json, so this is not a checkpoint; did you mean {tmp_path}/final?"
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, context_tokens, policy])

@@ -321,7 +321,7 @@ def test_a_plan_says_what_it_takes_for_granted(run_plan, tmp_path):
     def notes(*argv):
         return [line for line in run_plan(*argv)[1].splitlines() if line.startswith("note: ")]
 
-    planned = "planned is the GVM artifact that `dvpo gvm train` makes of this config"
+    planned = "the plan assumes the GVM artifact that `dvpo gvm train` makes from this config"
     assert notes() == [f"note: gvm.path is not set; {planned}"]
     missing = tmp_path / "missing"
     assert notes(f"gvm.path={missing}", "kl.placement=off", "kl.coefficient=1") == [
@@ -329,7 +329,7 @@ def test_a_plan_says_what_it_takes_for_granted(run_plan, tmp_path):
         "note: kl.coefficient 1 has no effect, since kl.placement is off; set kl.placement to reward or loss for a penalty",
     ]
     assert notes("algorithm=reinforce", "--json", str(tmp_path / "plan.json")) == [
-        "note: reward_model.path is not set; planned is the reward model that `dvpo rm train` makes of this config"
+        "note: reward_model.path is not set; the plan assumes the reward model that `dvpo rm train` makes from this config"
     ]
     assert json.loads((tmp_path / "plan.json").read_text())["notes"][0].startswith("reward_model.path is not set")
 
@@ -354,8 +354,8 @@ def test_columns_stay_apart_whatever_the_size(run_plan):
     [
         (["model.path=./nowhere"], "dvpo: model.path ./nowhere: no such checkpoint folder"),
         (["gvm.init_from=/nowhere"], "dvpo: gvm.init_from /nowhere: no such checkpoint folder"),
-        (["gvm.path=."], "dvpo: gvm.path .: no gvm.json, so this is no GVM artifact"),
-        (["algorithm=ppo", "reward_model.path=."], "dvpo: reward_model.path .: no gvm.json, so this is no reward model"),
+        (["gvm.path=."], "dvpo: gvm.path .: no gvm.json, so this is not a GVM artifact"),
+        (["algorithm=ppo", "reward_model.path=."], "dvpo: reward_model.path .: no gvm.json, so this is not a reward model"),
         (["gvm.num_layers=5"], "dvpo: gvm.num_layers is 5, but"),
         (["policy.trainable_layers=3"], "dvpo: policy.trainable_layers 3: "),
         (["data.max_prompt_tokens=61"], "dvpo: data.max_prompt_tokens 61 + rollout.max_response_tokens 4 = 65 tokens, but "),
@@ -364,7 +364,7 @@ def test_columns_stay_apart_whatever_the_size(run_plan):
         (["--device", ""], "dvpo: --device '': not known; expected cpu or one of h200,"),
         (["--device", "cpu", "policy.gpus_per_actor=1"], "dvpo: --device is cpu, but policy.gpus_per_actor is 1; name a GPU: h200,"),
         (["--device", "l4", "--calibrate"], "dvpo: --calibrate measures this machine and --device l4 names another"),
-        (["--node-memory-gib", "0"], "dvpo: argument --node-memory-gib: '0' is no finite number above 0"),
+        (["--node-memory-gib", "0"], "dvpo: argument --node-memory-gib: '0' is not a finite number above 0"),
         (["batch.prompts_per_step=7", "batch.minibatches_per_epoch=2"], "dvpo: batch.prompts_per_step 7"),
     ],
 )

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.config.health import RefreshConfig
-from dvpo_ray.config.schema import Config, DataConfig, PreferenceData
+from dvpo_ray.config.schema import Config, DataConfig, PreferenceData, RefreshConfig
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
 from dvpo_ray.data.prompts import Prompt

@@ -13,7 +13,7 @@ from dvpo_ray.commands.paths import check_new_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config import Config, override_config
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.comparable import SAME_UPDATE, check_equal
+from dvpo_ray.config.arithmetic import SAME_UPDATE, check_equal
 from dvpo_ray.config.inputs import Needed, policy_inputs, preference_inputs, problems
 from dvpo_ray.config.options import add_set_option, settings_by_algorithm, whole_number
 from dvpo_ray.errors import InputError

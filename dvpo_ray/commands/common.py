@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.config import Config, dump_config, load_config
-from dvpo_ray.config.trl_stages import TRLStageConfig
+from dvpo_ray.config.schema import TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, total_resources
 from dvpo_ray.training.run_folder import check_new

@@ -1,9 +1,12 @@
-"""Every batch size that follows from the configured ones."""
+"""Batch sizes that follow from the configured ones, and what must be equal in runs that are compared."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import attrgetter, mul
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config
@@ -21,9 +24,9 @@ class BatchPlan:
         samples_per_step: rows sampled and trained on in one step.
         max_samples_per_engine: rows of the busiest rollout engine in one step.
         samples_per_worker: rows of each learner worker in one step.
-        rows_per_minibatch: rows behind one optimizer step, over all workers.
-        rows_per_worker_minibatch: each worker's share of them.
-        max_tokens_per_row: longest prompt and longest response.
+        rows_per_minibatch: rows of one optimizer step, over all workers.
+        rows_per_worker_minibatch: rows of one optimizer step on each worker.
+        max_tokens_per_row: longest prompt plus longest response.
         optimizer_steps_per_step: over all update epochs.
         optimizer_steps: over the whole run; the length of the learning-rate schedule.
         total_prompts: prompts taken from the data over the whole run, with repetition.
@@ -52,16 +55,25 @@ def derive_batch(config: Config, num_prompts: int | None = None) -> BatchPlan:
         num_prompts: training prompts in the data, where known.
 
     Raises:
-        InputError: the samples of a step can't be shared out evenly over learner (or critic) workers and minibatches, or are too few for
-            the algorithm or for the adaptive KL coefficient's horizon.
+        InputError: learner (or critic) workers and minibatches cannot share the samples of a step evenly, or there are too few
+            samples for the algorithm or for the horizon of the adaptive KL coefficient.
     """
-    batch, workers = config.batch, config.policy.num_actors
+    batch, kl, workers = config.batch, config.kl, config.policy.num_actors
+    algorithm = ALGORITHMS[config.algorithm]
     samples = batch.prompts_per_step * batch.samples_per_prompt
-    _require_enough_samples(config)
+    if batch.samples_per_prompt < algorithm.min_samples_per_prompt:
+        raise InputError(
+            f"batch.samples_per_prompt is {batch.samples_per_prompt}, but algorithm {config.algorithm} compares the samples of a prompt; "
+            f"set {algorithm.min_samples_per_prompt} or more"
+        )
     _require_even_shares(config, samples, "policy", workers)
-    if ALGORITHMS[config.algorithm].has_critic:
+    if algorithm.has_critic:
         _require_even_shares(config, samples, "critic", config.critic.num_actors)
-    _require_horizon(config, samples)
+    if kl.adaptive_target_nats is not None and kl.adaptive_horizon <= shortest_horizon(samples):
+        raise InputError(
+            f"kl.adaptive_horizon {kl.adaptive_horizon:g} is too short for {samples} samples per step: the coefficient could fall to 0; "
+            f"set more than {shortest_horizon(samples):g}"
+        )
     total_prompts = batch.prompts_per_step * config.train.steps
     optimizer_steps_per_step = batch.update_epochs * batch.minibatches_per_epoch
     return BatchPlan(
@@ -77,23 +89,6 @@ def derive_batch(config: Config, num_prompts: int | None = None) -> BatchPlan:
         total_samples=samples * config.train.steps,
         prompt_epochs=total_prompts / num_prompts if num_prompts else None,
     )
-
-
-def _require_enough_samples(config: Config) -> None:
-    least, samples = ALGORITHMS[config.algorithm].min_samples_per_prompt, config.batch.samples_per_prompt
-    if samples < least:
-        raise InputError(
-            f"batch.samples_per_prompt is {samples}, but algorithm {config.algorithm} compares the samples of a prompt; set {least} or more"
-        )
-
-
-def _require_horizon(config: Config, samples: int) -> None:
-    shortest = shortest_horizon(samples)
-    if config.kl.adaptive_target_nats is not None and config.kl.adaptive_horizon <= shortest:
-        raise InputError(
-            f"kl.adaptive_horizon {config.kl.adaptive_horizon:g} is too short for {samples} samples per step: the coefficient could fall to 0; "
-            f"set more than {shortest:g}"
-        )
 
 
 def _require_even_shares(config: Config, samples: int, section: str, workers: int) -> None:
@@ -112,27 +107,35 @@ def _require_even_shares(config: Config, samples: int, section: str, workers: in
 
 
 def shortest_horizon(samples: int) -> float:
-    """The horizon at which a step of so many samples could take the adaptive KL coefficient to 0; it must be longer."""
+    """With this horizon, one step of so many samples could take the adaptive KL coefficient to 0; the horizon must be longer."""
     return MAX_KL_ERROR * samples
 
 
-def batch_notes(config: Config) -> list[str]:
-    """What is legal but probably not meant, one line each."""
-    plan = derive_batch(config)
-    budgets = {
-        "batch.micro_batch_tokens": config.batch.micro_batch_tokens,
-        "scorer.micro_batch_tokens": config.scorer.micro_batch_tokens,
-        "reference.micro_batch_tokens": config.reference.micro_batch_tokens,
-    }
-    if ALGORITHMS[config.algorithm].has_critic:
-        budgets["critic.micro_batch_tokens"] = config.critic.micro_batch_tokens
-    notes = [
-        f"{key} {budget} is below the longest row of {plan.max_tokens_per_row} tokens; such a row is a micro-batch of its own"
-        for key, budget in budgets.items()
-        if budget < plan.max_tokens_per_row
-    ]
-    if config.rollout.num_actors > plan.samples_per_step:
-        notes.append(f"rollout.num_actors {config.rollout.num_actors} is above the {plan.samples_per_step} samples of a step; some engines stay idle")
-    if config.kl.placement == "loss" and config.kl.estimator == "k1":
-        notes.append("kl.estimator k1 has no effect as a loss: its expected gradient is zero on the policy's own samples; use k2 or k3")
-    return notes
+# ------------------------------------------------------------------------------------------------ runs that are compared
+
+_ROWS = ("model", "data", "rollout.max_response_tokens")
+SAME_UPDATE = ("batch.prompts_per_step x batch.samples_per_prompt", *_ROWS, "batch.update_epochs", "batch.minibatches_per_epoch")
+"""To compare the cost of a step: the same number of samples, of the same lengths, by the same model, and of optimizer steps."""
+SAME_RUN = ("train.steps x batch.prompts_per_step x batch.samples_per_prompt", *_ROWS, "evaluation")
+"""To compare gold and KL along a run: the same number of samples of the same model, judged alike."""
+
+
+def check_equal(configs: Mapping[str, Config], equal: tuple[str, ...]) -> None:
+    """Refuse configs that differ from the first one in what must be equal.
+
+    Args:
+        configs: by the name of the algorithm or variant.
+        equal: keys, or products of keys.
+
+    Raises:
+        InputError: names the two configs and the setting.
+    """
+    (first, expected), *others = configs.items()
+    for name, config in others:
+        for product in equal:
+            if _value(config, product) != _value(expected, product):
+                raise InputError(f"{name} differs from {first} in {product}, which must be equal in all that are compared")
+
+
+def _value(config: Config, product: str) -> object:
+    return reduce(mul, (attrgetter(key)(config) for key in product.split(" x ")))

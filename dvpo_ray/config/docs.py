@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pydantic_core import PydanticUndefined
 
 from dvpo_ray.config.keys import Key, known_keys
-from dvpo_ray.config.schema import Config
-from dvpo_ray.config.section import Section
+from dvpo_ray.config.schema import Config, Section
 
 INTRODUCTION = """\
 # Configuration

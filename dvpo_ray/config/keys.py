@@ -12,8 +12,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from dvpo_ray.config.schema import Config
-from dvpo_ray.config.section import Section
+from dvpo_ray.config.schema import Config, Section
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ def known_keys() -> dict[str, Key]:
 
 
 def nearest_keys(path: str) -> list[str]:
-    """Known keys that an unknown dotted path may stand for, best first; several only where they are equally near.
+    """The known keys most similar to an unknown dotted path: at most three, and more than one only if they are equally similar.
 
-    The last name counts most, so that a setting written in the wrong section is found as well as a misspelt one.
+    The last name counts most, so that a setting in the wrong section is found as well as a misspelt one.
     """
-    parent, leaf = _split(path)
+    parent, _, leaf = path.rpartition(".")
 
     def similarity(known: str) -> float:
-        known_parent, known_leaf = _split(known)
+        known_parent, _, known_leaf = known.rpartition(".")
         by_name = 0.8 * _ratio(leaf, known_leaf) + 0.2 * _ratio(parent, known_parent)
         return by_name if leaf == known_leaf else max(by_name, _ratio(path, known))
 
@@ -75,11 +74,6 @@ def _section_of(annotation) -> tuple[type[Section] | None, bool]:
     return (sections[0] if sections else None), NoneType in members
 
 
-def _split(path: str) -> tuple[str, str]:
-    parent, _, leaf = path.rpartition(".")
-    return parent, leaf
-
-
 def _ratio(left: str, right: str) -> float:
     return difflib.SequenceMatcher(None, left, right).ratio()
 
@@ -92,43 +86,37 @@ _SCALARS = {int: "a whole number", float: "a number", str: "text", bool: "true o
 def _in_words(annotation, metadata: Sequence = ()) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _in_words(args[0], _constraints(args[1:]))
+        return _in_words(args[0], [bound for item in args[1:] for bound in getattr(item, "metadata", [item])])
     if origin in (Union, UnionType):
-        nullable = ["null"] if NoneType in args else []
-        return " or ".join([*nullable, *(_in_words(member, metadata) for member in args if member is not NoneType)])
+        members = sorted(args, key=lambda member: member is not NoneType)
+        return " or ".join(_in_words(member, metadata) for member in members)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is list:
         return f"a list, each item {_in_words(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)}, each item {_in_words(args[0])}"
+    if annotation is NoneType:
+        return "null"
     if annotation in _SCALARS:
         return _SCALARS[annotation] + _bounds_in_words(metadata)
     return "a mapping of settings"
 
 
-def _constraints(metadata: Sequence) -> list:
-    """The bounds inside `Annotated[int, Field(ge=1)]`."""
-    return [bound for item in metadata for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
-
-
-def _bounds_in_words(metadata: Sequence) -> str:
-    words = [_bound_in_words(bound) for bound in metadata]
-    words = [word for word in words if word]
+def _bounds_in_words(bounds: Sequence) -> str:
+    words = []
+    for bound in bounds:
+        match bound:
+            case Gt(gt=limit):
+                words.append(f"above {limit:.12g}")
+            case Ge(ge=limit):
+                words.append(f"of at least {limit:.12g}")
+            case Lt(lt=limit):
+                words.append(f"below {limit:.12g}")
+            case Le(le=limit):
+                words.append(f"of at most {limit:.12g}")
+            case MinLen():
+                words.append("that is not empty")
+        if getattr(bound, "pattern", None):
+            words.append(f"matching `{bound.pattern}`")
     return f" {' and '.join(words)}" if words else ""
-
-
-def _bound_in_words(bound) -> str | None:
-    match bound:
-        case Gt(gt=limit):
-            return f"above {limit:.12g}"
-        case Ge(ge=limit):
-            return f"of at least {limit:.12g}"
-        case Lt(lt=limit):
-            return f"below {limit:.12g}"
-        case Le(le=limit):
-            return f"of at most {limit:.12g}"
-        case MinLen():
-            return "that is not empty"
-    pattern = getattr(bound, "pattern", None)
-    return f"matching `{pattern}`" if pattern else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import count
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import yaml
@@ -41,34 +42,30 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     return _resolve(config.model_dump(mode="json"), Path("the config"), overrides) if overrides else config
 
 
-def _resolve(tree: dict, path: Path, overrides: Sequence[str]) -> Config:
-    """The config of a tree of settings and overrides; the path is for the errors."""
-    problems = []
-    applied: dict[str, str] = {}
-    for text in overrides:
-        problem = _apply_override(tree, text, applied)
-        if problem:
-            problems.append(f"override {_shortened(text, 120)}: {problem}")
-    try:
-        # JSON mode in strict form: `true` is no number and '3' is no count, while a list is fine for a tuple.
-        config = Config.model_validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        problems += [f"{_source(path, applied, key)}: {problem}" for key, problem in _explain(error, tree)]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(problems[0] + more)
-    return config
-
-
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
+def _resolve(tree: dict, path: Path, overrides: Sequence[str]) -> Config:
+    """The config of a tree of settings and overrides; the path is for the errors."""
+    applied: dict[str, str] = {}
+    for override in overrides:
+        text = f"override {_shortened(override, 120)}"
+        try:
+            applied[_apply_override(tree, override)] = text
+        except ValueError as error:
+            raise InputError(f"{text}: {error}") from None
+    try:
+        # JSON mode in strict form: `true` is not a number and '3' is not a count, while a list is fine for a tuple.
+        return Config.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        (key, problem), *others = _explain(error, tree)
+        more = f" (and {len(others)} more)" if others else ""
+        raise InputError(f"{_source(path, applied, key)}: {problem}{more}") from None
+
+
 # ------------------------------------------------------------------------------------------------------- YAML
-
-
-_TOO_DEEP = "nested too deeply; settings are mappings of at most four levels"
 
 
 class _Loader(yaml.SafeLoader):
@@ -85,91 +82,47 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+(_[0-9]+)*$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+(_[0-9]+)*",
+    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
+    "merge": r"<<",
+}
+for _name, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), None)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))  # 010 is ten
 
 
-def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    text = loader.construct_scalar(node)
-    if len(text) > 1000:  # Python converts no more than 4300 digits
-        raise yaml.constructor.ConstructorError(None, None, f"a whole number of {len(text)} digits", node.start_mark)
-    return int(text)
+def _parse_yaml(text: str):
+    """The value of a YAML text, with text keys and no shared parts, so that an override of one alias leaves the others alone.
 
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
-
-_MAX_VALUES = 100_000
-_MAX_BYTES = 10_000_000
-"""A config file has some thousand; what has more is another file, or a device that never ends."""
+    Raises:
+        ValueError: not YAML; the message names the line.
+    """
+    try:
+        return json.loads(json.dumps(yaml.load(text, _Loader), default=str))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"not valid YAML{line}: {' '.join(problem.split())}") from None
 
 
 def _read_mapping(path: Path) -> dict:
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
-        if len(content) > _MAX_BYTES:
-            raise InputError(f"{path}: more than {_MAX_BYTES // 10**6} MB, so this is no config file; give a YAML file of settings")
-        text = content.decode("utf-8-sig")
+        tree = _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        tree = _as_json(yaml.load(text, _Loader))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: {_yaml_problem(error, text)}") from None
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
-    except RecursionError:
-        raise InputError(f"{path}: {_TOO_DEEP}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of settings at the top level, got {_shown(tree)}")
     return tree
-
-
-def _yaml_problem(error: yaml.YAMLError, text: str) -> str:
-    mark = getattr(error, "problem_mark", None)
-    line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    return f"not valid YAML at line {line + 1}: {' '.join(problem.split())}"
-
-
-def _as_json(value):
-    """The same value with text keys and without sharing, so that an override of one alias leaves the others alone.
-
-    Raises:
-        ValueError: an alias stands inside of what it refers to, or aliases of aliases make too much of it; names the key.
-    """
-    _refuse_endless(value, "", (), count())
-    return json.loads(json.dumps(value, default=str))
-
-
-def _refuse_endless(value, path: str, around: tuple, values: Iterator[int]) -> None:
-    """Refuse a value that contains itself, or that has no end in practice.
-
-    Args:
-        around: the mappings and lists that it stands in.
-        values: counts the values of the whole file, aliases written out.
-    """
-    if next(values) > _MAX_VALUES:
-        raise ValueError(f"{path}: more than {_MAX_VALUES} values with its aliases written out; this is no config")
-    if not isinstance(value, dict | list):
-        return
-    if any(value is outer for outer in around):
-        raise ValueError(f"{path}: the alias stands inside of what it refers to, which has no end; write the value out")
-    parts = value.items() if isinstance(value, dict) else enumerate(value)
-    for name, part in parts:
-        _refuse_endless(part, f"{path}.{name}" if path else str(name), (*around, value), values)
 
 
 def _drop_empty_sections(tree: dict, prefix: str) -> dict:
@@ -186,38 +139,33 @@ def _drop_empty_sections(tree: dict, prefix: str) -> dict:
 # -------------------------------------------------------------------------------------------------- overrides
 
 
-def _apply_override(tree: dict, text: str, applied: dict[str, str]) -> str | None:
-    """Set one `key.sub=value` in the tree and record it; returns the problem in words, if there is one."""
-    path, equals, value_text = text.partition("=")
+def _apply_override(tree: dict, text: str) -> str:
+    """Set one `key.sub=value` in the tree; returns the key.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    path, equals, value = text.partition("=")
     path = path.strip()
     if not equals or not path:
-        return "expected key=value, for example policy.learning_rate=1e-5"
+        raise ValueError("expected key=value, for example policy.learning_rate=1e-5")
     if path not in known_keys():
-        return _unknown(path)
-    try:
-        value = _as_json(yaml.load(value_text, _Loader))
-    except (yaml.YAMLError, ValueError) as error:
-        return f"the value is not valid YAML: {' '.join((getattr(error, 'problem', None) or str(error)).split())}"
-    except RecursionError:
-        return f"the value is {_TOO_DEEP}"
+        raise ValueError(_unknown(path))
     *parents, name = path.split(".")
     for depth, parent in enumerate(parents, start=1):
         if tree.get(parent) is None:
             tree[parent] = {}
         tree = tree[parent]
         if not isinstance(tree, dict):
-            return f"{'.'.join(parents[:depth])} is {_shown(tree)}; expected a mapping of settings"
-    tree[name] = value
-    applied[path] = text
-    return None
+            raise ValueError(f"{'.'.join(parents[:depth])} is {_shown(tree)}; expected a mapping of settings")
+    tree[name] = _parse_yaml(value)
+    return path
 
 
 def _source(path: Path, applied: dict[str, str], key: str) -> str:
-    """Who set a key: the last override that wrote it or its section, else the file."""
-    for overridden, text in reversed(applied.items()):
-        if key == overridden or key.startswith(f"{overridden}."):
-            return f"override {_shortened(text, 120)}"
-    return str(path)
+    """What set a key: the last override that wrote it or its section, else the file."""
+    overriding = (text for overridden, text in reversed(applied.items()) if key == overridden or key.startswith(f"{overridden}."))
+    return next(overriding, str(path))
 
 
 # ---------------------------------------------------------------------------------------------- explanations
@@ -227,7 +175,7 @@ def _explain(error: ValidationError, tree: dict) -> Iterator[tuple[str, str]]:
     """Pairs of a dotted key and its problem in words, one per key, in the order of the schema."""
     explained = set()
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
+        path = ".".join(map(str, item["loc"]))
         key = _known_prefix(item["loc"])
         about = path if item["type"] == "extra_forbidden" or key is None else key.path
         if about not in explained:
@@ -237,12 +185,8 @@ def _explain(error: ValidationError, tree: dict) -> Iterator[tuple[str, str]]:
 
 def _known_prefix(loc: tuple) -> Key | None:
     """The key that pydantic's location lies in; locations go on into list items and members of a union."""
-    keys = known_keys()
-    for end in range(len(loc), 0, -1):
-        key = keys.get(".".join(str(part) for part in loc[:end]))
-        if key is not None:
-            return key
-    return None
+    prefixes = (".".join(map(str, loc[:end])) for end in range(len(loc), 0, -1))
+    return next((known_keys()[prefix] for prefix in prefixes if prefix in known_keys()), None)
 
 
 def _problem(item: dict, path: str, key: Key | None, tree: dict) -> str:
@@ -252,7 +196,7 @@ def _problem(item: dict, path: str, key: Key | None, tree: dict) -> str:
         return _missing(key)
     if item["type"] == "value_error":
         return f"{key.path}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
-    return f"{key.path} is {_shown(_lookup(tree, key.path))}; expected {key.expected}"
+    return f"{key.path} is {_shown(reduce(getitem, key.path.split('.'), tree))}; expected {key.expected}"
 
 
 def _unknown(path: str) -> str:
@@ -268,19 +212,13 @@ def _missing(key: Key) -> str:
     return f"{key.path} is missing; expected {key.expected}: {key.field.description}"
 
 
-def _lookup(tree: dict, path: str):
-    for part in path.split("."):
-        tree = tree[part]
-    return tree
-
-
 def _shown(value) -> str:
     """A YAML value as an error message shows it."""
     if value is None:
         return "nothing"
     if isinstance(value, dict):
         return "a mapping"
-    text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else f"'{value}'"
+    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return _shortened(" ".join(text.split()))
 
 

@@ -1,68 +1,54 @@
-"""Settings of policy optimisation that are legal together but hardly meant, one line each: notes of a dry run, warnings of a run."""
+"""Notes of a dry run, warnings of a run: settings that are legal together but have no effect, or another effect than they seem to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import batch_notes
-from dvpo_ray.config.health import GOLD_THRESHOLDS
+from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 
 
 def training_notes(config: Config) -> list[str]:
-    """Everything of a config of `dvpo train` that has no effect, or another one than it seems.
+    """The notes on a config of `dvpo train`, one line each.
 
     Raises:
         InputError: as in `derive_batch`.
     """
-    return [*batch_notes(config), *_kl_notes(config), *_health_notes(config), *_refresh_notes(config), *_context_notes(config)]
+    return [*_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
+
+
+def _batch_notes(config: Config) -> Iterator[str]:
+    plan = derive_batch(config)
+    critic = ["critic"] if ALGORITHMS[config.algorithm].has_critic else []
+    for section in ("batch", "scorer", "reference", *critic):
+        budget = getattr(config, section).micro_batch_tokens
+        if budget < plan.max_tokens_per_row:
+            yield (
+                f"{section}.micro_batch_tokens {budget} is below the longest row of {plan.max_tokens_per_row} tokens; "
+                "such a row is a micro-batch of its own"
+            )
+    if config.rollout.num_actors > plan.samples_per_step:
+        yield f"rollout.num_actors {config.rollout.num_actors} is above the {plan.samples_per_step} samples of a step; some engines stay idle"
 
 
 def _kl_notes(config: Config) -> Iterator[str]:
     kl = config.kl
+    if kl.placement == "loss" and kl.estimator == "k1":
+        yield "kl.estimator k1 has no effect as a loss: its expected gradient is zero on the policy's own samples; use k2 or k3"
     if kl.placement != "off":
         return
     if kl.coefficient and "coefficient" in kl.model_fields_set:
         yield f"kl.coefficient {kl.coefficient:g} has no effect, since kl.placement is off; set kl.placement to reward or loss for a penalty"
     if kl.adaptive_target_nats is not None:
-        yield f"kl.adaptive_target_nats {kl.adaptive_target_nats:g} has no effect, since kl.placement is off and there is no penalty to adapt"
+        yield f"kl.adaptive_target_nats {kl.adaptive_target_nats:g} has no effect, since kl.placement is off; there is no penalty to adapt"
 
 
 def _health_notes(config: Config) -> Iterator[str]:
-    window, steps = config.health.window_steps, config.train.steps
-    if window > steps:
-        yield f"health.window_steps {window} is above train.steps {steps}; no alarm can be raised"
-    elif config.health.on_alarm != "warn" and not _can_alarm(config):
-        valueless = f" and {config.algorithm} has no values" if config.health.max_calibration_error is not None else ""
-        unjudged = f", since evaluation.judge is none{valueless}"
-        why = unjudged if config.evaluation.judge == "none" else ": the threshold of every rule that applies is null"
-        yield f"health.on_alarm is {config.health.on_alarm}, but no alarm can be raised{why}"
-
-
-def _can_alarm(config: Config) -> bool:
-    """Whether any rule has its threshold and what it reads: a gold judge, or values along the responses."""
-    health, algorithm = config.health, ALGORITHMS[config.algorithm]
-    by_gold = config.evaluation.judge != "none" and any(getattr(health, key) is not None for key in GOLD_THRESHOLDS)
-    return by_gold or ((algorithm.scorer == "scorer" or algorithm.has_critic) and health.max_calibration_error is not None)
-
-
-def _refresh_notes(config: Config) -> Iterator[str]:
-    every, steps, refresh = config.gvm.refresh_every_steps, config.train.steps, config.gvm.refresh
+    health, steps, every = config.health, config.train.steps, config.gvm.refresh_every_steps
+    if health.window_steps > steps:
+        yield f"health.window_steps {health.window_steps} is above train.steps {steps}; no alarm can be raised"
+    elif health.on_alarm != "warn" and config.evaluation.judge == "none" and health.max_calibration_error is None:
+        yield f"health.on_alarm is {health.on_alarm}, but no alarm can be raised, since evaluation.judge is none"
     if every >= steps:
-        yield f"gvm.refresh_every_steps {every} is not below train.steps {steps}; the value model is never refreshed after a number of steps"
-    most = refresh.samples_per_prompt // 2
-    if refresh.source is not None and refresh.pairs_per_prompt > most:
-        yield (
-            f"gvm.refresh.pairs_per_prompt {refresh.pairs_per_prompt} is above what gvm.refresh.samples_per_prompt {refresh.samples_per_prompt} "
-            f"allows, {most}: no response is in two pairs"
-        )
-
-
-def _context_notes(config: Config) -> Iterator[str]:
-    context = config.gvm.context
-    if ALGORITHMS[config.algorithm].scorer == "scorer" and 0 < context.pool <= context.examples:
-        yield (
-            f"gvm.context.pool {context.pool} is not above gvm.context.examples {context.examples}; a value model with so many examples of "
-            f"other prompts needs {context.examples + 1} or more"
-        )
+        yield f"gvm.refresh_every_steps {every} is not below train.steps {steps}; it never causes a refresh"

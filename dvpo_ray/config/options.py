@@ -1,4 +1,4 @@
-"""Command-line options: text to a number within bounds, or argparse's complaint in one line; settings of one algorithm."""
+"""Command-line options: numbers within bounds, and settings of one algorithm."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from dvpo_ray.errors import InputError
 
 
 def whole_number(at_least: int) -> Callable[[str], int]:
-    """A parser of whole numbers that are not too small."""
+    """A parser of whole numbers for argparse."""
 
     def parse(text: str) -> int:
-        if text.removeprefix("-").isdecimal() and len(text) < 20 and int(text) >= at_least:
-            return int(text)
-        raise ArgumentTypeError(f"{shown(text)} is no whole number of at least {at_least}")
+        try:
+            number = int(text)
+        except ValueError:
+            number = -math.inf
+        if number < at_least:
+            raise ArgumentTypeError(f"'{text}' is not a whole number of at least {at_least}")
+        return number
 
     return parse
 
 
 def finite_number(*, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf) -> Callable[[str], float]:
-    """A parser of finite numbers within bounds, of which `above` does not belong to them."""
+    """A parser of finite numbers for argparse."""
     limits = {"of at least": at_least, "above": above, "of at most": at_most}
     bounds = " and".join(f" {words} {limit:g}" for words, limit in limits.items() if math.isfinite(limit))
 
@@ -31,29 +35,24 @@ def finite_number(*, at_least: float = -math.inf, above: float = -math.inf, at_m
         except ValueError:
             number = math.nan
         if not (math.isfinite(number) and at_least <= number <= at_most and number > above):
-            raise ArgumentTypeError(f"{shown(text)} is no finite number{bounds}")
+            raise ArgumentTypeError(f"'{text}' is not a finite number{bounds}")
         return number
 
     return parse
 
 
-def shown(text: str) -> str:
-    """What the user wrote, in quotes and at most 60 characters of it."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
 def refuse_own_key(option: str, key: str) -> None:
-    """Refuse a setting that the command gives each run itself, and that would be ignored.
+    """Refuse a setting that the command itself gives each run.
 
     Raises:
         InputError: names the option and the key.
     """
     if key in ("algorithm", "seed", "out"):
-        raise InputError(f"{option}: {key} is the command's own to choose; leave it out")
+        raise InputError(f"{option}: the command itself chooses {key}; leave it out")
 
 
 def add_set_option(parser: ArgumentParser) -> None:
-    """`--set`: settings of one algorithm alone."""
+    """`--set`: settings of one algorithm only."""
     parser.add_argument("--set", action="append", default=[], metavar="ALGORITHM:KEY=VALUE", help="a setting of one algorithm")
 
 
@@ -61,7 +60,7 @@ def settings_by_algorithm(texts: Sequence[str], algorithms: Collection[str]) -> 
     """The overrides that `--set` gives each of some algorithms.
 
     Raises:
-        InputError: a text names none of them or no setting.
+        InputError: a text does not name one of them, or no setting.
     """
     settings: dict[str, list[str]] = {algorithm: [] for algorithm in algorithms}
     for text in texts:

@@ -1,8 +1,8 @@
 """Which settings may change when a run is resumed. docs/training.md has the same list in words.
 
-A resumed run takes the steps that the uninterrupted one would have taken. So every setting that a stage reads stays as it was,
-but for those that decide where the run stops, what it keeps and shows, how long it waits, or what its actors occupy. The
-number of workers that train is not among these: ZeRO checkpoints are cut for it, and shares of a batch follow it.
+A resumed run takes the same steps as the run would have taken without the break. So every setting that a stage reads must stay as it
+is, except those that decide where the run stops, what it keeps and shows, how long it waits, or what its actors occupy. The number of
+workers that train must stay too: ZeRO checkpoints are cut for it, and shares of a batch follow it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Stage:
     """A command that makes run folders.
 
     Attributes:
-        command: as it is typed.
-        reads: sections and settings that decide what it does, in the order in which differences are told.
-        leaves: parts of those that it does not read.
+        command: as a user types it.
+        reads: sections and settings that decide what it does. Differences are listed in this order.
+        leaves: parts of these that it does not read.
     """
 
     command: str
@@ -40,7 +40,7 @@ STAGES: dict[str, Stage] = {
     "sft": Stage("dvpo sft", ("seed", "model", "data", "sft"), ("data.preferences", "data.prompts")),
     "dpo": Stage("dvpo dpo", ("seed", "model", "data", "dpo"), _OTHER_DATA),
 }
-"""By the name that summary.json keeps as `stage`."""
+"""By the name in summary.json, `stage`."""
 
 _TRAINED, _FROZEN = ("policy", "critic", "gvm", "reward_model"), ("scorer", "reference")
 
@@ -63,35 +63,32 @@ MAY_CHANGE: tuple[str, ...] = (
 )
 """Settings and whole sections that may change."""
 
-_SHOWN = 3
-
 
 def check_resumable(stage: str, kept: Config, new: Config, folder: object) -> None:
-    """Refuse to continue a run with settings that would make it another one.
+    """Refuse to continue a run with settings that would make it another run.
 
     Args:
         stage: key of `STAGES`.
         kept: the config in the run folder.
-        new: what `--resume` was given.
+        new: the config that `--resume` was given.
         folder: the run folder, for the error.
 
     Raises:
-        InputError: names the first settings that differ, with both values.
+        InputError: names the first three settings that differ, with both values.
     """
-    changes = forbidden_changes(stage, kept, new)
+    changes = [f"{key} was {_shown(was)} and is {_shown(now)} now" for key, was, now in forbidden_changes(stage, kept, new)]
     if not changes:
         return
-    shown = ", ".join(f"{key} was {_shown(was)} and is {_shown(now)} now" for key, was, now in changes[:_SHOWN])
-    more = f" (and {len(changes) - _SHOWN} more)" if len(changes) > _SHOWN else ""
+    more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
     raise InputError(
-        f"{folder}: --resume continues the run of its config.yaml, but {shown}{more}; set them as they were (`{STAGES[stage].command} "
-        f"{folder}/config.yaml --out {folder} --resume` does), or give another --out; only train.*, checkpoint.*, health.*, ray.*, time limits "
-        "and what actors occupy may change (docs/training.md)"
+        f"{folder}: --resume continues the run of its config.yaml, but {', '.join(changes[:3])}{more}; set them as they were "
+        f"(`{STAGES[stage].command} {folder}/config.yaml --out {folder} --resume` does), or give another --out; "
+        "only train.*, checkpoint.*, health.*, ray.*, time limits and what actors occupy may change (docs/training.md)"
     )
 
 
 def forbidden_changes(stage: str, kept: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values must agree and do not, each with the kept and the new value; None for one that is not there."""
+    """Dotted keys whose values must agree and do not, each with the kept and the new value; None for a key that is not there."""
     was, now = (flat_settings(config.model_dump(mode="json")) for config in (kept, new))
     reads, leaves = STAGES[stage].reads, STAGES[stage].leaves
     differing = [key for key in was | now if was.get(key) != now.get(key)]

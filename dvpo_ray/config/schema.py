@@ -2,7 +2,7 @@
 
 This module imports neither torch nor ray, so that `--help`, `--dry-run` and editors are instant.
 Units are part of the names (`_tokens`, `_seconds`, `_gib`, `_mib`). Batch sizes are written once, in `batch`;
-everything derived from them is computed in `dvpo_ray.config.arithmetic`.
+`dvpo_ray.config.arithmetic` computes everything that is derived from them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,88 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dvpo_ray.config.health import HealthConfig, RefreshConfig
-from dvpo_ray.config.pieces import DeepSpeedConfig, LoraConfig, OptimizerConfig, RoleConfig
-from dvpo_ray.config.section import Count, Fraction, NonEmpty, NonNegative, Positive, Probability, Section
-from dvpo_ray.config.trl_stages import DPOConfig, SFTStageConfig
-
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-RAY_ADDRESS = re.compile(r"auto|local|(ray://)?([^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
+
+_URL = re.compile(r"https?://[^\s/?#:]\S*")
+_RAY_ADDRESS = re.compile(r"auto|local|(ray://)?([^\s:/\[\]]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}")
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+# ------------------------------------------------------------------------------- shared by several stages and roles
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through peft."""
+
+    rank: Count = Field(16, description="Rank of the update of each adapted matrix.")
+    alpha: Positive = Field(32.0, description="Updates are scaled by `alpha / rank`.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the inputs of the adapters.")
+    target_modules: str | list[str] = Field("all-linear", description="peft's `target_modules`.")
+    layers: list[int] | None = Field(None, description="Decoder layers that get adapters; not set: all.")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule. A stage that trains inherits these, so that its keys are `policy.learning_rate` and the like."""
+
+    learning_rate: Positive = Field(1e-6, description="Peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay of the learning rate after the warm-up.")
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Share of the optimizer steps spent warming up.")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's decoupled weight decay.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates of the first and second moment.")
+    epsilon: Positive = Field(1e-8, description="AdamW's term in the denominator.")
+    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this global norm.")
+
+
+class DeepSpeedConfig(Section):
+    """How DeepSpeed shards and stores a model that is trained."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="Shard over the workers: 0 nothing; 1 optimizer state; 2 also gradients; 3 also parameters."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 1-3).")
+    offload_parameters: bool = Field(False, description="Keep parameters in host memory (ZeRO 3).")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    compile: bool = Field(
+        False,
+        description="Compile the decoder layers (`torch.compile`): the start takes half a minute longer, steps are faster. "
+        "Needs a C++ compiler on a CPU. Not with ZeRO 3 or gradient checkpointing.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DeepSpeedConfig:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("offload_parameters needs zero_stage 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile needs zero_stage 0, 1 or 2; with 3 a layer's weights are gathered as it runs")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError("set compile or gradient_checkpointing, not both; a recomputed layer does not run compiled")
+        return self
+
+
+class RoleConfig(Section):
+    """How many actors a role has and what each one occupies."""
+
+    num_actors: Count = Field(1, description="Actors of this role.")
+    cpus_per_actor: NonNegative = Field(1.0, description="Ray CPUs reserved for each actor.")
+    gpus_per_actor: NonNegative = Field(0.0, description="Ray GPUs reserved for each actor; a fraction shares a GPU.")
+    threads: Count = Field(1, description="OpenMP threads of each actor. Busy actors together should have as many threads as there are cores.")
+
 
 # --------------------------------------------------------------------------------------------- models and data
 
@@ -33,33 +106,33 @@ class ModelConfig(Section):
         "sdpa", description="Attention implementation of transformers in the learner, the reference and the scorer."
     )
     chat_template: Literal["auto", "plain"] = Field(
-        "auto",
-        description="`auto` formats messages with the tokenizer's chat template where it has one; `plain` joins texts as they are.",
+        "auto", description="`auto` uses the tokenizer's chat template if there is one; `plain` joins texts as they are."
     )
     trust_remote_code: bool = Field(False, description="Allow model code from the checkpoint to run.")
 
 
-class PreferenceData(Section):
+class SplitData(Section):
+    """Rows to train on and rows to hold out."""
+
+    path: NonEmpty
+    split: NonEmpty = Field("train", description="Split of a hub data set.")
+    heldout_path: NonEmpty | None = Field(None, description="Held-out rows; not set: `heldout_fraction` of the prompts in `path`.")
+    heldout_split: NonEmpty | None = Field(None, description="Split of `heldout_path`, or of `path` if only this is set.")
+    heldout_fraction: Fraction = Field(0.1, description="Share of the distinct prompts (not of the rows) held out from `path`.")
+    limit: Count | None = Field(None, description="Use only this many training rows, from the first.")
+
+
+class PreferenceData(SplitData):
     """Preference pairs for the Global Value Model."""
 
     path: NonEmpty = Field(description="JSONL, JSON or Parquet file, folder, hub name, or `ultrafeedback` / `ultrafeedback_binarized`.")
-    split: NonEmpty = Field("train", description="Split of a hub data set.")
-    heldout_path: NonEmpty | None = Field(None, description="Held-out pairs. Without it, `heldout_fraction` of the prompts is held out.")
-    heldout_split: NonEmpty | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
-    heldout_fraction: Fraction = Field(0.1, description="Share of the prompts (never of the pairs) held out from `path`.")
     min_score_gap: NonNegative = Field(0.0, description="Drop scored pairs whose two scores are closer than this.")
-    limit: Count | None = Field(None, description="Use only the first so many training pairs.")
 
 
-class PromptData(Section):
+class PromptData(SplitData):
     """Prompts for policy optimisation and for evaluation."""
 
     path: NonEmpty = Field(description="Prompt set, or a preference set whose prompts are used.")
-    split: NonEmpty = Field("train", description="Split of a hub data set.")
-    heldout_path: NonEmpty | None = Field(None, description="Prompts for the evaluation before and after. Else a share of `path`.")
-    heldout_split: NonEmpty | None = Field(None, description="Split of `heldout_path`, or of `path` when only this is set.")
-    heldout_fraction: Fraction = Field(0.1, description="Share of the distinct prompts held out from `path`.")
-    limit: Count | None = Field(None, description="Use only the first so many training prompts.")
 
 
 class DataConfig(Section):
@@ -68,8 +141,8 @@ class DataConfig(Section):
     preferences: PreferenceData | None = None
     prompts: PromptData | None = None
     sft: NonEmpty | None = Field(None, description="Instruction-answer rows for `dvpo sft`, in TRL's SFT layouts.")
-    max_prompt_tokens: Count = Field(1024, description="Longer prompts are handled by `long_prompt`.")
-    max_response_tokens: Count = Field(1024, description="Responses of preference pairs longer than this are handled by `long_response`.")
+    max_prompt_tokens: Count = Field(1024, description="`long_prompt` says what happens to longer prompts.")
+    max_response_tokens: Count = Field(1024, description="`long_response` says what happens to longer responses of preference pairs.")
     long_prompt: Literal["truncate_left", "drop", "error"] = Field(
         "truncate_left", description="A prompt over the limit: keep its last tokens, drop the row (counted), or stop."
     )
@@ -82,22 +155,78 @@ class DataConfig(Section):
 # --------------------------------------------------------------------------------------------------------- stages
 
 
-class ContextConfig(Section):
-    """Trajectory conditioning of the Global Value Model: examples of a policy's answers before each prompt make the values that policy's."""
+class TRLStageConfig(Section):
+    """A stage that a trainer of TRL runs in one process."""
 
-    examples: Annotated[int, Field(ge=0)] = Field(
+    learning_rate: Positive = Field(2e-5, description="Peak learning rate; it decays linearly.")
+    epochs: Positive = Field(1.0, description="Passes over the rows.")
+    batch_size: Count = Field(8, description="Rows in one forward and backward pass.")
+    gradient_accumulation_steps: Count = Field(1, description="Forward and backward passes in one optimizer step.")
+
+
+class SFTStageConfig(TRLStageConfig):
+    """`dvpo sft`: the supervised warm start, by TRL's SFTTrainer."""
+
+    max_tokens: Count = Field(1024, description="Longer rows are cut off at the end.")
+
+
+class DPOConfig(TRLStageConfig):
+    """`dvpo dpo`: Direct Preference Optimization on `data.preferences`, a baseline without rollouts, by TRL's DPOTrainer."""
+
+    learning_rate: Positive = Field(1e-6, description="Peak learning rate; it decays linearly.")
+    batch_size: Count = Field(8, description="Pairs in one forward and backward pass.")
+    beta: Positive = Field(0.1, description="Weight of the implied KL to the reference (Rafailov et al. 2023, arXiv 2305.18290).")
+
+
+class ContextConfig(Section):
+    """Trajectory conditioning: with examples of a policy's answers before each prompt, the Global Value Model gives the values of that policy."""
+
+    examples: CountOrZero = Field(
         0, description="Examples before each prompt, by the model that wrote the response; 0: none. A trained GVM keeps its own number."
     )
-    max_tokens: Count = Field(512, description="An example with more tokens, prompt and response, is not used. A trained GVM keeps its own limit.")
-    pool: Count = Field(8, description="Rollouts of the current policy that each step of policy optimisation samples to draw the examples from.")
+    max_tokens: Count = Field(512, description="Longest example (prompt and response) that is used. A trained GVM keeps its own limit.")
+    pool: Count = Field(8, description="Rollouts of the current policy that each training step samples to draw examples from.")
+
+
+class RefreshConfig(Section):
+    """Where new preferences on the current policy's samples come from, and how the Global Value Model is trained on them."""
+
+    source: Literal["judge", "file", "endpoint"] | None = Field(
+        None,
+        description="Who labels the pairs. `judge`: the one of `evaluation`. `file`: a person reads `to_label.jsonl` in the run folder and "
+        "writes `labels.jsonl`. `endpoint`: a URL that takes pairs by HTTP POST. Not set: no refresh.",
+    )
+    prompts: Count = Field(64, description="Training prompts that the current policy answers for one refresh.")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(4, description="Responses to each of these prompts.")
+    pairs_per_prompt: Count = Field(2, description="Most pairs of one prompt; a response is in one pair only.")
+    min_score_gap: NonNegative = Field(0.05, description="Leave out the judge's pairs whose scores are closer than this.")
+    heldout_fraction: Fraction = Field(0.1, description="Share of the prompts whose pairs measure the new GVM and never train it.")
+    old_pairs_per_new: NonNegative = Field(
+        1.0, description="Old pairs mixed in for each new training pair: from `data.preferences`, if set, and from earlier refreshes."
+    )
+    epochs: Positive = Field(1.0, description="Passes over the new and the old pairs. Training starts from the last GVM.")
+    timeout_seconds: Positive = Field(86400.0, description="How long `file` waits for the last label.")
+    url: str | None = Field(None, description="Address that `endpoint` posts pairs to, `http://` or `https://`.")
+    request_timeout_seconds: Positive = Field(60.0, description="How long one answer of the endpoint may take.")
+    pairs_per_request: Count = Field(16, description="Pairs in one request to the endpoint.")
+    retries: CountOrZero = Field(4, description="How often a failed request is sent again, after 1, 2, 4 ... seconds.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_url(cls, url: str | None) -> str | None:
+        if url is not None and not _URL.fullmatch(url):
+            raise ValueError(f"'{url}' is not a URL; expected http://HOST/PATH or https://HOST/PATH")
+        return url
 
 
 class PreferenceTraining(RoleConfig, OptimizerConfig):
     """Training of a model with a value head on preference pairs, and the artifact that `dvpo train` loads."""
 
-    path: NonEmpty | None = Field(None, description="Artifact that `dvpo train` freezes.")
-    init_from: NonEmpty | None = Field(None, description="Checkpoint the trunk starts from; `model.path` when not set. Must share its tokenizer.")
-    num_layers: Count | None = Field(None, description="Keep only the first so many decoder layers of the trunk.")
+    path: NonEmpty | None = Field(None, description="Artifact that `dvpo train` loads and freezes.")
+    init_from: NonEmpty | None = Field(
+        None, description="Checkpoint that the trunk starts from; not set: `model.path`. Must have the same tokenizer."
+    )
+    num_layers: Count | None = Field(None, description="Keep only this many decoder layers of the trunk, from the first.")
     epochs: Positive = Field(1.0, description="Passes over the training pairs.")
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
@@ -111,33 +240,31 @@ class GVMConfig(PreferenceTraining):
 
     section: ClassVar[Literal["gvm"]] = "gvm"
 
-    path: NonEmpty | None = Field(
-        None, description="GVM artifact that `dvpo train` freezes. Without it `dvpo train` needs one from `dvpo gvm train`."
-    )
+    path: NonEmpty | None = Field(None, description="GVM artifact, made by `dvpo gvm train`, that `dvpo train` loads and freezes.")
     learning_rate: Positive = Field(1.41e-5, description="Peak learning rate (the released code's default).")
     objective: Literal["td0", "td_lambda", "monte_carlo", "bradley_terry"] = Field(
         "monte_carlo",
-        description="Target of the value regression. `bradley_terry` has none: it ranks the pairs by their last values, which makes a reward model "
-        "(`dvpo rm train` sets it) and no value model.",
+        description="Target of the value regression. `bradley_terry` ranks pairs by their last values instead: that trains a reward model, "
+        "not a value model (`dvpo rm train` sets it).",
     )
     td_lambda: Probability = Field(0.95, description="Trace decay of `td_lambda`.")
     outcome: Literal["binary", "score"] = Field("binary", description="+1 chosen / -1 rejected, or the data's score per response.")
     outcome_scale: Positive = Field(1.0, description="Scores are multiplied by this before they become targets.")
     bradley_terry_weight: NonNegative = Field(0.0, description="Weight of the Bradley-Terry term on each pair; 0 leaves it out.")
     bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
-    keep_head: bool = Field(False, description="Go on from the value head of `init_from`, which must be a GVM artifact, instead of zero.")
+    keep_head: bool = Field(False, description="Start from the value head of `init_from`, which must be a GVM artifact, instead of from zero.")
     context: ContextConfig = ContextConfig()
-    refresh_every_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="`dvpo train` retrains the GVM on new preferences over the current policy's samples every so many steps; 0: never."
+    refresh_every_steps: CountOrZero = Field(
+        0, description="`dvpo train` retrains the GVM on preferences over the current policy's samples every this many steps; 0: never."
     )
     refresh: RefreshConfig = RefreshConfig()
 
 
 class RewardModelConfig(PreferenceTraining):
-    """Training of a Bradley-Terry reward model (`dvpo rm train`), which every algorithm but `dvpo` takes its rewards from."""
+    """Training of a Bradley-Terry reward model (`dvpo rm train`). Every algorithm but `dvpo` takes its rewards from it."""
 
     section: ClassVar[Literal["reward_model"]] = "reward_model"
-    # A reward model is a value model of which the last value alone is trained, by the Bradley-Terry loss on the two of a pair
+    # A reward model is a value model whose last value alone is trained, by the Bradley-Terry loss on the two responses of a pair
     # (Bradley & Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
     objective: ClassVar[Literal["bradley_terry"]] = "bradley_terry"
     bradley_terry_value: ClassVar[Literal["last"]] = "last"
@@ -149,47 +276,50 @@ class RewardModelConfig(PreferenceTraining):
     context: ClassVar[ContextConfig] = ContextConfig()
 
     path: NonEmpty | None = Field(
-        None, description="Reward model that `dvpo train` freezes: made by `dvpo rm train`, or a GVM, whose last value is read."
+        None, description="Reward model that `dvpo train` loads and freezes: made by `dvpo rm train`, or a GVM, whose last value is read."
     )
     learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
+
+
+# ---------------------------------------------------------------------------------------- roles of `dvpo train`
 
 
 class RolloutConfig(RoleConfig):
     """The engines that sample responses from the current policy."""
 
-    backend: Literal["vllm", "transformers"] = Field("vllm", description="`transformers` is slow and for machines without vLLM.")
+    backend: Literal["vllm", "transformers"] = Field("vllm", description="`transformers` is slow; it is for machines without vLLM.")
     tensor_parallel_size: Count = Field(1, description="GPUs that one vLLM engine shards its weights over.")
     max_response_tokens: Count = Field(1024, description="A response that reaches this length is cut off there.")
-    min_response_tokens: Annotated[int, Field(ge=0)] = Field(0, description="EOS is not sampled before this many tokens.")
+    min_response_tokens: CountOrZero = Field(0, description="EOS is not sampled before this many tokens.")
     temperature: Positive = Field(1.0, description="Log-probs are those of the tempered distribution.")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="Below 1 the engine's log-probs are renormalised and importance ratios are biased."
     )
     max_concurrent_sequences: Count = Field(256, description="Sequences that an engine decodes at the same time.")
-    rollouts_per_chunk: Count = Field(16, description="Finished rollouts that leave an engine together to be scored.")
-    kv_cache_gib: Count = Field(1, description="vLLM's KV cache where it runs on CPU; on a GPU gpu_memory_utilization decides.")
+    rollouts_per_chunk: Count = Field(16, description="Finished rollouts that an engine hands on for scoring at a time.")
+    kv_cache_gib: Count = Field(1, description="vLLM's KV cache on a CPU; on a GPU `gpu_memory_utilization` decides.")
     gpu_memory_utilization: Fraction = Field(0.85, description="Share of the GPU that vLLM may take.")
     enforce_eager: bool = Field(
         True,
-        description="Run vLLM without compiling the model and without CUDA graphs. `false`: half a minute more at the start, faster decoding "
-        "after it. On a CPU it needs a C++ compiler.",
+        description="Run vLLM without compilation and CUDA graphs. `false`: the start takes half a minute longer, decoding is faster. "
+        "Needs a C++ compiler on a CPU.",
     )
     start_timeout_seconds: Positive = Field(900.0, description="How long an engine may take to start.")
 
 
 class ScorerConfig(RoleConfig):
-    """A frozen model that scores finished rollouts: the GVM or the reward model, or the reference policy."""
+    """A frozen model that scores finished rollouts: the GVM, the reward model, or the reference policy."""
 
     micro_batch_tokens: Count = Field(16384, description="Padded tokens in one forward pass.")
     compile: bool = Field(
-        False, description="Run the decoder layers through `torch.compile`; the first passes take half a minute. On a CPU it needs a C++ compiler."
+        False, description="Compile the decoder layers (`torch.compile`); the first passes take half a minute. Needs a C++ compiler on a CPU."
     )
 
 
 class ValueScorerConfig(ScorerConfig):
     """The frozen model that scores finished rollouts: the Global Value Model, or a baseline's reward model."""
 
-    ensemble: list[NonEmpty] = Field([], description="Further GVM artifacts, whose disagreement with `gvm.path` is measured (`health/disagreement`).")
+    ensemble: list[NonEmpty] = Field([], description="More GVM artifacts; their disagreement with `gvm.path` is measured (`health/disagreement`).")
 
 
 class CriticConfig(RoleConfig, OptimizerConfig):
@@ -199,9 +329,7 @@ class CriticConfig(RoleConfig, OptimizerConfig):
     init: Literal["reward_model", "policy"] = Field(
         "reward_model", description="Start from the reward model, head included, or from the SFT model with a zero head."
     )
-    value_clip: Positive | None = Field(
-        0.2, description="Clip new values to this distance from the old ones in the loss (PPO); not set: no clipping."
-    )
+    value_clip: Positive | None = Field(0.2, description="The loss clips new values to this distance from the old ones (PPO); null: no clipping.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 
@@ -218,7 +346,7 @@ class PolicyConfig(RoleConfig, OptimizerConfig):
     )
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     lora: LoraConfig | None = None
-    trainable_layers: Count | None = Field(None, description="Train only the last so many decoder layers (and the final norm).")
+    trainable_layers: Count | None = Field(None, description="Train only this many decoder layers, from the last, and the final norm.")
 
     @model_validator(mode="after")
     def _one_kind_of_partial_training(self) -> PolicyConfig:
@@ -227,24 +355,27 @@ class PolicyConfig(RoleConfig, OptimizerConfig):
         return self
 
 
+# ---------------------------------------------------------------------------------------------- a training step
+
+
 class AdvantageConfig(Section):
     """How values and rewards become token advantages; see docs/method.md."""
 
     mode: Literal["static_q", "td", "gae", "release"] = Field(
         "release",
         description="With v[t] the value after t response tokens: `static_q` v[t]; `td` v[t] - v[t-1]; `gae` their discounted sum; "
-        "`release` the published code's whitened variant. Read by `algorithm: dvpo` alone.",
+        "`release` the published code's whitened variant. For `algorithm: dvpo` only.",
     )
-    gae_lambda: Probability = Field(1.0, description="Trace decay of `gae` and of `algorithm: ppo`. `release` always uses 0.95, as released.")
+    gae_lambda: Probability = Field(1.0, description="Trace decay of `gae` and of `algorithm: ppo`. `release` always uses 0.95, as published.")
     whiten: bool = Field(True, description="Whiten over the response tokens of the whole batch. `release` always does, `grpo` and `rloo` never.")
     truncated: Literal["bootstrap", "mask", "penalty"] = Field(
         "bootstrap",
         description="A response cut off at the length limit: bootstrap from its last value, leave it out of the loss, or "
-        "subtract `truncation_penalty` from its last value. A reward model scores it like any other, so with rewards there is no bootstrap.",
+        "subtract `truncation_penalty` from its last value. With a reward model there is no bootstrap: it scores cut-off responses like others.",
     )
     truncation_penalty: NonNegative = Field(0.0, description="What `truncated: penalty` subtracts.")
     disagreement_coefficient: NonNegative = Field(
-        0.0, description="Multiply each advantage by 1 / (1 + c * disagreement / std of the values), with the disagreement of `scorer.ensemble`."
+        0.0, description="c: each advantage is multiplied by 1 / (1 + c * disagreement of `scorer.ensemble` / std of the values)."
     )
 
 
@@ -265,14 +396,14 @@ class MismatchConfig(Section):
 
     importance_cap: Positive = Field(2.0, description="Truncated importance sampling: weights learner/engine are capped at this.")
     max_token_mult_error: Positive | None = Field(
-        1.5, description="Stop when the batch's mean token-level multiplicative error exceeds this; not set: never stop."
+        1.5, description="Stop when the batch's mean token-level multiplicative error exceeds this; null: never stop."
     )
 
 
 class BatchConfig(Section):
-    """The one vocabulary of batch sizes."""
+    """The sizes of a batch of rollouts. All other batch sizes follow from these."""
 
-    prompts_per_step: Count = Field(128, description="Prompts that one step samples responses to.")
+    prompts_per_step: Count = Field(128, description="Prompts of one step.")
     samples_per_prompt: Count = Field(1, description="Responses sampled to each prompt.")
     update_epochs: Count = Field(1, description="Passes over each rollout batch.")
     minibatches_per_epoch: Count = Field(1, description="Optimizer steps in one pass.")
@@ -286,15 +417,26 @@ class WeightSyncConfig(Section):
         "auto", description="`auto`: NCCL between GPUs, CUDA IPC on a shared GPU, the Ray object store otherwise."
     )
     bucket_mib: Positive = Field(256.0, description="Weights travel in buckets of this size.")
-    timeout_seconds: Positive = Field(600.0, description="A sync that takes longer fails by name.")
+    timeout_seconds: Positive = Field(600.0, description="A sync that takes longer ends the run with an error.")
     checksum: bool = Field(False, description="Verify every bucket of the object-store transport with CRC-32.")
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+class TrainConfig(Section):
+    """How long policy optimisation runs and what it keeps."""
+
+    steps: Count = Field(100, description="Steps of the run: rollout, scoring, update, weight sync.")
+    save_rollouts_every_steps: CountOrZero = Field(1, description="Write `rollouts/step_*.jsonl` every this many steps; 0: never.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"], description="Where metrics go besides metrics.jsonl.")
 
 
 class CheckpointConfig(Section):
     """Checkpoints of the learner, the optimizer, the data position and all random states."""
 
     every_steps: Count = Field(50, description="Steps between checkpoints.")
-    keep: Count = Field(2, description="Older checkpoints are removed.")
+    keep: Count = Field(2, description="How many checkpoints are kept; older ones are removed.")
     save_pretrained: bool = Field(
         False, description="Also write the policy of each checkpoint of `dvpo train` as a Hugging Face model, in `policy/`."
     )
@@ -305,35 +447,59 @@ class EvaluationConfig(Section):
 
     judge: Literal["vader", "none"] = Field("none", description="`vader` scores the sentiment of a response by a lexicon.")
     prompts: Count = Field(256, description="Held-out prompts judged before and after training.")
-    every_steps: Annotated[int, Field(ge=0)] = Field(0, description="Also evaluate every so many steps; 0: only before and after.")
+    every_steps: CountOrZero = Field(0, description="Also evaluate every this many steps; 0: only before and after.")
+
+
+class HealthConfig(Section):
+    """Alarms on the value or reward estimate that the policy is optimised towards. A rule with a null threshold is off."""
+
+    window_steps: Annotated[int, Field(ge=3)] = Field(
+        10, description="Steps that a rule judges together. After an alarm the rule is silent for as many steps."
+    )
+    on_alarm: Literal["warn", "refresh", "stop"] = Field(
+        "warn",
+        description="`warn` only; `refresh` also refreshes the GVM before the next step (`gvm.refresh`); `stop` ends the run with a "
+        "checkpoint, an evaluation and the final model.",
+    )
+    trend_significance: Positive | None = Field(
+        2.5, description="Alarm when the estimate rises and the gold score falls, each by more than this many standard errors of its slope."
+    )
+    max_gold_divergence: Positive | None = Field(
+        1.0,
+        description="Alarm when the estimate has gained this many standard deviations more than the gold score, since the start or the "
+        "last refresh.",
+    )
+    min_gold_correlation: Annotated[float, Field(ge=-1.0, le=1.0)] | None = Field(
+        0.1, description="Alarm when the correlation between the estimate and the gold score of the responses is below this."
+    )
+    max_value_bias: Positive | None = Field(
+        0.5, description="Alarm when the third of the responses farthest from the reference is overrated by more standard deviations than this."
+    )
+    max_calibration_error: Positive | None = Field(
+        None,
+        description="Alarm when values in the last third of a response differ from the final estimate by more than this (in units of value). "
+        "Needs no gold judge.",
+    )
 
 
 class RayConfig(Section):
     """The Ray cluster that the run joins or starts."""
 
     address: str | None = Field(None, description="Address of a running cluster; not set: join the one of this job, else start a local one.")
-    num_cpus: Count | None = Field(None, description="CPUs of a local cluster that is started here.")
-    num_gpus: Annotated[int, Field(ge=0)] | None = Field(None, description="GPUs of a local cluster that is started here.")
-    object_store_gib: Positive | None = Field(None, description="Object store of a local cluster that is started here.")
-    dashboard: bool = Field(False, description="Serve the dashboard of a local cluster that is started here.")
+    num_cpus: Count | None = Field(None, description="CPUs of the local cluster.")
+    num_gpus: CountOrZero | None = Field(None, description="GPUs of the local cluster.")
+    object_store_gib: Positive | None = Field(None, description="Object store of the local cluster.")
+    dashboard: bool = Field(False, description="Serve the dashboard of the local cluster.")
     placement_timeout_seconds: Positive = Field(300.0, description="How long to wait for the cluster to have room.")
-    autoscaling: bool = Field(False, description="The cluster can grow: wait for room even if it has too little in all.")
+    autoscaling: bool = Field(False, description="The cluster can grow: wait for room even if it is too small as a whole.")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = Field("PACK", description="How Ray spreads the actors over nodes.")
 
     @field_validator("address")
     @classmethod
     def _is_an_address(cls, address: str | None) -> str | None:
-        if address is not None and not RAY_ADDRESS.fullmatch(address):
-            raise ValueError(f"'{address}' is no address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto")
+        if address is not None and not _RAY_ADDRESS.fullmatch(address):
+            raise ValueError(f"'{address}' is not the address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto")
         return address
-
-
-class TrainConfig(Section):
-    """How long policy optimisation runs and what it keeps."""
-
-    steps: Count = Field(100, description="Steps of the run: rollout, scoring, update, weight sync.")
-    save_rollouts_every_steps: Annotated[int, Field(ge=0)] = Field(1, description="Write `rollouts/step_*.jsonl` every so many steps; 0: never.")
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(["tensorboard"], description="Where metrics go besides metrics.jsonl.")
 
 
 class Config(Section):
@@ -368,40 +534,33 @@ class Config(Section):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _lengths_agree(self) -> Config:
-        if self.rollout.min_response_tokens > self.rollout.max_response_tokens:
-            raise ValueError(
-                f"rollout.min_response_tokens ({self.rollout.min_response_tokens}) is above "
-                f"rollout.max_response_tokens ({self.rollout.max_response_tokens})"
-            )
+    def _settings_agree(self) -> Config:
+        least, most = self.rollout.min_response_tokens, self.rollout.max_response_tokens
+        if least > most:
+            raise ValueError(f"rollout.min_response_tokens ({least}) is above rollout.max_response_tokens ({most})")
         if self.rollout.tensor_parallel_size > 1 and self.rollout.backend != "vllm":
             raise ValueError("rollout.tensor_parallel_size above 1 needs rollout.backend vllm")
-        return self
-
-    @model_validator(mode="after")
-    def _disagreement_has_an_ensemble(self) -> Config:
         if self.scorer.ensemble and self.algorithm != "dvpo":
-            raise ValueError(f"scorer.ensemble holds value models, which algorithm {self.algorithm} has none of; remove it")
+            raise ValueError(f"scorer.ensemble holds value models, but algorithm {self.algorithm} uses none; remove it")
         named = [Path(path) for path in (self.gvm.path, *self.scorer.ensemble) if path is not None]
-        twice = next((path for i, path in enumerate(named) if path in named[:i]), None)
-        if twice is not None:
-            raise ValueError(f"scorer.ensemble: {twice} is named twice, here or by gvm.path; give GVM artifacts that can disagree")
+        for path in named:
+            if named.count(path) > 1:
+                raise ValueError(f"scorer.ensemble: {path} is named twice, here or by gvm.path; name each GVM artifact once")
         if self.advantage.disagreement_coefficient > 0 and not self.scorer.ensemble:
-            raise ValueError("advantage.disagreement_coefficient needs scorer.ensemble: at least one more GVM artifact")
+            raise ValueError("advantage.disagreement_coefficient needs at least one more GVM artifact in scorer.ensemble")
+        if self.gvm.refresh_every_steps:
+            self._check_refresh("gvm.refresh_every_steps")
+        elif self.health.on_alarm == "refresh":
+            self._check_refresh("health.on_alarm: refresh")
         return self
 
-    @model_validator(mode="after")
-    def _refresh_has_a_source(self) -> Config:
-        if self.gvm.refresh_every_steps == 0 and self.health.on_alarm != "refresh":
-            return self
-        asked = "gvm.refresh_every_steps" if self.gvm.refresh_every_steps else "health.on_alarm: refresh"
+    def _check_refresh(self, asked: str) -> None:
         refresh = self.gvm.refresh
         if self.algorithm != "dvpo":
-            raise ValueError(f"{asked} retrains the Global Value Model, which algorithm {self.algorithm} does not use")
+            raise ValueError(f"{asked} retrains the Global Value Model, but algorithm {self.algorithm} does not use one")
         if refresh.source is None:
             raise ValueError(f"{asked} needs gvm.refresh.source: judge, file or endpoint")
         if refresh.source == "judge" and self.evaluation.judge == "none":
             raise ValueError("gvm.refresh.source judge needs evaluation.judge")
         if refresh.source == "endpoint" and refresh.url is None:
             raise ValueError("gvm.refresh.source endpoint needs gvm.refresh.url")
-        return self

@@ -10,7 +10,7 @@ import numpy as np
 
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.comparable import SAME_RUN, check_equal
+from dvpo_ray.config.arithmetic import SAME_RUN, check_equal
 from dvpo_ray.config.options import add_set_option, refuse_own_key, settings_by_algorithm, whole_number
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.advantage_modes import add_kl_option

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dvpo_ray.config.options import shown
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.gvm.model import keep_first_layers
@@ -79,7 +78,7 @@ def choose_device(config: Config, name: str | None) -> Device:
         InputError: no GPU of that name is known. ResourceError: the config asks for GPUs, none is named and this machine has none.
     """
     if name not in (None, "cpu", *GPUS):
-        raise InputError(f"--device {shown(name)}: not known; expected cpu or one of {', '.join(GPUS)}")
+        raise InputError(f"--device {name!r}: not known; expected cpu or one of {', '.join(GPUS)}")
     if config.policy.gpus_per_actor == 0:
         if name not in (None, "cpu"):
             raise InputError(f"--device is {name}, but policy.gpus_per_actor is 0: this config computes on the CPU")

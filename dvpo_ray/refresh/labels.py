@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from dvpo_ray.config.health import RefreshConfig
+from dvpo_ray.config.schema import RefreshConfig
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.files import clear_when_full, whole_file

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from dvpo_ray.config import Config
-from dvpo_ray.config.trl_stages import TRLStageConfig
+from dvpo_ray.config.schema import TRLStageConfig
 from dvpo_ray.errors import InputError, diverged
 from dvpo_ray.files import whole_folder
 from dvpo_ray.models.loading import load_policy, torch_dtype
