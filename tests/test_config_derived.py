@@ -39,7 +39,7 @@ def test_batch_arithmetic_golden_numbers():
         data={"max_prompt_tokens": 200},
         train={"steps": 10},
     )
-    plan = derive_batch(config, num_prompts=60)
+    plan = derive_batch(config)
     assert plan.samples_per_step == 48
     assert plan.max_samples_per_engine == 10
     assert plan.samples_per_worker == 12
@@ -50,8 +50,6 @@ def test_batch_arithmetic_golden_numbers():
     assert plan.optimizer_steps == 120
     assert plan.total_prompts == 240
     assert plan.total_samples == 480
-    assert plan.prompt_epochs == 4.0
-    assert derive_batch(config).prompt_epochs is None
 
 
 @given(*[st.integers(1, 40)] * 4)

@@ -31,7 +31,6 @@ class BatchPlan:
         optimizer_steps: over the whole run; the length of the learning-rate schedule.
         total_prompts: prompts taken from the data over the whole run, with repetition.
         total_samples: rows over the whole run.
-        prompt_epochs: passes over the prompt set; None when its size isn't known.
     """
 
     samples_per_step: int
@@ -44,15 +43,10 @@ class BatchPlan:
     optimizer_steps: int
     total_prompts: int
     total_samples: int
-    prompt_epochs: float | None
 
 
-def derive_batch(config: Config, num_prompts: int | None = None) -> BatchPlan:
+def derive_batch(config: Config) -> BatchPlan:
     """All batch numbers of policy optimisation.
-
-    Args:
-        config: the run's settings.
-        num_prompts: training prompts in the data, where known.
 
     Raises:
         InputError: learner (or critic) workers and minibatches cannot share the samples of a step evenly, or there are too few
@@ -74,7 +68,6 @@ def derive_batch(config: Config, num_prompts: int | None = None) -> BatchPlan:
             f"kl.adaptive_horizon {kl.adaptive_horizon:g} is too short for {samples} samples per step: the coefficient could fall to 0; "
             f"set more than {shortest_horizon(samples):g}"
         )
-    total_prompts = batch.prompts_per_step * config.train.steps
     optimizer_steps_per_step = batch.update_epochs * batch.minibatches_per_epoch
     return BatchPlan(
         samples_per_step=samples,
@@ -85,9 +78,8 @@ def derive_batch(config: Config, num_prompts: int | None = None) -> BatchPlan:
         max_tokens_per_row=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         optimizer_steps_per_step=optimizer_steps_per_step,
         optimizer_steps=optimizer_steps_per_step * config.train.steps,
-        total_prompts=total_prompts,
+        total_prompts=batch.prompts_per_step * config.train.steps,
         total_samples=samples * config.train.steps,
-        prompt_epochs=total_prompts / num_prompts if num_prompts else None,
     )
 
 

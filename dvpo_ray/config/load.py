@@ -51,11 +51,10 @@ def _resolve(tree: dict, path: Path, overrides: Sequence[str]) -> Config:
     """The config of a tree of settings and overrides; the path is for the errors."""
     applied: dict[str, str] = {}
     for override in overrides:
-        text = f"override {_shortened(override, 120)}"
         try:
-            applied[_apply_override(tree, override)] = text
+            applied[_apply_override(tree, override)] = f"override {override}"
         except ValueError as error:
-            raise InputError(f"{text}: {error}") from None
+            raise InputError(f"override {override}: {error}") from None
     try:
         # JSON mode in strict form: `true` is not a number and '3' is not a count, while a list is fine for a tuple.
         return Config.model_validate_json(json.dumps(tree), strict=True)
@@ -218,9 +217,5 @@ def _shown(value) -> str:
         return "nothing"
     if isinstance(value, dict):
         return "a mapping"
-    text = f"'{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return _shortened(" ".join(text.split()))
-
-
-def _shortened(text: str, length: int = 60) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+    text = f"'{' '.join(value.split())}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -60,16 +60,14 @@ class OptimizerConfig(Section):
 class DeepSpeedConfig(Section):
     """How DeepSpeed shards and stores a model that is trained."""
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        0, description="Shard over the workers: 0 nothing; 1 optimizer state; 2 also gradients; 3 also parameters."
-    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="Sharded over the workers: 1 optimizer state; 2 also gradients; 3 also parameters.")
     offload_optimizer: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 1-3).")
     offload_parameters: bool = Field(False, description="Keep parameters in host memory (ZeRO 3).")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     compile: bool = Field(
         False,
         description="Compile the decoder layers (`torch.compile`): the start takes half a minute longer, steps are faster. "
-        "Needs a C++ compiler on a CPU. Not with ZeRO 3 or gradient checkpointing.",
+        "On a CPU it needs a C++ compiler. Not with ZeRO 3 or gradient checkpointing.",
     )
 
     @model_validator(mode="after")
@@ -102,9 +100,7 @@ class ModelConfig(Section):
 
     path: NonEmpty = Field(description="Checkpoint folder or hub name of the SFT model.")
     dtype: Dtype = Field("bfloat16", description="Dtype of the weights in every role. Use float32 on CPU.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention implementation of transformers in the learner, the reference and the scorer."
-    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention in learner, reference and scorer.")
     chat_template: Literal["auto", "plain"] = Field(
         "auto", description="`auto` uses the tokenizer's chat template if there is one; `plain` joins texts as they are."
     )
@@ -181,9 +177,7 @@ class DPOConfig(TRLStageConfig):
 class ContextConfig(Section):
     """Trajectory conditioning: with examples of a policy's answers before each prompt, the Global Value Model gives the values of that policy."""
 
-    examples: CountOrZero = Field(
-        0, description="Examples before each prompt, by the model that wrote the response; 0: none. A trained GVM keeps its own number."
-    )
+    examples: CountOrZero = Field(0, description="Examples before each prompt; 0: none. A trained GVM keeps its own number.")
     max_tokens: Count = Field(512, description="Longest example (prompt and response) that is used. A trained GVM keeps its own limit.")
     pool: Count = Field(8, description="Rollouts of the current policy that each training step samples to draw examples from.")
 
@@ -201,9 +195,7 @@ class RefreshConfig(Section):
     pairs_per_prompt: Count = Field(2, description="Most pairs of one prompt; a response is in one pair only.")
     min_score_gap: NonNegative = Field(0.05, description="Leave out the judge's pairs whose scores are closer than this.")
     heldout_fraction: Fraction = Field(0.1, description="Share of the prompts whose pairs measure the new GVM and never train it.")
-    old_pairs_per_new: NonNegative = Field(
-        1.0, description="Old pairs mixed in for each new training pair: from `data.preferences`, if set, and from earlier refreshes."
-    )
+    old_pairs_per_new: NonNegative = Field(1.0, description="Old pairs for each new training pair, from `data.preferences` and earlier refreshes.")
     epochs: Positive = Field(1.0, description="Passes over the new and the old pairs. Training starts from the last GVM.")
     timeout_seconds: Positive = Field(86400.0, description="How long `file` waits for the last label.")
     url: str | None = Field(None, description="Address that `endpoint` posts pairs to, `http://` or `https://`.")
@@ -223,9 +215,7 @@ class PreferenceTraining(RoleConfig, OptimizerConfig):
     """Training of a model with a value head on preference pairs, and the artifact that `dvpo train` loads."""
 
     path: NonEmpty | None = Field(None, description="Artifact that `dvpo train` loads and freezes.")
-    init_from: NonEmpty | None = Field(
-        None, description="Checkpoint that the trunk starts from; not set: `model.path`. Must have the same tokenizer."
-    )
+    init_from: NonEmpty | None = Field(None, description="Checkpoint that the trunk starts from, with the same tokenizer; not set: `model.path`.")
     num_layers: Count | None = Field(None, description="Keep only this many decoder layers of the trunk, from the first.")
     epochs: Positive = Field(1.0, description="Passes over the training pairs.")
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
@@ -254,9 +244,7 @@ class GVMConfig(PreferenceTraining):
     bradley_terry_value: Literal["last", "mean"] = Field("last", description="The value of a response that the Bradley-Terry term compares.")
     keep_head: bool = Field(False, description="Start from the value head of `init_from`, which must be a GVM artifact, instead of from zero.")
     context: ContextConfig = ContextConfig()
-    refresh_every_steps: CountOrZero = Field(
-        0, description="`dvpo train` retrains the GVM on preferences over the current policy's samples every this many steps; 0: never."
-    )
+    refresh_every_steps: CountOrZero = Field(0, description="Refresh the GVM every this many steps of `dvpo train`; 0: never.")
     refresh: RefreshConfig = RefreshConfig()
 
 
@@ -275,9 +263,7 @@ class RewardModelConfig(PreferenceTraining):
     keep_head: ClassVar[bool] = False
     context: ClassVar[ContextConfig] = ContextConfig()
 
-    path: NonEmpty | None = Field(
-        None, description="Reward model that `dvpo train` loads and freezes: made by `dvpo rm train`, or a GVM, whose last value is read."
-    )
+    path: NonEmpty | None = Field(None, description="Reward model that `dvpo train` loads and freezes; or a GVM, whose last value is read.")
     learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
 
 
@@ -292,9 +278,7 @@ class RolloutConfig(RoleConfig):
     max_response_tokens: Count = Field(1024, description="A response that reaches this length is cut off there.")
     min_response_tokens: CountOrZero = Field(0, description="EOS is not sampled before this many tokens.")
     temperature: Positive = Field(1.0, description="Log-probs are those of the tempered distribution.")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="Below 1 the engine's log-probs are renormalised and importance ratios are biased."
-    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Below 1, log-probs are renormalised and importance ratios are biased.")
     max_concurrent_sequences: Count = Field(256, description="Sequences that an engine decodes at the same time.")
     rollouts_per_chunk: Count = Field(16, description="Finished rollouts that an engine hands on for scoring at a time.")
     kv_cache_gib: Count = Field(1, description="vLLM's KV cache on a CPU; on a GPU `gpu_memory_utilization` decides.")
@@ -302,7 +286,7 @@ class RolloutConfig(RoleConfig):
     enforce_eager: bool = Field(
         True,
         description="Run vLLM without compilation and CUDA graphs. `false`: the start takes half a minute longer, decoding is faster. "
-        "Needs a C++ compiler on a CPU.",
+        "On a CPU it needs a C++ compiler.",
     )
     start_timeout_seconds: Positive = Field(900.0, description="How long an engine may take to start.")
 
@@ -311,9 +295,7 @@ class ScorerConfig(RoleConfig):
     """A frozen model that scores finished rollouts: the GVM, the reward model, or the reference policy."""
 
     micro_batch_tokens: Count = Field(16384, description="Padded tokens in one forward pass.")
-    compile: bool = Field(
-        False, description="Compile the decoder layers (`torch.compile`); the first passes take half a minute. Needs a C++ compiler on a CPU."
-    )
+    compile: bool = Field(False, description="Compile the decoder layers (`torch.compile`), in half a minute. On a CPU it needs a C++ compiler.")
 
 
 class ValueScorerConfig(ScorerConfig):
@@ -326,9 +308,7 @@ class CriticConfig(RoleConfig, OptimizerConfig):
     """The online value model of `algorithm: ppo`, trained beside the policy with as many epochs and minibatches."""
 
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
-    init: Literal["reward_model", "policy"] = Field(
-        "reward_model", description="Start from the reward model, head included, or from the SFT model with a zero head."
-    )
+    init: Literal["reward_model", "policy"] = Field("reward_model", description="Start from the reward model or the SFT model with a zero head.")
     value_clip: Positive | None = Field(0.2, description="The loss clips new values to this distance from the old ones (PPO); null: no clipping.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -386,7 +366,7 @@ class KLConfig(Section):
     coefficient: NonNegative = Field(0.05, description="Weight of the KL penalty, the beta of the paper.")
     estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the loss term (Schulman 2020). The reward penalty is always k1.")
     adaptive_target_nats: Positive | None = Field(
-        None, description="Adapt the coefficient towards this sequence KL (Ziegler et al. 2019); not set: constant."
+        None, description="Sequence KL that the coefficient adapts to (Ziegler et al. 2019); not set: constant."
     )
     adaptive_horizon: Positive = Field(10_000.0, description="Samples over which the adaptive coefficient reacts.")
 
@@ -395,9 +375,7 @@ class MismatchConfig(Section):
     """What happens when the engine's and the learner's log-probs differ."""
 
     importance_cap: Positive = Field(2.0, description="Truncated importance sampling: weights learner/engine are capped at this.")
-    max_token_mult_error: Positive | None = Field(
-        1.5, description="Stop when the batch's mean token-level multiplicative error exceeds this; null: never stop."
-    )
+    max_token_mult_error: Positive | None = Field(1.5, description="Stop if the batch's mean multiplicative token error is above this; null: never.")
 
 
 class BatchConfig(Section):
@@ -437,9 +415,7 @@ class CheckpointConfig(Section):
 
     every_steps: Count = Field(50, description="Steps between checkpoints.")
     keep: Count = Field(2, description="How many checkpoints are kept; older ones are removed.")
-    save_pretrained: bool = Field(
-        False, description="Also write the policy of each checkpoint of `dvpo train` as a Hugging Face model, in `policy/`."
-    )
+    save_pretrained: bool = Field(False, description="Also write the policy of each checkpoint as a Hugging Face model, in `policy/`.")
 
 
 class EvaluationConfig(Section):
@@ -453,9 +429,7 @@ class EvaluationConfig(Section):
 class HealthConfig(Section):
     """Alarms on the value or reward estimate that the policy is optimised towards. A rule with a null threshold is off."""
 
-    window_steps: Annotated[int, Field(ge=3)] = Field(
-        10, description="Steps that a rule judges together. After an alarm the rule is silent for as many steps."
-    )
+    window_steps: Annotated[int, Field(ge=3)] = Field(10, description="Steps that a rule judges together. After an alarm it is silent for as many.")
     on_alarm: Literal["warn", "refresh", "stop"] = Field(
         "warn",
         description="`warn` only; `refresh` also refreshes the GVM before the next step (`gvm.refresh`); `stop` ends the run with a "
@@ -466,11 +440,10 @@ class HealthConfig(Section):
     )
     max_gold_divergence: Positive | None = Field(
         1.0,
-        description="Alarm when the estimate has gained this many standard deviations more than the gold score, since the start or the "
-        "last refresh.",
+        description="Alarm when the estimate has gained this many standard deviations more than the gold score, since the start or the last refresh.",
     )
     min_gold_correlation: Annotated[float, Field(ge=-1.0, le=1.0)] | None = Field(
-        0.1, description="Alarm when the correlation between the estimate and the gold score of the responses is below this."
+        0.1, description="Alarm when estimate and gold score correlate less than this."
     )
     max_value_bias: Positive | None = Field(
         0.5, description="Alarm when the third of the responses farthest from the reference is overrated by more standard deviations than this."
