@@ -1,7 +1,6 @@
 """Reading rows: formats, labels, and the one line that names what is wrong."""
 
 import json
-import os
 
 import datasets
 import pytest
@@ -68,9 +67,7 @@ def test_parquet_file_folder_and_saved_dataset_give_the_same_rows(tmp_path):
         (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15"),
         (b'{"prompt": "a"', "not valid JSON"),
         (b'["a"]', "must be a JSON object with named columns, got list"),
-        (b"[" * 100_000, "lists or objects are nested too deeply"),
-        (b'{"prompt": "a", "chosen_score": ' + b"5" * 5000 + b"}", "a whole number has thousands of digits"),
-        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "the key `prompt` is there twice; keep one of them"),
+        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "the key `prompt` is there twice"),
         (b'{"prompt": [{"role": "user", "role": "system", "content": "x"}]}', "the key `role` is there twice"),
     ],
 )
@@ -90,11 +87,10 @@ def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, pr
         (
             "rows.json",
             b'{"prompt": "a"}\n{"prompt": "b"}\n',
-            ".json:2: not valid JSON (Extra data at column 1); one object per line belongs in a .jsonl",
+            ".json: not valid JSON (Extra data at line 2, column 1); one object per line belongs in a .jsonl",
         ),
         ("rows.json", b'{"prompt": "a"}', "must be a JSON list of rows, got dict"),
         ("rows.json", b'[{"prompt": "a", "prompt": "b"}]', "the key `prompt` is there twice"),
-        ("rows.json", b"[" * 100_000, "nested too deeply"),
         ("rows.json", b'[{"prompt": "caf\xe9"}]', "not UTF-8 at byte 16"),
         ("rows.parquet", b"no parquet at all", "could not be read (Parquet magic bytes not found"),
     ],
@@ -107,14 +103,6 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, name, content, m
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(InputError, match=r"rows\.jsonl: a pipe or a device, which can be read only once; give a file"):
-        read_rows(str(tmp_path / "rows.jsonl"), "train")
-    with pytest.raises(InputError, match=r"rows\.jsonl: a pipe, a device or a folder by the name of a data file"):
-        read_rows(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "some/where/deep/pairs"])

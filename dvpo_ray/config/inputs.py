@@ -18,7 +18,8 @@ from dvpo_ray.config.schema import Config, SplitData
 
 MANIFEST = "gvm.json"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-NAMED_DATA = ("ultrafeedback", "ultrafeedback_binarized")
+NAMED_DATA = {"ultrafeedback": "openbmb/UltraFeedback", "ultrafeedback_binarized": "HuggingFaceH4/ultrafeedback_binarized"}
+"""Hub names of data sets with a short name."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _ARTIFACTS = {"gvm": ("GVM artifact", "`dvpo gvm train`"), "reward_model": ("reward model", "`dvpo rm train`")}
 """What the folder that `gvm.path` or `reward_model.path` names is called, and the command that makes it."""

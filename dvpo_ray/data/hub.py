@@ -1,6 +1,6 @@
 """Whether the hub of models and data sets can be reached, found out in seconds.
 
-Without a network its libraries try for a minute for every file of every name, and a misspelt path of this machine looks like a name.
+Without a network, its libraries try for a minute for every file of every name, and a misspelt path of this machine looks like a name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ NEITHER_HERE_NOR_CACHED = "not on this machine, not in the cache of the hub, and
 
 
 def prepare_hub() -> bool:
-    """Whether names are looked up on the hub; where it cannot be reached, its libraries look in their cache alone from now on.
-
-    Processes that are started later inherit it.
-    """
+    """Whether the hub can be asked. If it cannot be reached, its libraries use only their cache, here and in processes started later."""
     import datasets
     from huggingface_hub import constants
 
@@ -33,7 +30,7 @@ def prepare_hub() -> bool:
 def _is_reachable(endpoint: str) -> bool:
     address = urlsplit(endpoint)
     if address.scheme in urllib.request.getproxies():
-        return True  # the proxy's to find out
+        return True  # only the proxy can tell
     try:
         socket.create_connection((address.hostname, address.port or (80 if address.scheme == "http" else 443)), CONNECT_SECONDS).close()
     except OSError:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Literal
 
 from dvpo_ray.config.schema import PreferenceData
-from dvpo_ray.data.reading import read_rows
 from dvpo_ray.data.rows import (
     BadRow,
     Content,
@@ -23,19 +24,18 @@ from dvpo_ray.data.rows import (
     checked_score,
     content_text,
     first_present,
-    parse_rows,
     required,
 )
-from dvpo_ray.data.splitting import load_split, prompt_key
+from dvpo_ray.data.splitting import Sets, load_sets, prompt_key
 from dvpo_ray.errors import InputError
 
-# Where a dialogue of Anthropic's hh-rlhf hands over to the assistant; both of its responses follow the last one they share.
 HH_ASSISTANT = "\n\nAssistant:"
+"""Where a dialogue of Anthropic's hh-rlhf hands over to the assistant; both of its responses follow the last one they share."""
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt and two responses to it, of which the first was preferred.
+    """One prompt and two responses to it; the first one was preferred.
 
     Attributes:
         prompt: text, or messages that end with the turn to be answered.
@@ -43,11 +43,11 @@ class PreferencePair:
         rejected: the other response, likewise.
         chosen_score: outcome of the chosen response (a reward model's, a judge's); both responses have one or neither has.
         rejected_score: outcome of the rejected response, at most `chosen_score`.
-        source_model: the model that wrote the responses; the chosen one only, where `rejected_model` names another.
+        source_model: the model that wrote the responses, or only the chosen one if `rejected_model` names another.
+        rejected_model: the model that wrote the rejected response, if that is not `source_model`.
         chosen_truncated: the chosen response was cut off and has no terminal state.
         rejected_truncated: likewise.
         where: the row's label, `file.jsonl:LINE` or `name[row]`.
-        rejected_model: the model that wrote the rejected response, where it may not be `source_model`.
     """
 
     prompt: Content
@@ -56,10 +56,10 @@ class PreferencePair:
     chosen_score: float | None = None
     rejected_score: float | None = None
     source_model: str | None = None
+    rejected_model: str | None = None
     chosen_truncated: bool = False
     rejected_truncated: bool = False
     where: str = ""
-    rejected_model: str | None = None
 
     @cached_property
     def key(self) -> str:
@@ -68,77 +68,39 @@ class PreferencePair:
 
     @property
     def response_models(self) -> tuple[str | None, str | None]:
-        """The models that wrote the chosen and the rejected response, None where the data does not say."""
+        """The models that wrote the chosen and the rejected response; None where the data does not say."""
         return self.source_model, self.rejected_model or self.source_model
 
     @property
     def score_gap(self) -> float | None:
-        """Chosen score minus rejected score, where there are scores."""
+        """Chosen score minus rejected score; None without scores."""
         return None if self.chosen_score is None else self.chosen_score - self.rejected_score
 
 
-@dataclass(frozen=True)
-class PreferenceSets:
-    """What `load_preferences` found.
-
-    Attributes:
-        train: pairs to train on, in the order of the data.
-        heldout: pairs of other prompts.
-        skipped: one line `where: reason` for each bad row that was left out.
-        without_preference: labels of rows that were left out because their scores tie or are closer than `min_score_gap`.
-        warnings: what the user should know, one line each.
-    """
-
-    train: list[PreferencePair]
-    heldout: list[PreferencePair]
-    skipped: list[str] = field(default_factory=list)
-    without_preference: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def load_preferences(data: PreferenceData, on_bad_row: Literal["error", "skip"]) -> PreferenceSets:
-    """Read, check and split the preference pairs that the config names.
+def load_preferences(data: PreferenceData, on_bad_row: Literal["error", "skip"]) -> Sets[PreferencePair]:
+    """Read, check and split the preference pairs that the config names. Pairs whose scores tie or are too close are left out.
 
     Raises:
         InputError: a missing, unreadable or empty source; a bad row, unless bad rows are skipped; no pairs left; a
             `min_score_gap` for data without scores.
     """
-    skipped: list[str] = []
-    without_preference: list[str] = []
 
-    def load(path: str, split: str) -> list[PreferencePair]:
-        rows, bad = parse_rows(path, read_rows(path, split), parse_pair, on_bad_row)
-        skipped.extend(bad)
-        pairs, close = _apart(rows, data.min_score_gap)
-        without_preference.extend(close)
+    def far_apart(path: str, rows: list[PreferencePair | None]) -> list[PreferencePair]:
+        pairs = [pair for pair in rows if pair is not None and (pair.score_gap is None or pair.score_gap >= data.min_score_gap)]
         if not pairs:
             raise InputError(f"{path}: in every pair the scores tie or are closer than data.preferences.min_score_gap {data.min_score_gap}")
         if data.min_score_gap > 0 and all(pair.score_gap is None for pair in pairs):
             raise InputError(f"data.preferences.min_score_gap: {path} has no scores; remove the setting or add chosen_score and rejected_score")
         return pairs
 
-    split = load_split("data.preferences", data, load)
-    return PreferenceSets(split.train, split.heldout, skipped, without_preference, split.warnings)
-
-
-def _apart(rows: Iterable[PreferencePair | str], min_score_gap: float) -> tuple[list[PreferencePair], list[str]]:
-    """Pairs that state a preference of at least the gap, and the labels of those that do not."""
-    pairs, close = [], []
-    for row in rows:
-        if isinstance(row, str):
-            close.append(row)
-        elif row.score_gap is not None and row.score_gap < min_score_gap:
-            close.append(row.where)
-        else:
-            pairs.append(row)
-    return pairs, close
+    return load_sets("data.preferences", data, on_bad_row, parse_pair, far_apart)
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
 
 
-def parse_pair(columns: Mapping, where: str) -> PreferencePair | str:
-    """The pair in a row, whatever its layout; the row's label where an UltraFeedback row prefers no completion.
+def parse_pair(columns: Mapping, where: str) -> PreferencePair | None:
+    """The pair in a row of any layout; None for an UltraFeedback row that prefers no completion.
 
     Raises:
         BadRow: the row is not a preference pair.
@@ -156,10 +118,10 @@ def parse_pair(columns: Mapping, where: str) -> PreferencePair | str:
         chosen_score=chosen_score,
         rejected_score=rejected_score,
         source_model=checked_name(first_present(columns, "source_model", "model"), "source_model"),
+        rejected_model=checked_name(columns.get("rejected_model"), "rejected_model"),
         chosen_truncated=checked_flag(columns.get("chosen_truncated"), "chosen_truncated"),
         rejected_truncated=checked_flag(columns.get("rejected_truncated"), "rejected_truncated"),
         where=where,
-        rejected_model=checked_name(columns.get("rejected_model"), "rejected_model"),
     )
 
 
@@ -174,11 +136,10 @@ def _scores(columns: Mapping) -> tuple[float | None, float | None]:
 
 
 def separate_prompt(columns: Mapping) -> tuple[Content, Content, Content]:
-    """Prompt, chosen and rejected of a row, explicit or implicit.
+    """Prompt, chosen and rejected of a row.
 
-    A prompt is implicit where `chosen` and `rejected` hold whole dialogues (then it is the messages they share at the
-    start, also when a `prompt` text stands beside them), and where there is no `prompt` column (then it is the text they
-    share at the start, up to a word's boundary).
+    If `chosen` and `rejected` hold whole dialogues, the prompt is the messages they share at the start, even beside a `prompt` text.
+    Without a `prompt` column, it is the text they share at the start, up to a word's boundary.
 
     Raises:
         BadRow: a part is missing, empty or of the wrong type, or there is no shared start.
@@ -222,30 +183,27 @@ def _separate_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 def _shared_length(first: Sequence, second: Sequence) -> int:
     """How many leading elements two sequences share."""
-    differences = (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(differences, min(len(first), len(second)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _last_boundary(text: str) -> int:
-    """Where the last, perhaps partial, word of a text begins; a space before it goes with the word, as tokenizers have it."""
-    end = len(text)
-    while end and not text[end - 1].isspace():
-        end -= 1
-    return end - 1 if end and text[end - 1] == " " else end
+    """Where the last, perhaps partial, word of a text begins; a space before it belongs to the word, as in tokenizers."""
+    end = len(text) - len(re.split(r"\s", text)[-1])
+    return end - 1 if text[:end].endswith(" ") else end
 
 
-def _ultrafeedback_pair(columns: Mapping, where: str) -> PreferencePair | str:
+def _ultrafeedback_pair(columns: Mapping, where: str) -> PreferencePair | None:
     """The best-scored completion against one of the lower-scored others, drawn by a hash of the instruction.
 
     The published binarized form draws among all others and so keeps ties; a tie states no preference and is left out here.
-    Completions without a score or without text are no candidates.
+    Completions without a score or without text do not count.
     """
     prompt = checked_prompt(required(columns, "instruction"), "instruction")
     candidates = _scored_completions(columns["completions"])
     best_score, best = max(candidates, key=lambda candidate: candidate[0])
     others = [candidate for candidate in candidates if candidate[0] < best_score]
     if not others:
-        return where
+        return None
     draw = int.from_bytes(hashlib.sha256(f"rejected:{content_text(prompt)}".encode()).digest()[:8])
     other_score, other = others[draw % len(others)]
     return PreferencePair(
@@ -255,8 +213,8 @@ def _ultrafeedback_pair(columns: Mapping, where: str) -> PreferencePair | str:
         chosen_score=best_score,
         rejected_score=other_score,
         source_model=checked_name(best.get("model"), "model"),
-        where=where,
         rejected_model=checked_name(other.get("model"), "model"),
+        where=where,
     )
 
 
@@ -277,21 +235,11 @@ def _scored_completions(completions: object) -> list[tuple[float, Mapping]]:
 
 
 def dataset_fingerprint(pairs: Iterable[PreferencePair]) -> str:
-    """SHA-256, in hex, of what the pairs say: the same for any order of the pairs, and for any file they came from."""
+    """SHA-256, in hex, of the content of the pairs: the same for any order, and for any file they came from."""
     digests = sorted(hashlib.sha256(_canonical(pair)).digest() for pair in pairs)
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _canonical(pair: PreferencePair) -> bytes:
-    content = [
-        pair.prompt,
-        pair.chosen,
-        pair.rejected,
-        pair.chosen_score,
-        pair.rejected_score,
-        pair.source_model,
-        pair.rejected_model,
-        pair.chosen_truncated,
-        pair.rejected_truncated,
-    ]
-    return json.dumps(content, sort_keys=True, ensure_ascii=True).encode()
+    """All fields but the label `where`, in their order."""
+    return json.dumps(astuple(pair)[:-1], sort_keys=True).encode()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from dvpo_ray.config.schema import PromptData
 from dvpo_ray.data.preferences import separate_prompt
-from dvpo_ray.data.reading import read_rows
-from dvpo_ray.data.rows import BadRow, Content, Messages, checked_content, checked_prompt, content_text, parse_rows, required
-from dvpo_ray.data.splitting import load_split, prompt_key
+from dvpo_ray.data.rows import BadRow, Content, Messages, checked_content, checked_prompt, content_text, required
+from dvpo_ray.data.splitting import Sets, load_sets, prompt_key
 
 
 @dataclass(frozen=True)
@@ -33,56 +32,31 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The prompt as bare text, for a judge or a reader: message contents on lines of their own."""
+        """The prompt as bare text, for a judge or a reader: message contents, each on a line of its own."""
         return content_text(self.content)
 
 
-@dataclass(frozen=True)
-class PromptSets:
-    """What `load_prompts` found.
-
-    Attributes:
-        train: distinct prompts to sample from, in the order of the data.
-        heldout: other distinct prompts, for the evaluation.
-        skipped: one line `where: reason` for each bad row that was left out.
-        warnings: what the user should know, one line each.
-    """
-
-    train: list[Prompt]
-    heldout: list[Prompt]
-    skipped: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def load_prompts(data: PromptData, on_bad_row: Literal["error", "skip"]) -> PromptSets:
+def load_prompts(data: PromptData, on_bad_row: Literal["error", "skip"]) -> Sets[Prompt]:
     """Read, check and split the prompts that the config names; a prompt that repeats is taken once.
 
     Raises:
         InputError: a missing, unreadable or empty source; a bad row, unless bad rows are skipped.
     """
-    skipped: list[str] = []
 
-    def load(path: str, split: str) -> list[Prompt]:
-        prompts, bad = parse_rows(path, read_rows(path, split), parse_prompt, on_bad_row)
-        skipped.extend(bad)
-        return _distinct(prompts)
+    def distinct(_: str, prompts: list[Prompt]) -> list[Prompt]:
+        first: dict[str, Prompt] = {}
+        for prompt in prompts:
+            first.setdefault(prompt.key, prompt)
+        return list(first.values())
 
-    split = load_split("data.prompts", data, load)
-    return PromptSets(split.train, split.heldout, skipped, split.warnings)
-
-
-def _distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
-    first: dict[str, Prompt] = {}
-    for prompt in prompts:
-        first.setdefault(prompt.key, prompt)
-    return list(first.values())
+    return load_sets("data.prompts", data, on_bad_row, parse_prompt, distinct)
 
 
 def parse_prompt(columns: Mapping, where: str) -> Prompt:
     """The prompt of a row: prompt-only, preference, `messages`, or `instruction` with an optional `input`.
 
     Raises:
-        BadRow: the row holds no prompt.
+        BadRow: the row has no prompt.
     """
     if columns.get("chosen") is not None and columns.get("rejected") is not None:
         return Prompt(separate_prompt(columns)[0], where)
@@ -94,7 +68,7 @@ def parse_prompt(columns: Mapping, where: str) -> Prompt:
 
 
 def _unanswered(messages: Content) -> Messages:
-    """A dialogue without the answer that ends it."""
+    """A dialogue without its last answer."""
     if not isinstance(messages, list):
         raise BadRow("`messages` must be a list of messages")
     return checked_prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, "messages")

@@ -1,9 +1,9 @@
-"""Checks of row contents: text, messages, scores; and what becomes of a bad row."""
+"""Checks of row contents: text, messages, scores; and what happens to a bad row."""
 
 from __future__ import annotations
 
 import logging
-import sys
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, TypeVar
 
@@ -18,10 +18,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-MAX_CHARACTERS = 1_000_000
-"""Of one text. A tokenizer takes seconds for each further million, and no model reads as much."""
-
-
 class BadRow(ValueError):
     """A row that cannot be used; the message says what is wrong and what would be right."""
 
@@ -30,8 +26,8 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
     """Parse every row of a source.
 
     Args:
-        path: what the source is called in messages.
-        parse: makes an item of a row's columns and its label; raises `BadRow`.
+        path: name of the source in messages.
+        parse: makes an item from a row's columns and its label; raises `BadRow`.
         on_bad_row: stop at the first bad row, or go on and list it.
 
     Returns:
@@ -50,10 +46,10 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
             if on_bad_row == "error":
                 raise InputError(f"{row.where}: {error}") from error
             skipped.append(f"{row.where}: {error}")
+    if not items and not skipped:
+        raise InputError(f"{path}: no rows; the data set is empty")
     if not items:
-        raise InputError(
-            f"{path}: all {len(skipped)} rows are bad; the first is {skipped[0]}" if skipped else f"{path}: no rows; the data set is empty"
-        )
+        raise InputError(f"{path}: all {len(skipped)} rows are bad; the first is {skipped[0]}")
     if skipped:
         logger.warning("%s: skipped %d bad rows of %d; the first is %s", path, len(skipped), len(skipped) + len(items), skipped[0])
     return items, skipped
@@ -92,8 +88,6 @@ def _checked_messages(value: list, name: str) -> Messages:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise BadRow(f"`{name}[{index}]` needs `{key}` as text, got {type(message.get(key)).__name__}")
-        if not message["role"].strip():
-            raise BadRow(f"`{name}[{index}]` has an empty `role`")
         _checked_text(message["content"], f"{name}[{index}]")
     if not value[-1]["content"].strip():
         raise BadRow(f"`{name}` ends with a message whose content is empty")
@@ -101,9 +95,7 @@ def _checked_messages(value: list, name: str) -> Messages:
 
 
 def _checked_text(text: str, name: str) -> str:
-    """The text, unless it holds half of a surrogate pair, as JSON can escape it and no tokenizer takes it, or is beyond all use."""
-    if len(text) > MAX_CHARACTERS:
-        raise BadRow(f"`{name}` has {len(text):,} characters, more than {MAX_CHARACTERS:,}; cut it to what the model can read, or leave the row out")
+    """The text, unless it holds half of a surrogate pair: JSON can escape one, and no tokenizer takes it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -129,32 +121,30 @@ def checked_response(value: object, name: str) -> Content:
 
 
 def checked_score(value: object, name: str) -> float | None:
-    """A finite number, or None where there is none."""
+    """A finite number; None for null."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(f"`{name}` must be a number, got {type(value).__name__} {value!r}")
-    if not abs(value) <= sys.float_info.max:  # false for NaN, and holds for integers of any size
-        raise BadRow(f"`{name}` must be a finite number, got {value:.6g}")
+    if not math.isfinite(value):
+        raise BadRow(f"`{name}` must be a finite number, got {value}")
     return float(value)
 
 
 def checked_flag(value: object, name: str) -> bool:
-    """True or false; false where there is none."""
-    if value is None:
-        return False
-    if not isinstance(value, bool):
+    """True or false; false for null."""
+    if value is not None and not isinstance(value, bool):
         raise BadRow(f"`{name}` must be true or false, got {type(value).__name__} {value!r}")
-    return value
+    return bool(value)
 
 
 def checked_name(value: object, name: str) -> str | None:
-    """Text, or None where there is none."""
+    """Text; None for null."""
     if value is not None and not isinstance(value, str):
         raise BadRow(f"`{name}` must be text, got {type(value).__name__}")
     return value
 
 
 def content_text(content: Content) -> str:
-    """The bare text: of a list of messages, their contents on lines of their own, without roles."""
+    """The bare text. Messages give their contents, each on a line of its own, without roles."""
     return content if isinstance(content, str) else "\n".join(message["content"] for message in content)

@@ -1,8 +1,8 @@
 """Held-out sets: split by prompt, never by pair, the same way wherever the prompt appears.
 
-The side a prompt falls on depends on nothing but the prompt and the fraction. So it survives a new order of the rows, rows
-added or skipped, and a prompt set read from another file than the preference pairs: with equal fractions, what is held out
-of one is never trained on in the other.
+The side of a prompt depends only on the prompt and the fraction. So it stays the same for a new order of the rows, when rows are added
+or skipped, and when prompts and preference pairs come from different files: with equal fractions, what is held out of one is never
+trained on in the other.
 """
 
 from __future__ import annotations
@@ -11,26 +11,19 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, TypeVar
 
-from dvpo_ray.config.schema import PreferenceData, PromptData
-from dvpo_ray.data.reading import has_splits
-from dvpo_ray.data.rows import Content
+from dvpo_ray.config.schema import SplitData
+from dvpo_ray.data.reading import has_splits, read_rows
+from dvpo_ray.data.rows import Content, parse_rows
 from dvpo_ray.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-
-class HasPrompt(Protocol):
-    """Anything with a `key` that is equal for equal prompts."""
-
-    @property
-    def key(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=HasPrompt)
+Item = TypeVar("Item")
+"""A preference pair or a prompt: its `key` is equal for equal prompts."""
 
 
 def prompt_key(prompt: Content) -> str:
@@ -71,54 +64,70 @@ def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item],
 
 
 @dataclass(frozen=True)
-class Split(Generic[Item]):
-    """Training and held-out items, and what the user should know of them."""
+class Sets(Generic[Item]):
+    """What a config section of data names.
+
+    Attributes:
+        train: items to train on, in the order of the data.
+        heldout: items of other prompts.
+        skipped: one line `where: reason` for each bad row that was left out.
+        warnings: what the user should know, one line each.
+    """
 
     train: list[Item]
     heldout: list[Item]
+    skipped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def load_split(section: str, data: PreferenceData | PromptData, load: Callable[[str, str], list[Item]]) -> Split[Item]:
-    """The training and the held-out items that a config section asks for, the training items cut to `limit`.
+def load_sets(
+    section: str,
+    data: SplitData,
+    on_bad_row: Literal["error", "skip"],
+    parse: Callable[[Mapping, str], Item],
+    choose: Callable[[str, list[Item]], list[Item]],
+) -> Sets[Item]:
+    """Read, check and split what a config section names. The training items are cut to `limit`.
 
     Args:
         section: the section's key, for messages.
-        load: reads the items of a path and a split.
+        parse: makes an item from a row; see `parse_rows`.
+        choose: the items to use of those of a path.
 
     Raises:
-        InputError: what `load` raises; a held-out set that is the training set; a split asked of a single file.
+        InputError: as in `parse_rows`; a held-out set that is the training set; a split of a single file.
     """
+    skipped: list[str] = []
+
+    def load(path: str, split: str) -> list[Item]:
+        items, bad = parse_rows(path, read_rows(path, split), parse, on_bad_row)
+        skipped.extend(bad)
+        return choose(path, items)
+
     if data.split != "train" and not has_splits(data.path):
         raise InputError(f"{section}.split is {data.split}, but {data.path} is a single file and has no splits; leave it out, or cut with limit")
     train = load(data.path, data.split)
-    warnings = []
     if data.heldout_path is None and data.heldout_split is None:
         try:
             train, heldout = split_by_prompt(train, data.heldout_fraction)
         except InputError as error:
             raise InputError(f"{data.path}: {error}") from error
-    else:
-        heldout = load(*_heldout_source(section, data))
-        warnings = overlap_warning(data.path, train, heldout)
-    return Split(train[: data.limit], heldout, warnings)
-
-
-def _heldout_source(section: str, data: PreferenceData | PromptData) -> tuple[str, str]:
+        return Sets(train[: data.limit], heldout, skipped)
     path, split = data.heldout_path or data.path, data.heldout_split or data.split
     if data.heldout_split is not None and not has_splits(path):
         raise InputError(f"{section}.heldout_split: {path} is a single file and has no splits; give {section}.heldout_path instead")
     if path == data.path and (split == data.split or not has_splits(path)):
         raise InputError(f"{section}: the held-out set is the training set; give another heldout_path or heldout_split, or leave both out")
-    return path, split
+    heldout = load(path, split)
+    return Sets(train[: data.limit], heldout, skipped, _overlap_warning(data.path, train, heldout))
 
 
-def overlap_warning(name: str, train: Iterable[HasPrompt], heldout: Iterable[HasPrompt]) -> list[str]:
+def _overlap_warning(name: str, train: Iterable[Item], heldout: Iterable[Item]) -> list[str]:
     """One line if prompts of the held-out set are in the training set too, else nothing; also logged."""
     heldout_keys = {item.key for item in heldout}
     shared = heldout_keys & {item.key for item in train}
     if not shared:
         return []
-    warning = f"{name}: {len(shared)} of {len(heldout_keys)} held-out prompts are training prompts too; held-out numbers flatter"
+    warning = f"{name}: {len(shared)} of {len(heldout_keys)} held-out prompts are training prompts too; held-out results are too good"
     logger.warning(warning)
     return [warning]

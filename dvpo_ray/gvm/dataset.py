@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from dvpo_ray.config import Config
 from dvpo_ray.config.schema import GVMConfig, RewardModelConfig
 from dvpo_ray.data.encoding import Encoder
-from dvpo_ray.data.preferences import PreferencePair, PreferenceSets, dataset_fingerprint, load_preferences
+from dvpo_ray.data.preferences import PreferencePair, dataset_fingerprint, load_preferences
+from dvpo_ray.data.splitting import Sets
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec, chat_template_hash, tokenizer_hash
 from dvpo_ray.gvm.context import Origin, with_peer_examples
@@ -116,7 +117,7 @@ def _shared_tokenizer(config: Config, settings: TrainingSettings) -> PreTrainedT
     return tokenizer
 
 
-def _load_pairs(config: Config) -> PreferenceSets:
+def _load_pairs(config: Config) -> Sets[PreferencePair]:
     if config.data.preferences is None:
         raise InputError("data.preferences.path is not set; give preference pairs")
     return load_preferences(config.data.preferences, config.data.on_bad_row)
