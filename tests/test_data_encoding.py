@@ -294,7 +294,7 @@ def test_a_long_prompt_can_be_dropped_or_be_an_error(name):
 
 @pytest.mark.parametrize("name", ["plain", "chatml"])
 def test_a_long_response_can_be_cut_dropped_or_be_an_error(name):
-    with pytest.raises(InputError, match=r"pairs.jsonl:7: a response has \d+ tokens, data.max_response_tokens is 12; .*data.long_response"):
+    with pytest.raises(InputError, match=r"pairs.jsonl:7: the response has \d+ tokens, data.max_response_tokens is 12; .*data.long_response"):
         encoder(name, limits()).encode_pair(pair(rejected=LONG_TEXT))
 
     dropping = encoder(name, limits(long_response="drop"))

@@ -1,4 +1,4 @@
-"""What a tokenizer's chat template does to an assistant's turn, read off the template itself."""
+"""How a tokenizer's chat template writes an assistant's turn, found by rendering a probe."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dvpo_ray.data.rows import Messages
 from dvpo_ray.errors import InputError
 
 PROBE = "dvpo-probe"
-# Templates of the Llama 3 family write today's date into the system prompt; a fixed one keeps runs repeatable.
+# Templates of the Llama 3 family write today's date into the system prompt; a fixed date keeps runs repeatable.
 TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """How an assistant's turn looks: `lead` + content + `tail`, of which the ids are `lead` + content + `close` + end token.
+    """How an assistant's turn looks: `lead` + content + `tail`. Its ids end with the end token, before the rest of `tail`.
 
     Attributes:
-        lead: what a chat template puts between the generation prompt and the content, often nothing.
-        close: what stands between the content and the end token, often nothing.
+        lead: the template's text between the generation prompt and the content, often empty.
+        close: text between the content and the end token, often empty.
         end: text of the end token.
         end_id: id of the end token.
-        tail: all that the template puts after the content: `close`, `end`, and what may follow it.
+        tail: all text after the content: `close`, `end`, and what may follow it.
     """
 
     lead: str
@@ -45,7 +45,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation
 
 
 def probe_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
-    """What the template puts around an assistant's answer, and which token ends it: the first added token after the answer.
+    """What the template writes around an assistant's answer, and which token ends it: the first added token after the answer.
 
     Raises:
         InputError: the template cannot write a question and its answer.
@@ -66,12 +66,12 @@ def probe_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    """A pattern of the special tokens as text."""
+    """A pattern that matches each special token as text."""
     flagged = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return _any_of([*tokenizer.all_special_tokens, *flagged])
 
 
 def _any_of(tokens: list[str]) -> re.Pattern:
-    """A pattern of any of these texts, the longest first; of nothing if there are none."""
+    """A pattern that matches any of these texts, the longest first, and nothing if there are none."""
     longest_first = sorted(set(tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,9 +1,9 @@
-"""From text to token ids: chat templates and plain text, ends of responses, and what happens to what is too long.
+"""From text to token ids: chat templates and plain text, ends of responses, and what happens to rows that are too long.
 
 Three rules hold for every row (each has a property test):
 
-    the prompt's ids are those that the rollout engine gets: the response is tokenised as their continuation;
-    a finished response ends with exactly one end token, whatever the padding token is, and a cut-off one with none;
+    the prompt has the ids that the rollout engine gets: a response is tokenised as the continuation of its prompt;
+    a finished response ends with exactly one end token, whatever the padding token is, and a cut-off one has none;
     the beginning-of-text token is there once, by the chat template or by the tokenizer, not by both.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -24,10 +24,9 @@ from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.rows import Content, Messages, content_text
 from dvpo_ray.errors import InputError
 
-# Text that no merge rule joins to what follows it: tokenised before a continuation, it keeps a tokenizer of the
+# No merge rule joins this text to what follows it. Tokenised before a continuation, it keeps a tokenizer of the
 # SentencePiece kind from putting its leading space there.
 ANCHOR = "\n"
-DROP_REASONS = ("long_prompt", "long_response", "chat_template", "empty", "equal")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class EncodedPair:
     """A preference pair as token ids.
 
     Attributes:
-        prompt: ids of the prompt, at least one, the generation prompt of a chat template included.
+        prompt: ids of the prompt, at least one, with the generation prompt of a chat template.
         chosen: ids that continue the prompt; the last one is the end token unless `chosen_truncated`.
         rejected: likewise.
         chosen_truncated: the response was cut off, in the data or by `data.long_response`.
@@ -56,12 +55,16 @@ class EncodedPair:
 
 
 def rows_of_pairs(pairs: Sequence[EncodedPair]) -> RaggedBatch:
-    """Two rows a pair, the chosen response in row 2i and the rejected one in row 2i + 1."""
+    """Two rows for each pair: the chosen response in row 2i and the rejected one in row 2i + 1."""
     return RaggedBatch.from_rows(
         prompts=[pair.prompt for pair in pairs for _ in range(2)],
         responses=[ids for pair in pairs for ids in (pair.chosen, pair.rejected)],
         truncated=[cut for pair in pairs for cut in (pair.chosen_truncated, pair.rejected_truncated)],
     )
+
+
+_Cut = tuple[list[int], bool]
+"""Ids of a response, and whether it has no end token because it was cut off."""
 
 
 class Dropped(Exception):
@@ -94,9 +97,9 @@ class Encoder:
         is_chat: whether prompts go through the tokenizer's chat template.
         end_token_id: the id that ends every finished response.
         stop_token_ids: ids at which a rollout ends: the end token, the tokenizer's EOS and the checkpoint's own list.
-        dropped: labels of the rows left out so far, by reason: `long_prompt`, `long_response`, `chat_template` (which
-            refused the messages), `empty` (a cut-off response without a token), `equal` (both responses have the same ids,
-            as after truncation).
+        dropped: labels of the rows left out so far, by reason: `long_prompt`, `long_response`, `chat_template` (the template
+            refuses the messages), `empty` (a cut-off response without a token), `equal` (both responses have the same ids, for
+            example after truncation).
         truncated: labels of the rows shortened so far, by `long_prompt` and `long_response`.
     """
 
@@ -105,8 +108,8 @@ class Encoder:
         Args:
             tokenizer: of the policy, which the GVM shares.
             data: length limits and what happens to longer rows.
-            chat_template: `auto` uses the tokenizer's chat template where it has one; `plain` joins texts as they are.
-            context_tokens: what prompt and response may have together.
+            chat_template: `auto` uses the tokenizer's chat template if there is one; `plain` joins texts as they are.
+            context_tokens: limit of prompt and response together.
 
         Raises:
             InputError: the tokenizer has no EOS token.
@@ -117,7 +120,7 @@ class Encoder:
         self.data = data
         self.context_tokens = context_tokens
         self.is_chat = chat_template == "auto" and bool(tokenizer.chat_template)
-        self.dropped: dict[str, list[str]] = {reason: [] for reason in DROP_REASONS}
+        self.dropped: dict[str, list[str]] = {name: [] for name in ("long_prompt", "long_response", "chat_template", "empty", "equal")}
         self.truncated: dict[str, list[str]] = {"long_prompt": [], "long_response": []}
         self._special = special_tokens(tokenizer)
         self._anchor_ids = self._ids(ANCHOR)
@@ -129,51 +132,55 @@ class Encoder:
     # ---------------------------------------------------------------------------------------------------- public
 
     def encode_prompt(self, prompt: Prompt) -> list[int] | None:
-        """Ids of a prompt, ready for a response; None where the settings drop it.
+        """Ids of a prompt, ready for a response; None if the settings drop it.
 
         Raises:
             InputError: it is too long and `data.long_prompt` is "error", or it leaves no room in the context.
         """
-        try:
-            ids = self._prompt(prompt.content, prompt.where).ids
-        except Dropped:
-            return None
-        self._check_context(len(ids), 1, prompt.where)
-        return ids
+        encoded = self._encode(prompt.content, [], prompt.where)
+        return encoded and encoded[0]
 
     def encode_pair(self, pair: PreferencePair) -> EncodedPair | None:
-        """Ids of a preference pair; None where the settings drop it.
+        """Ids of a preference pair; None if the settings drop it.
 
         Raises:
             InputError: a part is too long and the setting for it is "error", or the row does not fit the context.
         """
-        try:
-            prompt = self._prompt(pair.prompt, pair.where)
-            chosen, chosen_cut = self._response(prompt, pair.chosen, pair.chosen_truncated, pair.where)
-            rejected, rejected_cut = self._response(prompt, pair.rejected, pair.rejected_truncated, pair.where)
-            if chosen == rejected:
-                self._drop("equal", pair.where)
-        except Dropped:
+        responses = [(pair.chosen, pair.chosen_truncated), (pair.rejected, pair.rejected_truncated)]
+        encoded = self._encode(pair.prompt, responses, pair.where)
+        if encoded is None:
             return None
-        self._check_context(len(prompt.ids), max(len(chosen), len(rejected)), pair.where)
-        return EncodedPair(prompt.ids, chosen, rejected, chosen_cut, rejected_cut, pair.chosen_score, pair.rejected_score, pair.where)
+        prompt, [(chosen, chosen_cut), (rejected, rejected_cut)] = encoded
+        return EncodedPair(prompt, chosen, rejected, chosen_cut, rejected_cut, pair.chosen_score, pair.rejected_score, pair.where)
 
     def encode_answer(self, prompt: Content, answer: Content, where: str, truncated: bool = False) -> tuple[list[int], list[int]] | None:
-        """Ids of a prompt and of its answer, with the end token unless it was cut off; None where the settings drop it.
+        """Ids of a prompt and of its answer, with the end token unless it was cut off; None if the settings drop it.
 
         Raises:
             InputError: as in `encode_pair`.
         """
+        encoded = self._encode(prompt, [(answer, truncated)], where)
+        return encoded and (encoded[0], encoded[1][0][0])
+
+    def _encode(self, prompt: Content, responses: Sequence[tuple[Content, bool]], where: str) -> tuple[list[int], list[_Cut]] | None:
+        """Ids of a prompt, and ids of its responses with whether each was cut off; None if the settings drop the row."""
         try:
             encoded = self._prompt(prompt, where)
-            answer_ids, _ = self._response(encoded, answer, truncated, where)
+            answers = [self._response(encoded, content, truncated, where) for content, truncated in responses]
+            if len(answers) == 2 and answers[0][0] == answers[1][0]:
+                self._drop("equal", where)
         except Dropped:
             return None
-        self._check_context(len(encoded.ids), len(answer_ids), where)
-        return encoded.ids, answer_ids
+        prompt_length, response_length = len(encoded.ids), max((len(ids) for ids, _ in answers), default=1)
+        if prompt_length + response_length > self.context_tokens:
+            raise InputError(
+                f"{where}: {prompt_length} prompt and {response_length} response tokens exceed the model's context of {self.context_tokens}; "
+                "lower data.max_prompt_tokens or data.max_response_tokens"
+            )
+        return encoded.ids, answers
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a response, exactly as it continues the prompt, without special tokens and what the template puts around it."""
+        """Text of a response, exactly as it continues the prompt, without special tokens and without the template's own text."""
         text = self._text([token for token in ids if token not in self.stop_token_ids])
         return text.removeprefix(self._turn.lead).removesuffix(self._turn.close)
 
@@ -183,49 +190,40 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def _continuation_ids(self, text: str, **options) -> list[int]:
-        """Ids of a text that stands after another one, without the space that some tokenizers put before a text."""
+        """Ids of a text that follows another one, without the space that some tokenizers put before a text."""
         ids = self._ids(ANCHOR + text, **options)
         anchor = len(self._anchor_ids)
         return ids[anchor:] if ids[:anchor] == self._anchor_ids else self._ids(text, **options)
 
     def _text(self, ids: Sequence[int]) -> str:
-        """Text of ids that stand after others, with the leading space that decoding them alone would lose."""
+        """Text of ids that follow others, with the leading space that is lost when they are decoded alone."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         anchor = self.tokenizer.decode(self._anchor_ids, **options)
         return self.tokenizer.decode([*self._anchor_ids, *ids], **options).removeprefix(anchor)
 
     def _added_before_text(self) -> list[int]:
         """Ids that the tokenizer itself puts before a text (BOS, or none)."""
-        alone, dressed = self._ids(PROBE), self.tokenizer(PROBE)["input_ids"]
-        start = next(i for i in range(len(dressed)) if dressed[i : i + len(alone)] == alone)
-        return dressed[:start]
+        alone, whole = self._ids(PROBE), self.tokenizer(PROBE)["input_ids"]
+        start = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        return whole[:start]
 
     # ----------------------------------------------------------------------------------------------------- prompts
 
     def _prompt(self, content: Content, where: str) -> _PromptIds:
-        prompt = self._chat_prompt(_as_messages(content), where) if self.is_chat else self._plain_prompt(content)
-        length, limit = len(prompt.ids), self.data.max_prompt_tokens
-        if length <= limit:
+        if self.is_chat:
+            prompt = self._chat_prompt([{"role": "user", "content": content}] if isinstance(content, str) else content, where)
+        else:
+            prompt = self._plain_prompt(content)
+        if not self._is_over("prompt", prompt.ids, where):
             return prompt
-        if self.data.long_prompt == "error":
-            raise InputError(
-                f"{where}: the prompt has {length} tokens, data.max_prompt_tokens is {limit}; "
-                "raise it or set data.long_prompt to truncate_left or drop"
-            )
-        if self.data.long_prompt == "drop":
-            self._drop("long_prompt", where)
-        self.truncated["long_prompt"].append(where)
         return self._shorten_chat(prompt, where) if self.is_chat else self._shorten_plain(prompt)
 
-    def _render_prompt(self, messages: Messages, where: str) -> str:
+    def _chat_prompt(self, messages: Messages, where: str) -> _PromptIds:
         try:
-            return render(self.tokenizer, messages, generation_prompt=True)
+            text = render(self.tokenizer, messages, generation_prompt=True)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             self._refuse("chat_template", where, f"the chat template refuses messages with the roles {roles} ({error})")
-
-    def _chat_prompt(self, messages: Messages, where: str) -> _PromptIds:
-        text = self._render_prompt(messages, where)
         ids = self._ids(text)
         return _PromptIds(ids, text, *self._border(text, ids), messages)
 
@@ -244,13 +242,11 @@ class Encoder:
 
     def _shorten_plain(self, prompt: _PromptIds) -> _PromptIds:
         """Keep the BOS token and the last tokens of the text."""
-        start = self._text_prefix
-        kept = self.data.max_prompt_tokens - len(start)
-        ids = (start + prompt.ids[len(prompt.ids) - kept :])[: self.data.max_prompt_tokens]
-        return replace(prompt, ids=ids)
+        start, limit = self._text_prefix, self.data.max_prompt_tokens
+        return replace(prompt, ids=(start + prompt.ids[len(prompt.ids) - limit + len(start) :])[:limit])
 
     def _shorten_chat(self, prompt: _PromptIds, where: str) -> _PromptIds:
-        """Leave out the oldest turns until the rest fits; if the last turn alone is too long, the start of its text.
+        """Leave out the oldest turns until the rest fits. If the last turn alone is too long, leave out the start of its text.
 
         A system message stays, and the first turn that stays is a user's, so that the template's form is kept.
         """
@@ -280,8 +276,7 @@ class Encoder:
 
     # --------------------------------------------------------------------------------------------------- responses
 
-    def _response(self, prompt: _PromptIds, response: Content, truncated: bool, where: str) -> tuple[list[int], bool]:
-        """Ids of a response, and whether it has no end token because it was cut off."""
+    def _response(self, prompt: _PromptIds, response: Content, truncated: bool, where: str) -> _Cut:
         content = self._without_end(content_text(response))
         body = self._turn_text(prompt, content, truncated)
         ids = self._body_ids(prompt, body, content)
@@ -289,10 +284,10 @@ class Encoder:
             ids = [*ids, self.end_token_id]
         if not ids:
             self._refuse("empty", where, "a response that is marked as truncated has no tokens")
-        return self._limited(ids, truncated, where)
+        return (ids[: self.data.max_response_tokens], True) if self._is_over("response", ids, where) else (ids, truncated)
 
     def _without_end(self, content: str) -> str:
-        """The content without end tokens that the data has written out as text."""
+        """The content without end tokens at its end that the data has written out as text."""
         ends = (self._turn.end, self.tokenizer.eos_token)
         while (stripped := content.rstrip()).endswith(ends):
             content = next(stripped.removesuffix(end) for end in ends if stripped.endswith(end))
@@ -306,12 +301,12 @@ class Encoder:
         dialogue = render(self.tokenizer, [*prompt.messages, {"role": "assistant", "content": content}], generation_prompt=False)
         if dialogue.startswith(prompt.text) and dialogue.endswith(self._turn.tail):
             return dialogue[len(prompt.text) :].removesuffix(self._turn.tail) + close
-        return content + close  # the template writes a past answer unlike one that is to be generated
+        return content + close  # the template writes a past answer differently from one that is to be generated
 
     def _body_ids(self, prompt: _PromptIds, body: str, content: str) -> list[int]:
         """Ids of a response's text as the continuation of the prompt's ids.
 
-        Tokenised together with the prompt where that leaves the prompt's ids as they are, apart where a merge would
+        It is tokenised together with the prompt if that leaves the prompt's ids as they are, and apart if a merge would
         cross the border. Special tokens that the data has written out inside a response are text, not tokens.
         """
         if self._special.search(content):
@@ -321,24 +316,25 @@ class Encoder:
         start = len(prompt.border_ids)
         return together[start:] if together[:start] == prompt.border_ids else self._continuation_ids(body)
 
-    def _limited(self, ids: list[int], truncated: bool, where: str) -> tuple[list[int], bool]:
-        limit = self.data.max_response_tokens
-        if len(ids) <= limit:
-            return ids, truncated
-        if self.data.long_response == "error":
-            raise InputError(
-                f"{where}: a response has {len(ids)} tokens, data.max_response_tokens is {limit}; "
-                "raise it or set data.long_response to truncate or drop"
-            )
-        if self.data.long_response == "drop":
-            self._drop("long_response", where)
-        self.truncated["long_response"].append(where)
-        return ids[:limit], True
-
     # ------------------------------------------------------------------------------------------------------- rows
 
+    def _is_over(self, part: Literal["prompt", "response"], ids: list[int], where: str) -> bool:
+        """Whether a part is too long and must be shortened. `data.long_prompt` and `data.long_response` may drop it or make it an error."""
+        limit, setting = getattr(self.data, f"max_{part}_tokens"), getattr(self.data, f"long_{part}")
+        if len(ids) <= limit:
+            return False
+        if setting == "error":
+            other = "truncate_left" if part == "prompt" else "truncate"
+            raise InputError(
+                f"{where}: the {part} has {len(ids)} tokens, data.max_{part}_tokens is {limit}; raise it or set data.long_{part} to {other} or drop"
+            )
+        if setting == "drop":
+            self._drop(f"long_{part}", where)
+        self.truncated[f"long_{part}"].append(where)
+        return True
+
     def _refuse(self, reason: str, where: str, message: str) -> NoReturn:
-        """What `data.on_bad_row` says of a row that cannot be encoded."""
+        """Treat a row that cannot be encoded as `data.on_bad_row` says."""
         if self.data.on_bad_row == "skip":
             self._drop(reason, where)
         raise InputError(f"{where}: {message}")
@@ -347,20 +343,9 @@ class Encoder:
         self.dropped[reason].append(where)
         raise Dropped(reason)
 
-    def _check_context(self, prompt: int, response: int, where: str) -> None:
-        if prompt + response > self.context_tokens:
-            raise InputError(
-                f"{where}: {prompt} prompt and {response} response tokens exceed the model's context of {self.context_tokens}; "
-                "lower data.max_prompt_tokens or data.max_response_tokens"
-            )
-
-
-def _as_messages(content: Content) -> Messages:
-    return [{"role": "user", "content": content}] if isinstance(content, str) else content
-
 
 def _generation_stop_ids(model_path: str) -> list[int]:
-    """EOS ids of the checkpoint's generation config, where it has one."""
+    """EOS ids of the checkpoint's generation config, if it has one."""
     try:
         eos = GenerationConfig.from_pretrained(model_path).eos_token_id
     except OSError:  # no generation config there
