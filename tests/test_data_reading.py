@@ -67,7 +67,7 @@ def test_parquet_file_folder_and_saved_dataset_give_the_same_rows(tmp_path):
         (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15"),
         (b'{"prompt": "a"', "not valid JSON"),
         (b'["a"]', "must be a JSON object with named columns, got list"),
-        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "the key `prompt` is there twice"),
+        (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "the key `prompt` is there twice; keep one of them"),
         (b'{"prompt": [{"role": "user", "role": "system", "content": "x"}]}', "the key `role` is there twice"),
     ],
 )
@@ -87,10 +87,10 @@ def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, pr
         (
             "rows.json",
             b'{"prompt": "a"}\n{"prompt": "b"}\n',
-            ".json: not valid JSON (Extra data at line 2, column 1); one object per line belongs in a .jsonl",
+            ".json: not valid JSON (Extra data at line 2, column 1); it must be one list of rows; one object per line belongs in a .jsonl",
         ),
         ("rows.json", b'{"prompt": "a"}', "must be a JSON list of rows, got dict"),
-        ("rows.json", b'[{"prompt": "a", "prompt": "b"}]', "the key `prompt` is there twice"),
+        ("rows.json", b'[{"prompt": "a", "prompt": "b"}]', "the key `prompt` is there twice; keep one of them"),
         ("rows.json", b'[{"prompt": "caf\xe9"}]', "not UTF-8 at byte 16"),
         ("rows.parquet", b"no parquet at all", "could not be read (Parquet magic bytes not found"),
     ],

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
-
-from pydantic_core import PydanticUndefined
 
 from dvpo_ray.config.keys import Key, known_keys
-from dvpo_ray.config.schema import Config, Section
+from dvpo_ray.config.schema import Config
 
 INTRODUCTION = """\
 # Configuration
 
-One YAML file describes a whole run; `cluster_configs/` holds ready ones. Every command takes the file and `key.sub=value` overrides:
+One YAML file describes a whole run; `cluster_configs/` holds some. Every command takes the file and `key.sub=value` overrides:
 
 ```
 dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learning_rate=1e-5 policy.lora.rank=8
@@ -22,45 +19,36 @@ dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learnin
 
 - Values are YAML 1.2: `1e-5` is a number, `off` is text, `null` unsets, lists are `[a, b]`.
 - An unknown key, a wrong type or impossible batch arithmetic ends the command with one line and exit status 2.
-- `--dry-run` prints the resolved config with every default, the derived batch sizes, the placement and notes on what is missing, and starts nothing.
-  What it prints is itself a config file.
+- `--dry-run` starts nothing. It prints the resolved config with every default, the derived batch sizes, the placement,
+  and notes on what is missing. The output is itself a config file.
 - Relative paths are relative to the working directory.
-- A section that is null by default (`lora`, `data.preferences`) comes into being with the first key set in it.
+- A section that is null by default (`lora`, `data.preferences`) exists as soon as one of its keys is set.
 
-This page is generated from `dvpo_ray/config/schema.py` by `python -m dvpo_ray.config.docs`.
+`python -m dvpo_ray.config.docs` writes this page from `dvpo_ray/config/schema.py`.
 """
 
 
 def configuration_page() -> str:
-    """The whole page, Markdown: one table per section in the order of the schema."""
-    tables = [_table("Top level", inspect.getdoc(Config), "", Config)]
-    tables += [_table(f"`{key.path}`", _purpose(key), f"{key.path}.", key.section) for key in known_keys().values() if key.section is not None]
+    """The whole page, Markdown: one table per section, in the order of the schema."""
+    tables = [_table("Top level", inspect.getdoc(Config), "")]
+    for key in known_keys().values():
+        if key.section is not None:
+            purpose = key.field.description or inspect.getdoc(key.section)
+            tables.append(_table(f"`{key.path}`", purpose + (" Null by default." if key.optional else ""), key.path))
     return "\n".join([INTRODUCTION, *tables])
 
 
-def _purpose(key: Key) -> str:
-    null = " Null by default." if key.optional else ""
-    return f"{key.field.description or inspect.getdoc(key.section)}{null}"
+def _table(title: str, purpose: str, section: str) -> str:
+    rows = [_row(key) for key in known_keys().values() if key.section is None and key.path.rpartition(".")[0] == section]
+    header = ["", "| key | type | default | meaning |", "| --- | --- | --- | --- |"] if rows else []
+    return "\n".join([f"## {title}", "", purpose, *header, *rows, ""])
 
 
-def _table(title: str, purpose: str, prefix: str, section: type[Section]) -> str:
-    rows = "\n".join(_rows(prefix, section))
-    header = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
-    return f"## {title}\n\n{purpose}\n" + (f"\n{header}{rows}\n" if rows else "")
-
-
-def _rows(prefix: str, section: type[Section]) -> Iterator[str]:
-    for name in section.model_fields:
-        key = known_keys()[prefix + name]
-        if key.section is None:
-            cells = (f"`{key.path}`", key.expected, _default(key), key.field.description)
-            yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _default(key: Key) -> str:
-    if key.field.default is PydanticUndefined:
-        return "required"
-    return f"`{json.dumps(key.field.default)}`" if not isinstance(key.field.default, str) else f"`{key.field.default}`"
+def _row(key: Key) -> str:
+    default = key.field.default
+    shown = "required" if key.field.is_required() else f"`{default}`" if isinstance(default, str) else f"`{json.dumps(default)}`"
+    cells = (f"`{key.path}`", key.expected, shown, key.field.description)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 if __name__ == "__main__":

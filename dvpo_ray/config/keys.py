@@ -44,20 +44,15 @@ def known_keys() -> dict[str, Key]:
 
 
 def nearest_keys(path: str) -> list[str]:
-    """The known keys most similar to an unknown dotted path: at most three, and more than one only if they are equally similar.
+    """The known keys that an unknown dotted path may stand for.
 
-    The last name counts most, so that a setting in the wrong section is found as well as a misspelt one.
+    Those with the same last name (a setting in the wrong section), else the one that is spelt most similarly.
     """
     parent, _, leaf = path.rpartition(".")
-
-    def similarity(known: str) -> float:
-        known_parent, _, known_leaf = known.rpartition(".")
-        by_name = 0.8 * _ratio(leaf, known_leaf) + 0.2 * _ratio(parent, known_parent)
-        return by_name if leaf == known_leaf else max(by_name, _ratio(path, known))
-
-    scored = {known: round(similarity(known), 6) for known in known_keys()}
-    best = max(scored.values())
-    return [known for known, score in scored.items() if score == best][:3] if best >= 0.7 else []
+    same = [known for known in known_keys() if known.rpartition(".")[2] == leaf]
+    if not parent and same:
+        return same[:3]
+    return difflib.get_close_matches(path, same or known_keys(), n=1, cutoff=0 if same else 0.7)
 
 
 def _walk(model: type[Section], prefix: str) -> Iterator[Key]:
@@ -72,10 +67,6 @@ def _section_of(annotation) -> tuple[type[Section] | None, bool]:
     members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     sections = [member for member in members if isinstance(member, type) and issubclass(member, Section)]
     return (sections[0] if sections else None), NoneType in members
-
-
-def _ratio(left: str, right: str) -> float:
-    return difflib.SequenceMatcher(None, left, right).ratio()
 
 
 # -------------------------------------------------------------------------------------------- types in words

@@ -308,7 +308,9 @@ class CriticConfig(RoleConfig, OptimizerConfig):
     """The online value model of `algorithm: ppo`, trained beside the policy with as many epochs and minibatches."""
 
     learning_rate: Positive = Field(5e-6, description="Peak learning rate.")
-    init: Literal["reward_model", "policy"] = Field("reward_model", description="Start from the reward model or the SFT model with a zero head.")
+    init: Literal["reward_model", "policy"] = Field(
+        "reward_model", description="Start from the reward model and its head, or the SFT model and a zero head."
+    )
     value_clip: Positive | None = Field(0.2, description="The loss clips new values to this distance from the old ones (PPO); null: no clipping.")
     micro_batch_tokens: Count = Field(8192, description="Padded tokens in one forward and backward pass of a worker.")
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -456,7 +458,7 @@ class HealthConfig(Section):
 
 
 class RayConfig(Section):
-    """The Ray cluster that the run joins or starts."""
+    """The Ray cluster that the run joins, or the local one that it starts."""
 
     address: str | None = Field(None, description="Address of a running cluster; not set: join the one of this job, else start a local one.")
     num_cpus: Count | None = Field(None, description="CPUs of the local cluster.")

@@ -10,7 +10,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,42 +83,41 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if line.strip():
                 where = f"{path}:{number}"
                 try:
-                    yield _as_row(where, _parse_json(line))
+                    yield _as_row(where, _parse_json(line, "each line must be one JSON object"))
                 except ValueError as error:
-                    yield Row(where, problem=f"{error}; each line must be one JSON object in UTF-8")
+                    yield Row(where, problem=str(error))
 
 
 def _read_json(path: Path) -> Iterator[Row]:
     try:
-        value = _parse_json(path.read_bytes())
+        value = _parse_json(path.read_bytes(), "it must be one list of rows; one object per line belongs in a .jsonl file")
     except ValueError as error:
-        hint = "; one object per line belongs in a .jsonl file" if "Extra data" in str(error) else ""
-        raise InputError(f"{path}: {error}{hint}") from error
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(value, list):
         raise InputError(f"{path}: must be a JSON list of rows, got {type(value).__name__}")
     return (_as_row(f"{path}[{index}]", row) for index, row in enumerate(value))
 
 
-def _parse_json(content: bytes) -> object:
+def _parse_json(content: bytes, advice: str) -> object:
     """The value of a JSON text.
 
     Raises:
-        ValueError: not UTF-8, not JSON, or a key is there twice; says where.
+        ValueError: not UTF-8, not JSON (with the advice), or a key is there twice; says where.
     """
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_with_unique_keys)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from error
+        raise ValueError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"not valid JSON ({error.msg} at {line}column {error.colno})") from error
+        raise ValueError(f"not valid JSON ({error.msg} at {line}column {error.colno}); {advice}") from error
 
 
 def _with_unique_keys(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     unique: dict[str, object] = {}
     for key, value in pairs:
         if key in unique:
-            raise ValueError(f"the key `{key}` is there twice")
+            raise ValueError(f"the key `{key}` is there twice; keep one of them")
         unique[key] = value
     return unique
 
@@ -166,9 +164,9 @@ def _read_datasets(label: str, path: str, *, missing: str = "could not be read",
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it also logs the errors that it raises
     try:
-        with _only_raising("datasets"):
-            dataset = load_dataset(path, **options)
+        dataset = load_dataset(path, **options)
     except (DatasetsError, OSError, ValueError, RuntimeError, pyarrow.ArrowException) as error:
         cause: BaseException = error
         while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:
@@ -176,18 +174,6 @@ def _read_datasets(label: str, path: str, *, missing: str = "could not be read",
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         raise InputError(f"{label}: {missing} ({reason[0]})") from error
     return _label(label, dataset)
-
-
-@contextmanager
-def _only_raising(library: str) -> Iterator[None]:
-    """Keep a library from also logging the errors that it raises."""
-    logger = logging.getLogger(library)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _label(label: str, dataset) -> Iterator[Row]:
