@@ -169,13 +169,6 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, reachable, missing):
     assert str(error.value) == f"someone/pairs: {missing} (Couldn't reach 'someone/pairs' on the Hub)"
 
 
-def test_a_misspelt_path_in_a_folder_of_this_machine_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    with pytest.raises(InputError, match="data/pairss: no such file or folder"):
-        read_rows("data/pairss", "train")
-
-
 def test_a_bad_parquet_file_is_said_once(tmp_path, caplog):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing that would be right after it PAR1")
     with pytest.raises(InputError, match="rows.parquet: could not be read"):

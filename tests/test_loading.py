@@ -94,7 +94,7 @@ def test_a_hub_that_does_not_answer_is_switched_off_here_and_in_later_processes(
     assert os.environ["HF_HUB_OFFLINE"] == "1" and constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
 
 
-def test_behind_a_proxy_it_is_the_proxys_to_find_out(online):
+def test_behind_a_proxy_the_hub_counts_as_reachable(online):
     online.setattr(hub.urllib.request, "getproxies", lambda: {"https": "http://proxy:1"})
     online.setattr(constants, "ENDPOINT", "https://hub.invalid")
     assert hub.prepare_hub()

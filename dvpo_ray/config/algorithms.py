@@ -1,4 +1,4 @@
-"""The table of algorithms: which roles each one has. The loop, the placement and the inputs read it; none of them asks for an algorithm by name."""
+"""The table of algorithms: the roles of each one. Loop, placement and inputs read it instead of comparing names of algorithms."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Algorithm:
-    """The roles of an algorithm beside rollout engines, reference model and policy learner.
+    """The roles of an algorithm, besides rollout engines, reference model and policy learner.
 
     Attributes:
         scorer: role of the frozen model that scores finished rollouts: `scorer`, the Global Value Model, or `reward_model`.
         has_critic: a value model is trained online beside the policy.
         has_greedy_baseline: every prompt also gets a greedy response, whose reward is the baseline of its samples.
-        min_samples_per_prompt: samples of one prompt that the advantage compares.
+        min_samples_per_prompt: fewest samples of one prompt that the advantage can compare.
     """
 
     scorer: str

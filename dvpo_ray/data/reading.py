@@ -83,9 +83,10 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if line.strip():
                 where = f"{path}:{number}"
                 try:
-                    yield _as_row(where, _parse_json(line, "each line must be one JSON object"))
+                    row = _as_row(where, _parse_json(line, "each line must be one JSON object"))
                 except ValueError as error:
-                    yield Row(where, problem=str(error))
+                    row = Row(where, problem=str(error))
+                yield row
 
 
 def _read_json(path: Path) -> Iterator[Row]:

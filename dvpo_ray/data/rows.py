@@ -10,8 +10,7 @@ from typing import Literal, TypeVar
 from dvpo_ray.data.reading import Row
 from dvpo_ray.errors import InputError
 
-Message = dict[str, str]
-Messages = list[Message]
+Messages = list[dict[str, str]]
 Content = str | Messages
 T = TypeVar("T")
 
