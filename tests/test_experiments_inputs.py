@@ -142,7 +142,7 @@ def test_pairs_on_the_hub_are_counted_by_the_run_alone(capsys, started, monkeypa
     argv = ["bound", "data.preferences.path=ultrafeedback_binarized", "--pairs", "999999999"]
     assert notes(capsys, *argv) == []
     read = []
-    monkeypatch.setattr("dvpo_ray.data.preferences.read_rows", lambda path, split: read.append(path) or iter(()))
+    monkeypatch.setattr("dvpo_ray.data.splitting.read_rows", lambda path, split: read.append(path) or iter(()))
     refusal(capsys, *argv)
     assert read == ["ultrafeedback_binarized"] and not started
 
