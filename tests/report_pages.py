@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 
 HEADLINES = ["Gold score", "Distance from the reference", "Value", "Advantage", "Policy loss", "Clipped tokens", "Entropy", "Response length"]
 HEADLINES += ["Cut-off responses", "Gradient norm", "Engine against learner", "Time of a step", "Throughput", "Memory", "Idle"]

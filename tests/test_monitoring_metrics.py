@@ -7,19 +7,21 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo_ray.config.schema import Config
+from dvpo_ray.config.schema import Config, TrainConfig
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring import catalogue
-from dvpo_ray.monitoring.catalogue import GROUPS, METRICS, find_metric
+from dvpo_ray.monitoring.catalogue import find_metric
+from dvpo_ray.monitoring.metric_list import GROUPS, METRICS
 from dvpo_ray.monitoring.metrics import MetricsLog
-from dvpo_ray.monitoring.run_files import finite, read_json_lines
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import finite, read_json_lines, write_summary
+from dvpo_ray.monitoring.trackers import TRACKERS
 
 
 def lines(folder: Path) -> list[dict]:
@@ -122,8 +124,8 @@ def test_a_new_run_does_not_write_into_an_old_one(tmp_path):
 # ---------------------------------------------------------------------------------------------------- catalogue
 
 
-def test_an_unknown_metric_is_refused_with_the_nearest_name(tmp_path):
-    with MetricsLog(tmp_path) as log, pytest.raises(ValueError, match=r"unknown metric 'policy/los', did you mean 'policy/loss'"):
+def test_an_unknown_metric_is_refused(tmp_path):
+    with MetricsLog(tmp_path) as log, pytest.raises(ValueError, match=r"unknown metric 'policy/los'"):
         log.write(1, {"policy/los": 1.0})
     assert lines(tmp_path) == []
 
@@ -135,8 +137,7 @@ def test_role_metrics_take_any_role(name):
 
 @pytest.mark.parametrize("name", ["memory/_gib", "memory/Rollout_gib", "memory/a/b_gib", "memory/rollout_engine", "xmemory/a_gib", "kl", ""])
 def test_role_metrics_take_nothing_else(name):
-    with pytest.raises(ValueError, match="unknown metric"):
-        find_metric(name)
+    assert find_metric(name) is None
 
 
 def test_every_metric_of_the_contract_is_listed():
@@ -159,7 +160,7 @@ def test_catalogue_is_consistent():
     names = [metric.name for metric in METRICS]
     assert len(names) == len(set(names))
     for metric in METRICS:
-        assert metric.group in GROUPS and metric.meaning
+        assert metric.name.split("/")[0] in GROUPS and metric.meaning
         assert metric.trouble or (metric.above is None and metric.below is None), f"{metric.name} has bounds but does not say why"
 
 
@@ -269,9 +270,8 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, trac
     assert "\n" not in str(error.value)
 
 
-def test_unknown_tracker(tmp_path):
-    with pytest.raises(InputError, match=r"train\.trackers: unknown tracker 'comet'; use tensorboard, wandb, mlflow"):
-        MetricsLog(tmp_path, ["comet"])
+def test_the_config_offers_every_tracker():
+    assert set(get_args(get_args(TrainConfig.model_fields["trackers"].annotation)[0])) == set(TRACKERS)
 
 
 def test_trackers_are_imported_only_when_asked_for():
@@ -307,5 +307,5 @@ def test_bad_lines_are_named(tmp_path):
     path.write_bytes(b'{"a": 1}\n\n[1]\n\xff\n{"a": 2}\n{"a": ')
     rows, bad = read_json_lines(path)
     assert rows == [{"a": 1}, {"a": 2}]
-    assert [line.number for line in bad] == [3, 4]
-    assert str(bad[0]) == f"{path}:3: expected a JSON object, found list"
+    assert bad[0] == f"{path}:3: expected a JSON object, found list"
+    assert len(bad) == 2 and bad[1].startswith(f"{path}:4: not valid JSON")

@@ -14,7 +14,7 @@ from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report_charts import MOST_POINTS, Curves
 from dvpo_ray.monitoring.run_data import load_run
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 
 
 @pytest.fixture

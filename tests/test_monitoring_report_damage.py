@@ -13,7 +13,7 @@ from dvpo_ray.monitoring.checks import findings
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_data import RunData, load_run
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 from dvpo_ray.config import dump_config
 from dvpo_ray.experiments.study import Run
 from dvpo_ray.monitoring.console import RunConsole
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 from dvpo_ray.training.run_folder import CONFIG
 
 

@@ -1,67 +1,55 @@
-"""Every metric of a run: its unit, what it means, when it is trouble and what to do then.
+"""Looks metrics up, and writes docs/metrics.md:
 
-`MetricsLog` refuses a name that is not listed in `metric_list`, and docs/metrics.md is generated from the list:
-
-    python -m dvpo_ray.monitoring.catalogue > docs/metrics.md
+python -m dvpo_ray.monitoring.catalogue > docs/metrics.md
 """
 
 from __future__ import annotations
 
-import difflib
 import re
+import textwrap
 from functools import lru_cache
 
-from dvpo_ray.monitoring.metric import Metric
-from dvpo_ray.monitoring.metric_list import GROUPS, METRICS
+from dvpo_ray.monitoring.metric_list import GROUPS, METRICS, Metric
 
-_ROLE = "<role>"
-_ROLE_PATTERN = "[a-z][a-z0-9_]*"
+_HEAD = """\
+# Metrics
 
+<!-- Generated: python -m dvpo_ray.monitoring.catalogue > docs/metrics.md -->
 
-def find_metric(name: str) -> Metric:
-    """The catalogue's entry for a metric name.
+`metrics.jsonl` in the run folder has one object per step: `step`, `time` (Unix seconds) and these metrics. A value that
+is not finite is `null`. TensorBoard, Weights & Biases and MLflow get the same names (`train.trackers`), and
+`report.html` draws them.
 
-    Raises:
-        ValueError: the name is not in the catalogue.
-    """
-    for pattern, metric in _patterns():
-        if pattern.fullmatch(name):
-            return metric
-    close = difflib.get_close_matches(name, [metric.name for metric in METRICS], n=1)
-    hint = f", did you mean {close[0]!r}" if close else ""
-    raise ValueError(f"unknown metric {name!r}{hint}? Every metric is listed in dvpo_ray/monitoring/metric_list.py")
+⚠ marks a bound: if the mean over the last steps is out of bounds, the report says so.
+"""
 
 
 @lru_cache(maxsize=1)
 def _patterns() -> list[tuple[re.Pattern, Metric]]:
-    return [(re.compile(re.escape(metric.name).replace(re.escape(_ROLE), _ROLE_PATTERN)), metric) for metric in METRICS]
+    return [(re.compile(re.escape(metric.name).replace("<role>", "[a-z][a-z0-9_]*")), metric) for metric in METRICS]
+
+
+def find_metric(name: str) -> Metric | None:
+    """The metric of this name; None if it is not listed in `metric_list`."""
+    return next((metric for pattern, metric in _patterns() if pattern.fullmatch(name)), None)
 
 
 def markdown() -> str:
     """docs/metrics.md."""
-    parts = [
-        "# Metrics",
-        "",
-        "<!-- Generated: python -m dvpo_ray.monitoring.catalogue > docs/metrics.md -->",
-        "",
-        "`metrics.jsonl` in the run folder holds one object per step: `step`, `time` (Unix seconds) and these metrics.",
-        "A value that is not finite is `null`.",
-        "TensorBoard, Weights & Biases and MLflow get the same names (`train.trackers`), and `report.html` draws them.",
-        "",
-        "A metric marked ⚠ has bounds: when the mean over its last steps lies beyond them, the report says so by itself.",
-    ]
+    parts = [_HEAD]
     for group, text in GROUPS.items():
-        rows = [metric for metric in METRICS if metric.group == group]
-        if rows:
-            parts += ["", f"## {group}", "", text, "", "| metric | unit | meaning | trouble when | what to do |", "| --- | --- | --- | --- | --- |"]
-            parts += [_markdown_row(metric) for metric in rows]
-    return "\n".join(parts) + "\n"
+        items = [_item(metric) for metric in METRICS if metric.name.split("/")[0] == group]
+        parts.append("\n".join([f"## {group}\n", textwrap.fill(text, 120), "", *items]) + "\n")
+    return "\n".join(parts)
 
 
-def _markdown_row(metric: Metric) -> str:
-    bounded = metric.above is not None or metric.below is not None
-    cells = [f"`{metric.name}`" + (" ⚠" if bounded else ""), metric.unit, metric.meaning, metric.trouble, metric.advice]
-    return "| " + " | ".join(cell.replace("|", "\\|") or "–" for cell in cells) + " |"
+def _item(metric: Metric) -> str:
+    """A list item: name and unit, meaning, trouble and advice."""
+    bounds = [f"above {metric.above:g}"] if metric.above is not None else [f"below {metric.below:g}"] if metric.below is not None else []
+    notes = ", ".join(filter(None, [metric.unit, *(f"⚠ {bound}" for bound in bounds)]))
+    lines = [f"- **`{metric.name}`**{f' ({notes})' if notes else ''}: {metric.meaning}"]
+    lines += [f"  - *{label}:* {text}" for label, text in (("Trouble", metric.trouble), ("What to do", metric.advice)) if text]
+    return "\n".join(textwrap.fill(line, 120, subsequent_indent=" " * (line.index("-") + 2), break_long_words=False) for line in lines)
 
 
 if __name__ == "__main__":

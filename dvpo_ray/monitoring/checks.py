@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dvpo_ray.monitoring.catalogue import Metric, find_metric
+from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.run_data import RunData
 
@@ -60,7 +60,7 @@ def _weak_value_model(run: RunData) -> list[Finding]:
 def _beyond_bounds(run: RunData) -> list[Finding]:
     found = []
     for name in run.names():
-        metric = _metric(name)
+        metric = find_metric(name)
         last = [value for value in run.column(name)[-LAST_STEPS:] if value is not None]
         if metric and last and metric.is_trouble(float(np.mean(last))):
             text = f"{name} is {number(float(np.mean(last)))} on average over the last {len(last)} steps. {metric.trouble}"
@@ -76,11 +76,3 @@ def _not_finite(run: RunData) -> list[Finding]:
             text = f"{name} was not finite at {len(steps)} of {len(run.metrics)} steps, first at step {steps[0]}."
             found.append(Finding(text, "Look at policy/grad_norm and mismatch/ at the steps before; lower policy.learning_rate."))
     return found
-
-
-def _metric(name: str) -> Metric | None:
-    """The catalogue's entry, or None for a metric that another version wrote."""
-    try:
-        return find_metric(name)
-    except ValueError:
-        return None

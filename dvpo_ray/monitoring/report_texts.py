@@ -8,6 +8,7 @@ from typing import Any
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.charts import Series, line_chart, number
 from dvpo_ray.monitoring.markup import escape, tag
+from dvpo_ray.monitoring.metric_list import Metric
 from dvpo_ray.monitoring.run_data import RunData
 from dvpo_ray.monitoring.tokens import align_tokens, colour_legend, coloured_tokens
 
@@ -177,11 +178,8 @@ _COLUMNS = (
 
 def _metric_row(run: RunData, name: str) -> str:
     known = [value for value in run.column(name) if value is not None]
-    try:
-        metric = find_metric(name)
-        unit, meaning, trouble = metric.unit, metric.meaning, metric.trouble
-    except ValueError:  # written by another version
-        unit, meaning, trouble = "", "", ""
+    metric = find_metric(name) or Metric(name, "", "")  # another version may have written it
+    unit, meaning, trouble = metric.unit, metric.meaning, metric.trouble
     numbers = [tag("td", number(value), class_="num") for value in (known[0], known[-1], min(known), max(known))]
     return tag("tr", tag("td", tag("code", escape(name))), tag("td", escape(unit)), *numbers, tag("td", escape(meaning)), tag("td", escape(trouble)))
 

@@ -1,11 +1,10 @@
-"""Reading and writing the small files of a run folder: JSON that is always whole and always valid."""
+"""The small files of a run folder: summary.json, and files of JSON lines."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from dvpo_ray.files import whole_file
 
 
 def finite(value: Any) -> Any:
-    """The same value with every number that is not finite replaced by None, which JSON can hold.
+    """The value as JSON can hold it: numbers that are not finite become None.
 
     NumPy and torch scalars become Python numbers, arrays become lists, paths become text.
     """
@@ -28,53 +27,49 @@ def finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-@dataclass(frozen=True)
-class BadLine:
-    """A line of a JSON Lines file that could not be used; its text names file, line and fault."""
+def write_summary(run_folder: str | Path, summary: dict[str, Any]) -> Path:
+    """Write summary.json: what a run did, its main numbers and how it ended.
 
-    path: Path
-    number: int
-    problem: str
+    A run with a gold judge has `gold.before.mean`, `gold.after.mean`, `gold.gain_ci95`, `gvm.heldout_accuracy`,
+    `duration_seconds` and `peak_memory_gib`.
 
-    def __str__(self) -> str:
-        return f"{self.path}:{self.number}: {self.problem}"
+    Returns:
+        The path of the file.
+    """
+    path = Path(run_folder) / "summary.json"
+    text = json.dumps(finite(summary), indent=2)
+    with whole_file(path) as file:
+        file.write(text + "\n")
+    return path
 
 
-def read_json_lines(path: Path, check: Callable[[dict], str | None] | None = None, *, appended: bool = True) -> tuple[list[dict], list[BadLine]]:
-    """The objects of a JSON Lines file, and the lines that hold none.
+def read_json_lines(path: Path, check: Callable[[dict], str | None] | None = None, *, appended: bool = True) -> tuple[list[dict], list[str]]:
+    """The objects of a JSON Lines file in UTF-8, and one text per unusable line: file, line number and fault.
 
     Args:
-        path: the file, UTF-8.
-        check: says what is wrong with an object, None when nothing is; an object with a fault is a bad line.
-        appended: the file grows line by line. Then a last line without its newline that does not parse was cut off by a crash
-            while it was written, and is neither; a file that is written as a whole has no such line unless it is damaged.
+        check: returns what is wrong with an object, or None.
+        appended: the file grows line by line. If its last line has no newline and does not parse, a crash cut it off: it is
+            skipped.
     """
-    rows: list[dict] = []
-    bad: list[BadLine] = []
+    rows, bad = [], []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if number < len(lines) or not appended:
-                bad.append(BadLine(path, number, f"not valid JSON ({error})"))
+                bad.append(f"{path}:{number}: not valid JSON ({error})")
             continue
         problem = f"expected a JSON object, found {type(row).__name__}" if not isinstance(row, dict) else check and check(row)
         if problem:
-            bad.append(BadLine(path, number, problem))
+            bad.append(f"{path}:{number}: {problem}")
         else:
             rows.append(row)
     return rows, bad
 
 
 def check_step(row: dict) -> str | None:
-    """The fault of a row of metrics.jsonl, None when it has none."""
+    """What is wrong with a row of metrics.jsonl, or None."""
     return None if isinstance(row.get("step"), int) else "`step` is missing or not a whole number"
-
-
-def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
-    """Write a JSON Lines file as a whole, replacing an older one."""
-    with whole_file(path) as file:
-        file.writelines(json.dumps(finite(row)) + "\n" for row in rows)

@@ -1,33 +1,25 @@
-"""TensorBoard, Weights & Biases and MLflow behind one small interface. Each library is imported only when its tracker is asked for."""
+"""TensorBoard, Weights & Biases and MLflow behind one interface: `log` the finite metrics of a step, and `close`.
+
+Each library is imported only if the config names its tracker.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
-from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import whole_file
 
 
-class Tracker(Protocol):
-    """Where metrics go beside metrics.jsonl."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the finite metrics of a step."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class TensorBoardTracker:
-    """Events in the run folder's `tensorboard/`. On resume, events after the resumed step are purged from view."""
+    """Events in the run folder's `tensorboard/`. A resumed run hides the events after the step that it resumes from."""
 
     def __init__(self, run_folder: Path, config: dict[str, Any], resume_step: int | None) -> None:
-        tensorboard = _import("torch.utils.tensorboard", "tensorboard", "tensorboard")
+        tensorboard = _import("torch.utils.tensorboard", "tensorboard")
         self._writer = tensorboard.SummaryWriter(str(run_folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -40,14 +32,14 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of project `dvpo` named after the run folder. A resumed run goes on in the same W&B run."""
+    """A W&B run in project `dvpo`, named after the run folder. A resumed run continues it."""
 
     def __init__(self, run_folder: Path, config: dict[str, Any], resume_step: int | None) -> None:
-        wandb = _import("wandb", "wandb", "wandb")
+        wandb = _import("wandb", "wandb")
         known = _recall_run(run_folder, "wandb") if resume_step is not None else None
         self._run = wandb.init(project="dvpo", name=run_folder.name, dir=str(run_folder), config=config, id=known, resume="allow" if known else None)
         _remember_run(run_folder, "wandb", self._run.id)
-        # Steps repeated after a resume must not be refused, so the step is an ordinary metric here and the axis of the others.
+        # W&B refuses to log a step again, as a resumed run does. So the step is an ordinary metric, and the others' axis.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -59,10 +51,10 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of experiment `dvpo` named after the run folder, at the tracking URI of the environment. A resumed run goes on in the same one."""
+    """An MLflow run in experiment `dvpo`, named after the run folder, at the environment's tracking URI. A resumed run continues it."""
 
     def __init__(self, run_folder: Path, config: dict[str, Any], resume_step: int | None) -> None:
-        self._mlflow = _import("mlflow", "mlflow", "mlflow")
+        self._mlflow = _import("mlflow", "mlflow")
         known = _recall_run(run_folder, "mlflow") if resume_step is not None else None
         self._mlflow.set_experiment("dvpo")
         run = self._mlflow.start_run(run_id=known) if known else self._mlflow.start_run(run_name=run_folder.name)
@@ -77,34 +69,19 @@ class MlflowTracker:
         self._mlflow.end_run()
 
 
-_TRACKERS: dict[str, Callable[[Path, dict[str, Any], int | None], Tracker]] = {
-    "tensorboard": TensorBoardTracker,
-    "wandb": WandbTracker,
-    "mlflow": MlflowTracker,
-}
+TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "mlflow": MlflowTracker}
+"""By their names in `train.trackers`."""
 
 
-def make_tracker(name: str, run_folder: Path, config: dict[str, Any], resume_step: int | None) -> Tracker:
-    """Open the tracker that `train.trackers` names.
-
-    Raises:
-        InputError: there is no tracker of that name.
-        ResourceError: its library is not installed.
-    """
-    if name not in _TRACKERS:
-        raise InputError(f"train.trackers: unknown tracker {name!r}; use {', '.join(_TRACKERS)}")
-    return _TRACKERS[name](run_folder, config, resume_step)
-
-
-def _import(module: str, tracker: str, package: str) -> ModuleType:
+def _import(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ResourceError(f"train.trackers: {tracker} is not installed ({error}); run: pip install {package}") from None
+        raise ResourceError(f"train.trackers: {package} is not installed ({error}); run: pip install {package}") from None
 
 
 def _recall_run(run_folder: Path, tracker: str) -> str | None:
-    """The tracker's own id of the run, from trackers.json; None when the run is new to it."""
+    """The tracker's own id of the run, from trackers.json; None if the tracker does not know the run."""
     path = run_folder / "trackers.json"
     return json.loads(path.read_text(encoding="utf-8")).get(tracker) if path.exists() else None
 

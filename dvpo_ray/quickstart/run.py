@@ -15,7 +15,7 @@ from dvpo_ray.evaluation.gain import read_evaluation
 from dvpo_ray.monitoring.console import RunConsole, duration
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.report import write_report
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 from dvpo_ray.quickstart.checkpoint import smollm2_checkpoint
 from dvpo_ray.runtime.cluster import connect
 from dvpo_ray.training.policy import train

@@ -24,7 +24,7 @@ from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 from dvpo_ray.runtime import checkpoints
 from dvpo_ray.training.run_folder import begin, check_resume
 

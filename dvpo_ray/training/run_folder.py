@@ -14,7 +14,7 @@ from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.resuming import STAGES, check_resumable
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 
