@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.judges import VaderJudge, make_judge
 
 
@@ -34,26 +33,10 @@ def test_vader_of_nothing(vader):
     assert vader.score([], []).shape == (0,)
 
 
-def test_vader_refuses_unpaired_texts(vader):
-    with pytest.raises(ValueError, match="1 prompts for 2 responses"):
-        vader.score(["x"], ["a", "b"])
-
-
-def test_make_judge_by_name():
-    assert make_judge("vader").name == "vader"
-    assert make_judge("none") is None
-
-
-def test_unknown_judge_names_the_key_and_the_choices():
-    with pytest.raises(InputError, match=r"evaluation\.judge: unknown judge 'gpt'; use one of vader, none") as error:
-        make_judge("gpt")
-    assert "\n" not in str(error.value)
-
-
 def test_the_config_offers_every_judge():
     from typing import get_args
 
     from dvpo_ray.config.schema import EvaluationConfig
 
     for name in get_args(EvaluationConfig.model_fields["judge"].annotation):
-        make_judge(name)
+        assert getattr(make_judge(name), "name", "none") == name

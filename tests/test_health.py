@@ -13,8 +13,16 @@ from hypothesis import strategies as st
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import HealthConfig
 from dvpo_ray.health.alarms import RULES, HealthMonitor, trend
-from dvpo_ray.health.diagnostics import against_gold, along_the_response, calibration_error, correlation, health_statistics, quantile_bins
-from dvpo_ray.health.disagreement import confidence, ensemble_std
+from dvpo_ray.health.diagnostics import (
+    against_gold,
+    along_the_response,
+    calibration_error,
+    confidence,
+    correlation,
+    ensemble_std,
+    health_statistics,
+    quantile_bins,
+)
 from dvpo_ray.monitoring.catalogue import find_metric
 
 floats = st.floats(-10, 10)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from report_pages import AFTER, BEFORE, HEADLINES, evaluation, finished_run, page, step_metrics, visible, write_rows
 
-from dvpo_ray.evaluation.intervals import paired_bootstrap_ci
+from dvpo_ray.evaluation.gain import gain_of
 from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report_charts import MOST_POINTS, Curves
@@ -27,7 +27,8 @@ def run(tmp_path) -> Path:
 
 def test_the_summary_box_has_the_main_numbers(run):
     text = visible(page(run))
-    gain, low, high = paired_bootstrap_ci(BEFORE, AFTER)
+    gold = gain_of(BEFORE, AFTER)
+    gain, (low, high) = gold["gain"], gold["gain_ci95"]
     assert "0.0833 → 0.45" in text
     assert f"+{number(gain)} on 6 held-out prompts, 95 % interval +{number(low)} to +{number(high)}: a clear gain" in text
     for expected in ("first finished", "12.5 nats", "79.2%", "mean 73.1%", "3 min 05 s", "6.25 GiB", "6 s per step", "model SmolLM2"):

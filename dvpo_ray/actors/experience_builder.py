@@ -16,8 +16,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.evaluation.judges import make_judge
-from dvpo_ray.health.diagnostics import health_statistics
-from dvpo_ray.health.disagreement import confidence
+from dvpo_ray.health.diagnostics import confidence, health_statistics
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 from dvpo_ray.policy.advantages import compute_advantages, value_targets
 from dvpo_ray.policy.statistics import batch_statistics, sequence_kl

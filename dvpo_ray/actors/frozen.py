@@ -11,7 +11,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import GVMManifest, load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.gvm.pairs import PairBatch
-from dvpo_ray.health.disagreement import ensemble_std
+from dvpo_ray.health.diagnostics import ensemble_std
 from dvpo_ray.models.compiling import compile_layers
 from dvpo_ray.models.forward import batch_log_probs, batch_values
 from dvpo_ray.models.loading import default_device, load_policy

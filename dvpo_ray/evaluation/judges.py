@@ -1,4 +1,4 @@
-"""Gold judges: outcome scores for responses, independent of the Global Value Model that the policy is trained against."""
+"""Gold judges: scores for responses that do not depend on the Global Value Model that the policy is trained against."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
-from dvpo_ray.errors import InputError
-
 
 class Judge(Protocol):
-    """Scores responses; higher is better. A judge is deterministic: the same text always gets the same score."""
+    """Scores responses; higher is better. A judge is deterministic: it always gives the same text the same score."""
 
     name: str
 
@@ -21,10 +19,10 @@ class Judge(Protocol):
 
 
 class VaderJudge:
-    """VADER's compound sentiment of the response text, in [-1, 1]; the prompt plays no part.
+    """VADER's compound sentiment of the response text, in [-1, 1]. It ignores the prompt.
 
-    A lexicon with rules (Hutto and Gilbert 2014): offline, fast, and nothing that a value model was ever trained on.
-    Text without a word of its lexicon, the empty text too, scores 0.
+    VADER is a lexicon with rules (Hutto and Gilbert 2014): it works offline, is fast, and no value model was trained on it.
+    A text without a word of the lexicon scores 0, and so does the empty text.
     """
 
     name = "vader"
@@ -35,22 +33,10 @@ class VaderJudge:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses")
         return np.array([self._analyzer.polarity_scores(text)["compound"] for text in responses], dtype=np.float32)
 
 
-_JUDGES: dict[str, type[Judge]] = {"vader": VaderJudge}
-
-
 def make_judge(name: str) -> Judge | None:
-    """The judge that `evaluation.judge` names; None for `none`.
-
-    Raises:
-        InputError: there is no judge of that name.
-    """
-    if name == "none":
-        return None
-    if name not in _JUDGES:
-        raise InputError(f"evaluation.judge: unknown judge {name!r}; use one of {', '.join([*_JUDGES, 'none'])}")
-    return _JUDGES[name]()
+    """The judge that `evaluation.judge` names; None for `none`."""
+    judges: dict[str, type[Judge]] = {"vader": VaderJudge}
+    return None if name == "none" else judges[name]()

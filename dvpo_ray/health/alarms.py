@@ -1,4 +1,4 @@
-"""Alarms over the last steps of a run: when the model that judges the rollouts has stopped being a good guide, and what to do."""
+"""Alarms over the last steps of a run: the model that judges the rollouts is no longer a good guide, and what to do."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ class Rule:
     """A rule over one window.
 
     Attributes:
-        reads: metrics that every step of the window must have for the rule to judge it.
+        reads: the metrics that it judges. It is silent if a step of the window lacks one.
         setting: key of `health` with the rule's threshold; null turns the rule off.
-        observe: from the window's columns, in the order of `reads`, and the threshold to a sentence, None when all is well.
+        observe: gets the columns of the window, in the order of `reads`, and the threshold. Returns a sentence, or None if
+            all is well.
+        advice: what to do.
     """
 
     reads: tuple[str, ...]
@@ -48,10 +50,10 @@ class Rule:
 
 
 def trend(values: Sequence[float] | np.ndarray) -> float:
-    """Slope of the least-squares line through equally spaced values, in standard errors of the slope (its t statistic).
+    """The t statistic of the slope of the least-squares line through equally spaced values: slope / its standard error.
 
     Returns:
-        0 for fewer than three values or no slope; infinite where the values lie on a line that is not flat.
+        0 for fewer than three values or no slope; infinite if the values lie exactly on a line with a slope.
     """
     count = len(values)
     if count < 3:
@@ -70,64 +72,66 @@ def _opposite_trends(columns: list[np.ndarray], threshold: float) -> str | None:
     if trend(estimate) < threshold or trend(gold) > -threshold:
         return None
     return (
-        f"over {len(gold)} steps the estimate rose from {estimate[0]:.3f} to {estimate[-1]:.3f} "
+        f"Over {len(gold)} steps the estimate rose from {estimate[0]:.3f} to {estimate[-1]:.3f} "
         f"while the gold score fell from {gold[0]:.3f} to {gold[-1]:.3f}."
     )
 
 
-def _mean_above(sentence: str) -> Callable[[list[np.ndarray], float], str | None]:
-    return lambda columns, threshold: _judged(sentence, columns[0], threshold) if columns[0].mean() > threshold else None
+def _mean(sentence: str, *, below: bool = False) -> Callable[[list[np.ndarray], float], str | None]:
+    """Observes that the mean of a column is above its threshold, or below it."""
+
+    def observe(columns: list[np.ndarray], threshold: float) -> str | None:
+        mean = columns[0].mean()
+        is_trouble = mean < threshold if below else mean > threshold
+        return sentence.format(mean=mean, threshold=threshold, steps=len(columns[0])) if is_trouble else None
+
+    return observe
 
 
-def _mean_below(sentence: str) -> Callable[[list[np.ndarray], float], str | None]:
-    return lambda columns, threshold: _judged(sentence, columns[0], threshold) if columns[0].mean() < threshold else None
-
-
-def _judged(sentence: str, column: np.ndarray, threshold: float) -> str:
-    return sentence.format(mean=column.mean(), threshold=threshold, steps=len(column))
-
-
-_LESS_OPTIMISATION = "Raise kl.coefficient, lower policy.learning_rate, or take the checkpoint from before"
+_LESS_OPTIMISATION = "Raise kl.coefficient, lower policy.learning_rate, or take an earlier checkpoint"
 
 RULES: dict[str, Rule] = {
     "opposite_trends": Rule(
         ("health/estimate_mean", "reward/gold_mean"),
         "trend_significance",
         _opposite_trends,
-        f"The policy exploits errors of the estimate. {_LESS_OPTIMISATION}; a refresh teaches the GVM the policy's own texts.",
+        f"The policy exploits errors of the estimate. {_LESS_OPTIMISATION}. A refresh teaches the GVM the policy's own texts.",
     ),
     "gold_divergence": Rule(
         ("health/gold_divergence",),
         "max_gold_divergence",
-        _mean_above(
-            "over {steps} steps the estimate has gained {mean:.2f} standard deviations more than the gold score "
+        _mean(
+            "Over {steps} steps the estimate has gained {mean:.2f} standard deviations more than the gold score "
             "(health.max_gold_divergence {threshold:g})."
         ),
-        f"Part of the gain is not real. {_LESS_OPTIMISATION}; or refresh the GVM.",
+        f"Part of the gain is not real. {_LESS_OPTIMISATION}, or refresh the GVM.",
     ),
     "gold_correlation": Rule(
         ("health/gold_correlation",),
         "min_gold_correlation",
-        _mean_below("over {steps} steps the estimate and the gold score correlate by {mean:.2f} only (health.min_gold_correlation {threshold:g})."),
-        "The estimate no longer orders the policy's responses. Refresh the GVM, or stop here: more steps follow noise.",
+        _mean(
+            "Over {steps} steps the correlation of estimate and gold score is only {mean:.2f} (health.min_gold_correlation {threshold:g}).",
+            below=True,
+        ),
+        "The estimate no longer ranks the policy's responses. Refresh the GVM, or stop here: more steps would follow noise.",
     ),
     "value_bias": Rule(
         ("health/value_bias_kl_high",),
         "max_value_bias",
-        _mean_above(
-            "over {steps} steps the third of the responses farthest from the reference is overrated by {mean:.2f} standard deviations "
+        _mean(
+            "Over {steps} steps the estimate overrates the third of the responses farthest from the reference by {mean:.2f} standard deviations "
             "(health.max_value_bias {threshold:g})."
         ),
-        "The estimate rewards distance from the reference. Raise kl.coefficient or set kl.adaptive_target_nats; or refresh the GVM.",
+        "The estimate rewards distance from the reference. Raise kl.coefficient, set kl.adaptive_target_nats, or refresh the GVM.",
     ),
     "calibration": Rule(
         ("health/calibration_error_late",),
         "max_calibration_error",
-        _mean_above(
-            "over {steps} steps the values in the last third of the responses miss the final estimate by {mean:.3f} "
+        _mean(
+            "Over {steps} steps the values in the last third of the responses differ from the final estimate by {mean:.3f} "
             "(health.max_calibration_error {threshold:g})."
         ),
-        "The values are those of another policy. Refresh the GVM, or condition it on examples of the policy (gvm.context).",
+        "The values are those of another policy. Refresh the GVM, or give it examples of the policy (gvm.context).",
     ),
 }
 
@@ -135,7 +139,7 @@ RULES: dict[str, Rule] = {
 class HealthMonitor:
     """Watches the metrics of a run, step by step.
 
-    A rule judges whole windows: it is silent for the first `health.window_steps` steps, and for as many again after an alarm.
+    A rule judges whole windows. It is silent for the first `health.window_steps` steps, and for as many after an alarm.
     """
 
     def __init__(self, settings: HealthConfig) -> None:
@@ -149,7 +153,7 @@ class HealthMonitor:
         """Take in the metrics of a step.
 
         Returns:
-            The metrics that need the steps before, and the alarms that this step raises.
+            The metrics that depend on earlier steps, and the alarms that this step raises.
         """
         added = self._divergence(metrics)
         read = {name for rule in RULES.values() for name in rule.reads}
@@ -160,11 +164,11 @@ class HealthMonitor:
         return added, raised
 
     def restart(self) -> None:
-        """Forget the steps so far, because the estimate is another one from here on. The alarms stay."""
+        """Forget the steps so far, because another model estimates from here on. The alarms stay."""
         self._start, self._window, self._silent_until = None, [], {}
 
     def _divergence(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What the estimate gained since the start more than the gold score did, each in units of its own spread at the start."""
+        """Gain of the estimate since the start minus gain of the gold score, each in units of its spread at the start."""
         names = ("health/estimate_mean", "health/estimate_std", "reward/gold_mean", "reward/gold_std")
         if not all(name in metrics for name in names):
             return {}
@@ -184,12 +188,12 @@ class HealthMonitor:
             text = rule.observe([np.array([row[metric] for row in self._window]) for metric in rule.reads], threshold)
             if text is not None:
                 self._silent_until[name] = step + self.settings.window_steps
-                yield Alarm(step, name, text[0].upper() + text[1:], rule.advice)
+                yield Alarm(step, name, text, rule.advice)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs to raise the same alarms."""
+        """The state that a resumed run needs to raise the same alarms."""
         return {
             "start": self._start,
             "window": self._window,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from dvpo_ray.evaluation.intervals import mean_ci
+from dvpo_ray.evaluation.gain import mean_ci
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.charts import Band, Marks, Series, line_chart, number, path_chart, stacked_chart
 from dvpo_ray.monitoring.markup import escape, tag

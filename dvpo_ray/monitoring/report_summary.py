@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import fmean
 
-from dvpo_ray.evaluation.intervals import mean_ci, paired_bootstrap_ci
+from dvpo_ray.evaluation.gain import gain_of
 from dvpo_ray.monitoring.charts import WIDTH, make_frame, number
 from dvpo_ray.monitoring.checks import findings
 from dvpo_ray.monitoring.console import duration
@@ -15,21 +14,8 @@ from dvpo_ray.monitoring.run_data import RunData
 
 _BADGES = {"finished": "good", "failed": "bad", "stopped": "warn", "interrupted": "warn", "running": "warn"}
 
-Interval = tuple[float, float, float]
-"""mean, low, high"""
 
-
-@dataclass(frozen=True)
-class GoldGain:
-    """Gold scores of held-out prompts before and after training; `gain` is paired over the prompts."""
-
-    prompts: int
-    before: Interval
-    after: Interval
-    gain: Interval
-
-
-def gold_gain(run: RunData) -> GoldGain | None:
+def gold_gain(run: RunData) -> dict | None:
     """The gain by the run's held-out evaluations; None without a judge, or without two evaluations of the same prompts."""
     steps = sorted(run.evaluations)
     if len(steps) < 2 or steps[0] != 0:
@@ -38,7 +24,7 @@ def gold_gain(run: RunData) -> GoldGain | None:
     before, after = [row.get("gold") for row in first], [row.get("gold") for row in last]
     if [row["prompt"] for row in first] != [row["prompt"] for row in last] or None in before or None in after:
         return None
-    return GoldGain(len(before), mean_ci(before), mean_ci(after), paired_bootstrap_ci(before, after))
+    return gain_of(before, after)
 
 
 def header(run: RunData) -> str:
@@ -63,10 +49,10 @@ def _headline(run: RunData) -> str:
     gain = gold_gain(run)
     if gain is None:
         return tag("div", tag("h3", "Gold score of held-out prompts"), _why_no_gain(run), class_="card headline")
-    mean, low, high = gain.gain
+    mean, (low, high) = gain["gain"], gain["gain_ci95"]
     verdict, kind = ("a clear gain", "good") if low > 0 else ("a clear loss", "bad") if high < 0 else ("no clear change", "")
-    big = f'{number(gain.before[0])}<span class="arrow" aria-label="to">→</span>{number(gain.after[0])}'
-    words = f"{_signed(mean)} on {gain.prompts} held-out prompts, 95 % interval {_signed(low)} to {_signed(high)}: "
+    big = f'{number(gain["before"]["mean"])}<span class="arrow" aria-label="to">→</span>{number(gain["after"]["mean"])}'
+    words = f"{_signed(mean)} on {gain['prompts']} held-out prompts, 95 % interval {_signed(low)} to {_signed(high)}: "
     return tag(
         "div",
         tag("h3", "Gold score of held-out prompts, before and after"),
@@ -98,18 +84,21 @@ def _why_no_gain(run: RunData) -> str:
     return tag("div", number(fmean(gold)), class_="big") + tag("p", f"at step {first}, on {len(gold)} prompts. {why}", class_="soft")
 
 
-def _range_plot(gain: GoldGain) -> str:
+def _range_plot(gain: dict) -> str:
     """Both means with their intervals on one scale."""
     height = 96
-    frame = make_frame([*gain.before, *gain.after], [0.0, 1.0], "gold score", steps=False, height=height)
+    frame = make_frame(
+        [x for side in (gain["before"], gain["after"]) for x in (side["mean"], *side["ci95"])], [0.0, 1.0], "gold score", steps=False, height=height
+    )
     parts = [f'<line class="grid zero" x1="{frame.x(0):.1f}" x2="{frame.x(0):.1f}" y1="4" y2="{height - 34}"/>'] if _holds(frame.x_range, 0) else []
-    for y, label, (mean, low, high), color in ((16, "before", gain.before, "c8"), (42, "after", gain.after, "c1")):
+    for y, label, color in ((16, "before", "c8"), (42, "after", "c1")):
+        mean, (low, high) = gain[label]["mean"], gain[label]["ci95"]
         parts.append(f'<text class="strong" x="0" y="{y + 4}">{label}</text>')
         parts.append(f'<line class="whisker {color}" x1="{frame.x(low):.1f}" x2="{frame.x(high):.1f}" y1="{y}" y2="{y}"/>')
         tip = escape(f"{label} {number(mean)}\n95 % interval {number(low)} to {number(high)}")
         parts.append(f'<circle class="dot {color}" cx="{frame.x(mean):.1f}" cy="{y}" r="6"><title>{tip}</title></circle>')
     axis = f'<line class="grid" x1="50" x2="{WIDTH - 14}" y1="{height - 34}" y2="{height - 34}"/>'
-    words = f"Gold score before {number(gain.before[0])} and after {number(gain.after[0])}, with 95 % intervals."
+    words = f"Gold score before {number(gain['before']['mean'])} and after {number(gain['after']['mean'])}, with 95 % intervals."
     return frame.svg(axis + "".join(parts) + frame.x_axis(), words)
 
 

@@ -17,7 +17,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.errors import InputError
-from dvpo_ray.evaluation.intervals import mean_ci
+from dvpo_ray.evaluation.gain import mean_ci
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.files import whole_file
 from dvpo_ray.gvm.artifact import refuse_as_policy

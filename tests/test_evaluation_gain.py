@@ -1,12 +1,14 @@
-"""Bootstrap confidence intervals."""
+"""Means and gains of held-out prompts with their bootstrap confidence intervals."""
+
+import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo_ray.evaluation import intervals
-from dvpo_ray.evaluation.intervals import mean_ci, paired_bootstrap_ci
+from dvpo_ray.evaluation import gain
+from dvpo_ray.evaluation.gain import gain_of, gold_gain, mean_ci
 
 scores = st.lists(st.floats(-1, 1), min_size=1, max_size=20)
 
@@ -32,29 +34,32 @@ def test_pairing_cancels_the_spread_between_prompts():
     rng = np.random.default_rng(3)
     before = rng.normal(scale=10.0, size=200)
     after = before + rng.normal(0.2, 0.1, size=200)
-    gain, low, high = paired_bootstrap_ci(before, after)
-    assert gain == pytest.approx((after - before).mean())
-    assert 0.1 < low < gain < high < 0.3
+    result = gain_of(before, after)
+    low, high = result["gain_ci95"]
+    assert result["gain"] == pytest.approx((after - before).mean())
+    assert 0.1 < low < result["gain"] < high < 0.3
 
 
 def test_no_change_gives_an_interval_around_zero():
     before = np.random.default_rng(4).normal(size=300)
-    after = before + np.tile([0.5, -0.5], 150)
-    gain, low, high = paired_bootstrap_ci(before, after)
-    assert gain == pytest.approx(0.0, abs=1e-12)
-    assert low < 0.0 < high
+    result = gain_of(before, before + np.tile([0.5, -0.5], 150))
+    assert result["gain"] == pytest.approx(0.0, abs=1e-12)
+    assert result["gain_ci95"][0] < 0.0 < result["gain_ci95"][1]
 
 
-def test_seed_decides_the_interval():
-    before, after = np.random.default_rng(5).normal(size=(2, 30))
-    assert paired_bootstrap_ci(before, after, seed=7) == paired_bootstrap_ci(before, after, seed=7)
-    assert paired_bootstrap_ci(before, after, seed=7) != paired_bootstrap_ci(before, after, seed=8)
+def test_the_gain_of_a_run_is_read_from_its_evaluations(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    for step, gold in ((0, [0.1, 0.2]), (30, [0.5, 0.8])):
+        rows = [json.dumps({"prompt": "p", "response": "r", "gold": score, "kl": 0.0}) for score in gold]
+        (tmp_path / "evaluation" / f"step_{step:06d}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert gold_gain(tmp_path, 30) == gain_of([0.1, 0.2], [0.5, 0.8])
+    assert gold_gain(tmp_path, 30)["prompts"] == 2
 
 
 def test_many_prompts_are_resampled_in_pieces(monkeypatch):
     values = np.random.default_rng(6).normal(size=100)
     whole = mean_ci(values)
-    monkeypatch.setattr(intervals, "_DRAWS_AT_ONCE", 1000)
+    monkeypatch.setattr(gain, "_DRAWS_AT_ONCE", 1000)
     assert mean_ci(values) == pytest.approx(whole, abs=0.02)
 
 
@@ -71,22 +76,3 @@ def test_interval_holds_between_the_extremes(values):
     mean, low, high = mean_ci(values, resamples=200)
     assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
     assert min(values) - 1e-12 <= mean <= max(values) + 1e-12
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [([], "one number per prompt"), ([[1.0]], "one number per prompt"), ([0.0, float("nan")], "value 1 is not finite")],
-)
-def test_refuses_what_has_no_mean(values, message):
-    with pytest.raises(ValueError, match=message):
-        mean_ci(values)
-
-
-def test_refuses_unequal_lengths():
-    with pytest.raises(ValueError, match="the same prompts"):
-        paired_bootstrap_ci([1.0, 2.0], [1.0])
-
-
-def test_refuses_an_impossible_confidence():
-    with pytest.raises(ValueError, match="confidence"):
-        mean_ci([1.0], confidence=1.0)
