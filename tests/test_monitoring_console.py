@@ -130,7 +130,7 @@ def test_a_live_bar_and_its_details_fit_80_columns():
     console, out = live()
     with console, console.stage("policy optimisation", 100, unit="steps") as stage:
         stage.step(99, METRICS)
-        console._bars.refresh()
+        console.bars.refresh()
     assert "99/100 steps" in out.getvalue() and "…" not in out.getvalue()
 
 
@@ -144,10 +144,10 @@ def test_the_cursor_is_back_after_a_failure():
 def test_everything_a_process_writes_goes_to_the_file(tmp_path):
     log = tmp_path / "logs" / "actor.log"
     program = f"""
-        import os, subprocess, sys
+        import os, pathlib, subprocess, sys
         print("before")
         from dvpo_ray.monitoring.logs import redirect_process_output
-        redirect_process_output({str(log)!r})
+        redirect_process_output(pathlib.Path({str(log)!r}))
         print("from print")
         print("from stderr", file=sys.stderr)
         os.write(1, b"from C\\n")
@@ -161,9 +161,9 @@ def test_everything_a_process_writes_goes_to_the_file(tmp_path):
 
 
 def test_a_restarted_actor_keeps_the_log_of_its_predecessor(tmp_path):
-    program = f"from dvpo_ray.monitoring.logs import redirect_process_output as r; r({str(tmp_path / 'a.log')!r}); print('hello')"
+    program = "import sys, pathlib; from dvpo_ray.monitoring.logs import redirect_process_output as r; r(pathlib.Path(sys.argv[1])); print('hello')"
     for _ in range(2):
-        subprocess.run([sys.executable, "-c", program], check=True)
+        subprocess.run([sys.executable, "-c", program, tmp_path / "a.log"], check=True)
     assert (tmp_path / "a.log").read_text() == "hello\nhello\n"
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dvpo_ray.monitoring import memory
-from dvpo_ray.monitoring.memory import GIB, PeakMemory, process_tree_gib
+from dvpo_ray.monitoring.memory import GIB, PeakMemory
 
 HOLD = "import sys; block = bytearray({mib} << 20); print('ready', flush=True); sys.stdin.read()"
 TREE = "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=0, stdout=1); child.wait()"
@@ -36,25 +36,25 @@ def start():
 
 def test_a_process_is_measured_by_what_it_holds(start):
     process = start(HOLD.format(mib=64))
-    assert 64 * MIB < process_tree_gib([process.pid]) < 110 * MIB
+    assert 64 * MIB < PeakMemory([process.pid]).sample() < 110 * MIB
 
 
 def test_descendants_count(start):
     parent = start(TREE.format(child=HOLD.format(mib=64)))
-    assert process_tree_gib([parent.pid]) > 64 * MIB
+    assert PeakMemory([parent.pid]).sample() > 64 * MIB
 
 
 def test_a_process_named_twice_counts_once(start):
     parent = start(TREE.format(child=HOLD.format(mib=64)))
     (child,) = psutil.Process(parent.pid).children()
-    alone = process_tree_gib([parent.pid])
-    assert process_tree_gib([parent.pid, child.pid, parent.pid]) == pytest.approx(alone, abs=2 * MIB)
-    assert process_tree_gib([child.pid, parent.pid]) == pytest.approx(alone, abs=2 * MIB)
+    alone = PeakMemory([parent.pid]).sample()
+    assert PeakMemory([parent.pid, child.pid, parent.pid]).sample() == pytest.approx(alone, abs=2 * MIB)
+    assert PeakMemory([child.pid, parent.pid]).sample() == pytest.approx(alone, abs=2 * MIB)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="no PSS on this system")
 def test_shared_pages_count_once():
-    before = process_tree_gib()
+    before = PeakMemory().sample()
     shared = mmap.mmap(-1, 64 << 20)
     shared.write(b"x" * (64 << 20))
     read, write = os.pipe()
@@ -67,7 +67,7 @@ def test_shared_pages_count_once():
         os.read(read, 1)
         os._exit(0)
     os.read(ready, 1)
-    together = process_tree_gib() - before
+    together = PeakMemory().sample() - before
     os.close(write)
     os.waitpid(child, 0)
     shared.close()
@@ -120,21 +120,9 @@ def test_proportional_sizes_are_measured_only_at_a_new_high(monkeypatch):
     assert sizes_over_time(monkeypatch, [4, 4, 4, 3, 4], [3, 2, 100]).peak_gib == 3.0
 
 
-def test_a_fault_of_the_background_sampling_is_raised(monkeypatch):
-    def fail(_roots):
-        raise RuntimeError("no memory of this")
-
-    monkeypatch.setattr(memory, "_tree", fail)
-    peak = PeakMemory()
-    peak.start()
-    with pytest.raises(RuntimeError, match="no memory of this"):
-        peak.stop()
-
-
 def test_vanished_processes_count_nothing():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    assert process_tree_gib([process.pid]) == 0.0
     peak = PeakMemory([process.pid])
     peak.add_pids([process.pid])
     assert peak.sample() == 0.0
@@ -144,7 +132,7 @@ def test_a_zombie_counts_nothing(start):
     process = start(HOLD.format(mib=8))
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert process_tree_gib([process.pid]) == 0.0
+    assert PeakMemory([process.pid]).sample() == 0.0
 
 
 def test_a_pid_given_to_another_process_is_not_mistaken(start, monkeypatch):
@@ -157,4 +145,4 @@ def test_a_pid_given_to_another_process_is_not_mistaken(start, monkeypatch):
 def test_without_pss_the_resident_size_is_taken(start, monkeypatch):
     process = start(HOLD.format(mib=64))
     monkeypatch.setattr(memory, "open", lambda *_: (_ for _ in ()).throw(PermissionError()), raising=False)
-    assert process_tree_gib([process.pid]) == pytest.approx(psutil.Process(process.pid).memory_info().rss / GIB, abs=2 * MIB)
+    assert PeakMemory([process.pid]).sample() == pytest.approx(psutil.Process(process.pid).memory_info().rss / GIB, abs=2 * MIB)

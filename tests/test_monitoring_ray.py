@@ -1,12 +1,13 @@
 """Memory and logs of actors on a real Ray cluster."""
 
 import os
+from pathlib import Path
 
 import psutil
 import pytest
 
 from dvpo_ray.monitoring.logs import redirect_process_output
-from dvpo_ray.monitoring.memory import PeakMemory, process_tree_gib
+from dvpo_ray.monitoring.memory import PeakMemory
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,7 @@ def worker():
             self.block = bytearray(mib << 20)
             return os.getpid()
 
-        def talk(self, log: str) -> None:
+        def talk(self, log: Path) -> None:
             redirect_process_output(log)
             print("from print")
             os.system("echo from a child")
@@ -35,7 +36,7 @@ def test_workers_of_a_cluster_started_here_count(worker):
     import ray
 
     pid = ray.get(worker.hold.remote(256))
-    alone = process_tree_gib([pid])
+    alone = PeakMemory([pid]).sample()
     assert alone > 0.25
     assert pid in {child.pid for child in psutil.Process().children(recursive=True)}
     with PeakMemory() as memory:
@@ -46,5 +47,5 @@ def test_workers_of_a_cluster_started_here_count(worker):
 def test_output_of_an_actor_goes_to_its_file(worker, tmp_path):
     import ray
 
-    ray.get(worker.talk.remote(str(tmp_path / "logs" / "worker-0.log")))
+    ray.get(worker.talk.remote(tmp_path / "logs" / "worker-0.log"))
     assert (tmp_path / "logs" / "worker-0.log").read_text().splitlines() == ["from print", "from a child"]

@@ -1,13 +1,11 @@
 """What the user sees while a run goes on: a header, one bar per stage, and notes. Everything else goes to files.
 
-On a terminal the bars are live (rich). Where standard output is no terminal, as in CI logs, each stage prints plain lines
-from time to time instead.
+On a terminal the bars are live (rich). Elsewhere, as in CI logs, each stage prints a plain line from time to time.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -19,17 +17,17 @@ from rich.text import Text
 
 PLAIN_PERIOD_SECONDS = 15.0
 
-_KEY_METRICS = (
-    ("reward/gold_mean", "gold {:.3f}"),
-    ("kl/reference_mean", "KL {:.2f} nats"),
-    ("value/terminal_mean", "value {:.3f}"),
-    ("time/step_seconds", "{:.1f} s/step"),
-)
+_KEY_METRICS = {
+    "reward/gold_mean": "gold {:.3f}",
+    "kl/reference_mean": "KL {:.2f} nats",
+    "value/terminal_mean": "value {:.3f}",
+    "time/step_seconds": "{:.1f} s/step",
+}
 
 
 def key_metrics(metrics: Mapping[str, float | None]) -> str:
-    """The few metrics of a step that a person watches, as one line; those that are missing are left out."""
-    return " · ".join(text.format(metrics[name]) for name, text in _KEY_METRICS if metrics.get(name) is not None)
+    """The few metrics of a step that a person watches, in one line, without those that are missing."""
+    return _joined(*(text.format(metrics[name]) for name, text in _KEY_METRICS.items() if metrics.get(name) is not None))
 
 
 def duration(seconds: float) -> str:
@@ -42,32 +40,8 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-class Stage(ABC):
-    """The progress of one stage of a run; made by `RunConsole.stage`."""
-
-    def __init__(self, done: int) -> None:
-        self._done = done
-        self._details = ""
-
-    def advance(self, count: int = 1, details: str = "") -> None:
-        """So many more items are done. `details` stay beside the bar until others come."""
-        self._done += count
-        self._details = details or self._details
-        self._show()
-
-    def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Training step `step` is done; shows its key metrics."""
-        self._done = step
-        self._details = key_metrics(metrics)
-        self._show()
-
-    @abstractmethod
-    def _show(self) -> None:
-        """Show how far the stage is."""
-
-    @abstractmethod
-    def _finish(self) -> None:
-        """Leave a line that stays."""
+def _joined(*parts: str) -> str:
+    return " · ".join(filter(None, parts))
 
 
 class _LiveBars(Progress):
@@ -80,55 +54,58 @@ class _LiveBars(Progress):
                 yield Text(f"  {task.fields['details']}", style="cyan", no_wrap=True, overflow="ellipsis")
 
 
-class _LiveStage(Stage):
-    """A bar of a live display; when it is done, a line that stays."""
+class Stage:
+    """The progress of one stage of a run; made by `RunConsole.stage`.
 
-    def __init__(self, bars: _LiveBars, name: str, total: int | None, done: int, unit: str) -> None:
-        super().__init__(done)
-        self._bars = bars
-        self._name, self._unit = name, unit
-        self._task = bars.add_task(name, total=total, completed=done, unit=unit, details="")
+    It shows a live bar and leaves a line in the end, or prints plain lines: at the start, at the end, and at most one every
+    `PLAIN_PERIOD_SECONDS` between.
+    """
 
-    def _show(self) -> None:
-        self._bars.update(self._task, completed=self._done, details=self._details)
+    def __init__(self, console: RunConsole, name: str, total: int | None, done: int, unit: str) -> None:
+        self._console, self._bars, self._clock = console, console.bars, console.clock
+        self._name, self._total, self._done, self._unit = name, total, done, unit
+        self._done_before, self._details = done, ""
+        self._started = self._spoke = self._clock()
+        if self._bars is not None:
+            self._task = self._bars.add_task(name, total=total, completed=done, unit=unit, details="")
+        else:
+            self._console.say(f"{name}: starts" if total is None else self._progress())
 
-    def _finish(self) -> None:
-        took = duration(next(task for task in self._bars.tasks if task.id == self._task).elapsed or 0.0)
-        self._bars.remove_task(self._task)
-        self._bars.refresh()  # else the line is printed above a bar that is no more
-        text = " · ".join(filter(None, [f"{self._done} {self._unit} in {took}", self._details]))
-        self._bars.console.print(Text.assemble(("✓ ", "green"), (self._name, "bold"), f"  {text}"), soft_wrap=True)
+    def advance(self, count: int = 1, details: str = "") -> None:
+        """`count` more items are done. `details` stay beside the bar until others come."""
+        self._done += count
+        self._show(details or self._details)
 
+    def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Training step `step` is done; shows its key metrics."""
+        self._done = step
+        self._show(key_metrics(metrics))
 
-class _PlainStage(Stage):
-    """Lines from time to time: at the start, at the end, and at most one every `PLAIN_PERIOD_SECONDS` between."""
+    def _show(self, details: str) -> None:
+        self._details, now = details, self._clock()
+        if self._bars is not None:
+            self._bars.update(self._task, completed=self._done, details=details)
+        elif now - self._spoke >= PLAIN_PERIOD_SECONDS and self._done != self._total:
+            self._spoke = now
+            self._console.say(_joined(self._progress(), details, self._remaining(now)))
 
-    def __init__(self, say: Callable[[str], None], clock: Callable[[], float], name: str, total: int | None, done: int, unit: str) -> None:
-        super().__init__(done)
-        self._say, self._clock = say, clock
-        self._name, self._unit = name, unit
-        self._total = total
-        self._first = done
-        self._started = self._spoke = clock()
-        self._say(f"{name}: starts" if total is None else f"{name}: {done}/{total} {unit}".rstrip())
-
-    def _show(self) -> None:
-        now = self._clock()
-        if now - self._spoke < PLAIN_PERIOD_SECONDS or self._done == self._total:
+    def finish(self) -> None:
+        """Leave a line that stays."""
+        took = duration(self._clock() - self._started)
+        if self._bars is None:
+            self._console.say(_joined(self._progress(), self._details, f"done in {took}"))
             return
-        self._spoke = now
-        self._say(" · ".join(filter(None, [self._progress(), self._details, self._remaining(now)])))
-
-    def _finish(self) -> None:
-        took = f"done in {duration(self._clock() - self._started)}"
-        self._say(" · ".join(filter(None, [self._progress(), self._details, took])))
+        self._bars.remove_task(self._task)
+        self._bars.refresh()  # otherwise the removed bar stays below the line
+        text = _joined(f"{self._done} {self._unit} in {took}", self._details)
+        self._bars.console.print(Text.assemble(("✓ ", "green"), (self._name, "bold"), f"  {text}"), soft_wrap=True)
 
     def _progress(self) -> str:
         count = self._done if self._total is None else f"{self._done}/{self._total}"
         return f"{self._name}: {count} {self._unit}".rstrip()
 
     def _remaining(self, now: float) -> str:
-        done = self._done - self._first
+        done = self._done - self._done_before
         if self._total is None or done <= 0:
             return ""
         return f"{duration((now - self._started) / done * (self._total - self._done))} left"
@@ -143,18 +120,18 @@ class RunConsole:
                 stage.step(1, metrics)
 
     Args:
-        console: where to print; standard output when not given.
+        console: where to print; standard output by default.
         clock: seconds, for the pace of plain lines.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or Console(highlight=False)
-        self._clock = clock
-        self._bars: _LiveBars | None = None
+        self.clock = clock
+        self.bars: _LiveBars | None = None
 
     def __enter__(self) -> RunConsole:
         if self._console.is_terminal:
-            self._bars = _LiveBars(
+            self.bars = _LiveBars(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
@@ -164,17 +141,17 @@ class RunConsole:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._bars.start()
+            self.bars.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-            self._bars = None
+        if self.bars is not None:
+            self.bars.stop()
+            self.bars = None
 
     def header(self, title: str, facts: Mapping[str, object]) -> None:
         """What runs, and with what."""
-        if self._bars is None:
+        if self.bars is None:
             self.say(title)
             for name, value in facts.items():
                 self.say(f"  {name}: {value}")
@@ -194,7 +171,7 @@ class RunConsole:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, *, done: int = 0, unit: str = "") -> Iterator[Stage]:
-        """A stage with a bar: `total` items of which `done` are done already; a total of None is not known."""
-        stage = _PlainStage(self.say, self._clock, name, total, done, unit) if self._bars is None else _LiveStage(self._bars, name, total, done, unit)
+        """A stage with a bar: `done` of `total` items are done already; a total of None is unknown."""
+        stage = Stage(self, name, total, done, unit)
         yield stage
-        stage._finish()
+        stage.finish()

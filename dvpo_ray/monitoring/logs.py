@@ -1,4 +1,4 @@
-"""Where the output of the infrastructure goes: a file per actor, and a quiet console."""
+"""Where the output of the infrastructure goes: one file per actor, and a quiet console."""
 
 from __future__ import annotations
 
@@ -15,30 +15,24 @@ _LIBRARIES = ("ray", "vllm", "DeepSpeed", "deepspeed", "transformers", "datasets
 _OUTPUT = (1, 2)
 
 
-def redirect_process_output(path: str | Path) -> Path:
+def redirect_process_output(path: Path) -> None:
     """Send everything that this process writes from now on to a file, line by line; for use inside an actor.
 
-    File descriptors 1 and 2 are replaced, so the output of C++ libraries and of subprocesses started later goes there too.
-    An existing file is appended to, so that a restarted actor keeps the log of its predecessor.
-
-    Returns:
-        The path of the file.
+    File descriptors 1 and 2 are replaced, so the file also gets the output of C++ libraries and of later subprocesses. It is
+    appended to, so a restarted actor keeps its predecessor's log.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    _point_output_to(descriptor)
-    os.close(descriptor)
-    sys.stdout, sys.stderr = _line_buffered(1), _line_buffered(2)
-    return path
+    with path.open("ab") as file:
+        _send_output_to(file.fileno())
+    text = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace"}
+    sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False, **text) for descriptor in _OUTPUT)  # noqa: SIM115 - open to the end
 
 
 class LibraryOutput:
-    """What this process writes while `library_output` is open; nothing of it is kept until a run folder takes it.
+    """What this process writes while `library_output` is open. It is dropped unless `keep` names a file.
 
     Attributes:
-        terminal: the standard output of before, for what the user should see.
+        terminal: the standard output from before, for what the user should see.
     """
 
     def __init__(self, scratch: BinaryIO, terminal: TextIO) -> None:
@@ -46,23 +40,22 @@ class LibraryOutput:
         self.terminal = terminal
 
     def keep(self, path: Path) -> None:
-        """Send it to a file from now on, with what has come so far."""
+        """Send it to a file from now on, after what has come so far."""
         path.parent.mkdir(parents=True, exist_ok=True)
         _flush()
         self._scratch.seek(0)
         with path.open("ab") as file:
             file.write(self._scratch.read())
             file.flush()
-            _point_output_to(file.fileno())
+            _send_output_to(file.fileno())
 
 
 @contextmanager
 def library_output() -> Iterator[LibraryOutput]:
-    """Keep what other libraries write in this process, native code included, off the console for the time of a `with` block."""
-    _flush()
+    """Within a `with` block, keep what libraries write in this process off the console, native code included."""
     before = [os.dup(descriptor) for descriptor in _OUTPUT]
     with tempfile.TemporaryFile() as scratch, open(os.dup(1), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as terminal:
-        _point_output_to(scratch.fileno())
+        _send_output_to(scratch.fileno())
         try:
             yield LibraryOutput(scratch, terminal)
         finally:
@@ -77,31 +70,27 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def _point_output_to(target: int) -> None:
+def _send_output_to(target: int) -> None:
+    _flush()
     for descriptor in _OUTPUT:
         os.dup2(target, descriptor)
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and the chatter below a warning of Ray, vLLM, DeepSpeed and Hugging Face's libraries off this console.
+    """Keep progress bars and messages below a warning of Ray, vLLM, DeepSpeed and Hugging Face off this console.
 
-    Call it before these libraries are imported; processes started later inherit it. What the user has set in the
-    environment stays.
+    Call it before these libraries are imported. Later processes inherit it. What the user has set in the environment stays.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for library in ("HF_HUB", "HF_DATASETS"):  # whose bars do not heed TQDM_DISABLE
+    for library in ("HF_HUB", "HF_DATASETS"):  # their bars ignore TQDM_DISABLE
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # DeepSpeed sets the level of its logger and warns of a machine without GPUs when it is imported.
+    # When it is imported, DeepSpeed sets its logger's level and warns if the machine has no GPU.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
-
-
-def _line_buffered(descriptor: int):
-    return open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
