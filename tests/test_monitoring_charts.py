@@ -1,4 +1,4 @@
-"""The SVG charts, the escaping and the token colours of the report."""
+"""The SVG charts of the report, and the texts of its tokens."""
 
 import re
 from xml.etree import ElementTree
@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo_ray.monitoring.charts import HEIGHT, WIDTH, Band, Marks, Series, line_chart, nice_ticks, number, path_chart, stacked_chart
-from dvpo_ray.monitoring.markup import escape, tag
-from dvpo_ray.monitoring.tokens import align_tokens, colour_legend, coloured_tokens
+from dvpo_ray.monitoring.charts import HEIGHT, WIDTH, Series, line_chart, nice_ticks, number, path_chart, range_chart, stacked_chart
+from dvpo_ray.monitoring.report_texts import align_tokens
 
 numbers = st.floats(-1e9, 1e9, allow_nan=False)
 maybe_numbers = st.one_of(st.none(), numbers)
@@ -46,17 +45,27 @@ def test_a_gap_breaks_the_line_and_a_lone_point_is_a_dot():
 
 
 def test_every_step_has_a_tooltip_with_its_values():
-    svg = line_chart([1, 2], [Series("mean", [0.5, None]), Series("max", [1.0, 1250.0])], bands=[Band("spread", [0.0, 0.1], [1.0, 0.9])])
-    assert tips(svg) == ["step 1\nmean 0.5\nmax 1\nspread, low 0\nspread, high 1", "step 2\nmax 1,250\nspread, low 0.1\nspread, high 0.9"]
+    svg = line_chart([1, 2], [Series("mean", [0.5, None]), Series("max", [1.0, 1250.0])], spread=[0.1, 0.2])
+    assert tips(svg) == ["step 1\nmean 0.5\nmax 1\n± 1 standard deviation 0.1", "step 2\nmax 1,250\n± 1 standard deviation 0.2"]
+
+
+def test_the_spread_lies_around_the_first_line():
+    svg = line_chart([1, 2], [Series("mean", [1.0, 3.0]), Series("max", [4.0, 4.0])], spread=[1.0, 0.5], from_zero=True)
+    (band,) = (path for path in shapes(svg, "path") if path.get("class").startswith("band"))
+    heights = [float(pair.split()[1]) for pair in re.split("[MLz]", band.get("d")) if pair]
+    (_, mean_1), (_, mean_2) = path_points(svg)[:2]
+    high_1, high_2, low_2, low_1 = heights
+    assert low_1 - mean_1 == pytest.approx(mean_1 - high_1, abs=0.2) and low_2 - mean_2 == pytest.approx(mean_2 - high_2, abs=0.2)
+    assert low_1 - high_1 == pytest.approx(2 * (low_2 - high_2), abs=0.4)
 
 
 def test_marks_have_their_interval():
-    svg = line_chart([1, 2], [Series("gold", [0.5, 0.6])], marks=Marks("held out", [(0.0, 0.3, 0.2, 0.4)]))
+    svg = line_chart([1, 2], [Series("gold", [0.5, 0.6])], marks=[(0.0, (0.3, 0.2, 0.4))])
     assert "step 0\nheld out 0.3, 95 % interval 0.2 to 0.4" in tips(svg)
 
 
 def test_marks_alone_are_a_chart():
-    assert len(shapes(line_chart([], [], marks=Marks("held out", [(0.0, 0.3, 0.2, 0.4)]), name="Gold"), "circle")) == 2
+    assert len(shapes(line_chart([], [], marks=[(0.0, (0.3, 0.2, 0.4))], name="Gold"), "circle")) == 1
 
 
 def test_a_limit_is_drawn_where_it_is_in_sight():
@@ -86,6 +95,12 @@ def test_path_chart_goes_through_the_plane_in_the_order_of_steps():
     x = [point[0] for point in path_points(svg)]
     assert len(x) == 3 and x[0] < x[2] < x[1]
     assert tips(svg)[0] == "step 1\nKL 0\ngold 0.1"
+
+
+def test_ranges_share_one_scale():
+    svg = range_chart({"before": (0.1, 0.0, 0.2), "after": (0.5, 0.4, 0.6)}, name="Gold score", x_label="gold score")
+    before, after = (float(circle.get("cx")) for circle in shapes(svg, "circle"))
+    assert before < after and tips(svg) == ["before 0.1, 95 % interval 0 to 0.2", "after 0.5, 95 % interval 0.4 to 0.6"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,28 +149,6 @@ def test_numbers_for_people(value, text):
     assert number(value) == text
 
 
-# -------------------------------------------------------------------------------------------------------- markup
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.characters()))
-def test_escaped_text_is_inert_and_parses(text):
-    html = tag("p", escape(text), title=text)
-    assert not re.search("[<>]", escape(text))
-    html.encode("utf-8")
-    parsed = ElementTree.fromstring(html.replace("\ufffe", "").replace("\uffff", ""))
-    assert parsed.tag == "p" and len(parsed) == 0
-
-
-def test_escape_keeps_ordinary_text():
-    assert escape("a\tb\nc é 😀") == "a\tb\nc é 😀"
-    assert escape("\x00\x1b[31m \ud83d") == "\ufffd\ufffd[31m \ufffd"
-
-
-def test_attributes():
-    assert tag("p", "x", class_="a", aria_label='"<') == '<p class="a" aria-label="&quot;&lt;">x</p>'
-
-
 # -------------------------------------------------------------------------------------------------------- tokens
 
 
@@ -188,23 +181,3 @@ def test_pieces_of_text_tokens_join_to_the_response(tokens, spaces_lost):
     assert "".join(pieces).replace(" ", "") == response.replace(" ", "")
     if not spaces_lost:
         assert pieces == tokens
-
-
-def test_colours_are_centred_at_zero_and_full_at_the_largest():
-    html = coloured_tokens(["a", "b", "c", "d"], [-2.0, 0.0, 1.0, 0.5], ["", "", "", ""])
-    spans = re.findall(r'class="tok (\w+)" style="--a:([\d.]+)" data-token="(\d)"', html)
-    assert spans == [("neg", "1.000", "0"), ("pos", "0.000", "1"), ("pos", "0.500", "2"), ("pos", "0.250", "3")]
-
-
-def test_all_zero_has_no_colour():
-    assert '--a:0.000"' in coloured_tokens(["a"], [0.0], [""])
-
-
-def test_tokens_show_line_breaks_and_are_escaped():
-    html = coloured_tokens(["<b>", "\n", ""], [0.1, 0.2, 0.3], ['"', "", ""])
-    assert "&lt;b&gt;" in html and "↵" in html and 'title="&quot;"' in html and "<b>" not in html
-
-
-def test_the_legend_has_the_same_scale():
-    assert "−2 worse" in colour_legend([-2.0, 1.0], "worse", "better")
-    assert "2 better" in colour_legend([-2.0, 1.0], "worse", "better")

@@ -36,11 +36,8 @@ def test_the_summary_box_has_the_main_numbers(run):
 
 
 def test_every_curve_is_drawn(run):
-    drawn = re.findall(
-        r"<h3>([^<]*)(?:<span class=\"soft\">[^<]*</span>)?</h3>(?:<span class=\"now\">[^<]*</span>)?</div>(?:<div class=\"legend\">.*?</div>)?<svg",
-        page(run),
-    )
-    assert set(HEADLINES) <= set(drawn)
+    figures = re.findall(r"<figure.*?</figure>", page(run), re.DOTALL)
+    assert set(HEADLINES) <= {re.search("<h3>([^<]*)", figure)[1] for figure in figures if "<svg" in figure}
 
 
 def test_a_loss_is_called_a_loss(run):
@@ -75,6 +72,7 @@ def test_the_response_whose_value_moves_most_is_coloured_twice(run):
     assert [token[4] for token in tokens] == ["Good", " fun", "&lt;|im_end|&gt;"] * 2
     assert [token[:2] for token in tokens[:3]] == [("pos", "0.667"), ("pos", "1.000"), ("pos", "0.933")]  # by value
     assert [token[:2] for token in tokens[3:]] == [("pos", "1.000"), ("pos", "0.250"), ("neg", "0.500")]  # by advantage
+    assert "−0.75 worse" in text and "0.75 better" in text and "−1 less likely" in text and "1 more likely" in text
     tip = html.unescape(tokens[1][3])
     assert tip.splitlines() == ["token 2 ' fun'", "value 0.75 (+0.25)", "advantage 0.25", "log-prob −2, reference −2.5"]
 

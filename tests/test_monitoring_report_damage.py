@@ -53,7 +53,7 @@ def test_a_rollout_that_does_not_fit_is_named(run, changes, problem):
     write_rows(run / "rollouts" / "step_000003.jsonl", [rollout(**changes)])
     text = visible(page(run))
     assert f"step_000003.jsonl:1: {problem}; the line is left out" in text
-    assert "Of the 1 rollouts of step 1" in text  # the rollouts before are shown instead
+    assert "among the 1 rollouts of step 1" in text  # the rollouts before are shown instead
 
 
 @pytest.mark.parametrize(("content", "problem"), [("{", "not valid JSON"), ("[]", "expected a JSON object, found list"), ("\xff", "not valid JSON")])
@@ -62,11 +62,6 @@ def test_a_damaged_summary_is_named(run, content, problem):
     text = visible(page(run))
     assert f"summary.json: {problem}" in text
     assert "a clear gain" in text  # from the evaluations
-
-
-def test_a_summary_of_odd_types_does_no_harm(run):
-    write_summary(run, {"name": 5, "state": None, "gvm": 3, "kl": [1], "duration_seconds": "long", "notes": [1, None], "steps": "x"})
-    page(run)
 
 
 def test_evaluations_of_different_prompts_are_not_compared(run):
@@ -104,6 +99,15 @@ def test_hostile_text_is_shown_and_not_run(run):
     assert "<script>alert(1)</script>" in html.unescape(text)
 
 
+def test_tokens_show_line_breaks_and_are_escaped(run):
+    tokens = ["<b>", "\n", "\ufffd", "\ufffd"]
+    numbers = {"values": [0.0] * 5, "advantages": [0.0] * 4, "log_probs": [0.0] * 4, "reference_log_probs": [0.0] * 4}
+    write_rows(run / "rollouts" / "step_000003.jsonl", [rollout(response="<b>\né", tokens=tokens, **numbers)])
+    spans = re.findall(r'--a:(\S+)" data-token="\d"[^>]*>(.*?)</span>', page(run), re.DOTALL)
+    assert [text for _, text in spans] == ["&lt;b&gt;", '<i class="mark">↵</i>\n', "é", '<i class="mark">·</i>'] * 2
+    assert {strength for strength, _ in spans} == {"0.000"}  # nothing moves
+
+
 def test_prompts_of_messages_show_their_roles(run):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi <you>"}]
     for step, gold in ((0, 0.1), (3, 0.5)):
@@ -121,8 +125,8 @@ def run_with(columns: dict[str, list[float]], **summary) -> RunData:
 
 
 def test_a_healthy_run_has_no_findings(run):
-    assert findings(load_run(run)) == []
-    assert "No metric lies beyond its bounds." in page(run)
+    assert list(findings(load_run(run))) == []
+    assert "No metric is out of bounds." in page(run)
 
 
 def test_a_metric_beyond_its_bounds_is_found_with_advice():
@@ -132,7 +136,7 @@ def test_a_metric_beyond_its_bounds_is_found_with_advice():
 
 
 def test_a_metric_that_was_beyond_its_bounds_long_ago_is_not_found():
-    assert findings(run_with({"policy/clip_fraction": [0.9] * 5 + [0.1] * 5})) == []
+    assert list(findings(run_with({"policy/clip_fraction": [0.9] * 5 + [0.1] * 5}))) == []
 
 
 def test_value_up_while_gold_falls_is_an_alarm():
@@ -141,14 +145,14 @@ def test_value_up_while_gold_falls_is_an_alarm():
     falling = [min(i, 20 - i) / 40 + w for i, w in enumerate(wiggle)]
     (finding,) = findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": falling}))
     assert "exploits errors of the GVM" in finding.text
-    assert findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": rising})) == []
-    assert findings(run_with({"value/terminal_mean": wiggle, "reward/gold_mean": falling})) == []
+    assert list(findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": rising}))) == []
+    assert list(findings(run_with({"value/terminal_mean": wiggle, "reward/gold_mean": falling}))) == []
 
 
 def test_a_weak_value_model_is_found():
     (finding,) = findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.55}}))
     assert "orders only 55% of held-out pairs" in finding.text
-    assert findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.6}})) == []
+    assert list(findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.6}}))) == []
 
 
 def test_alarms_come_first_with_their_advice(run):

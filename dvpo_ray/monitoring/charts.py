@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from dvpo_ray.monitoring.markup import escape
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 520, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 34
 
 Values = Sequence[float | None]
+Interval = tuple[float, float, float]
+"""mean, low, high"""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line.
+    """One line, or one layer of a stack.
 
     Attributes:
         label: name in the legend and the tooltips.
@@ -34,158 +36,139 @@ class Series:
     dashed: bool = False
 
 
-@dataclass(frozen=True)
-class Band:
-    """The area between two lines, for a spread around a mean."""
-
-    label: str
-    lows: Values
-    highs: Values
-    color: str = "c1"
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Points with intervals, at positions of their own: (x, mean, low, high)."""
-
-    label: str
-    points: Sequence[tuple[float, float, float, float]]
-    color: str = "c2"
-
-
-@dataclass(frozen=True)
 class Frame:
-    """The drawing area: data ranges mapped onto it, with axes, grid lines and labels."""
+    """The drawing area: axes, grid lines, and data mapped onto pixels.
 
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
-    x_label: str = "step"
-    height: int = HEIGHT
-    x_ticks: list[float] = field(default_factory=list)
-    y_ticks: list[float] = field(default_factory=list)
+    Args:
+        xs, ys: all data that must fit in. The y range ends at ticks.
+        steps: x counts steps: ticks are whole numbers, and the x range ends at the data. Otherwise it ends at ticks.
+    """
+
+    def __init__(self, xs: Values, ys: Values, x_label: str, *, steps: bool = True, height: int = HEIGHT) -> None:
+        xs, ys = ([value for value in values if value is not None] or [0.0] for values in (xs, ys))
+        x_ticks, self.y_ticks = nice_ticks(min(xs), max(xs), count=6, whole=steps), nice_ticks(min(ys), max(ys), count=5)
+        self.left, self.right = (min(xs), max(xs)) if steps else (x_ticks[0], x_ticks[-1])
+        self.x_ticks = [tick for tick in x_ticks if self.left <= tick <= self.right]
+        self.x_label, self.height, self.base = x_label, height, height - _BOTTOM
 
     def x(self, value: float) -> float:
-        low, high = self.x_range
-        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((value - low) / (high - low) if high > low else 0.5)
+        span = self.right - self.left
+        return _LEFT + (WIDTH - _LEFT - _RIGHT) * ((value - self.left) / span if span > 0 else 0.5)
 
     def y(self, value: float) -> float:
-        low, high = self.y_range
-        return self.height - _BOTTOM - (self.height - _TOP - _BOTTOM) * ((value - low) / (high - low) if high > low else 0.5)
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return self.base - (self.base - _TOP) * (value - low) / (high - low)
 
-    def axes(self) -> str:
-        return self.y_axis() + self.x_axis()
+    def way(self, points: Sequence[tuple[float, float]]) -> str:
+        """The path through points of the data."""
+        return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+
+    def rule(self, y: float, css: str) -> str:
+        """A horizontal line over the whole width."""
+        return f'<line class="{css}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{self.y(y):.1f}" y2="{self.y(y):.1f}"/>'
 
     def y_axis(self) -> str:
-        parts = []
-        for tick in self.y_ticks:
-            zero = " zero" if tick == 0 else ""
-            parts.append(f'<line class="grid{zero}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}"/>')
-            parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-        return "".join(parts)
+        labels = [f'<text x="{_LEFT - 7}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>' for tick in self.y_ticks]
+        return "".join([*labels, *(self.rule(tick, "grid" if tick else "grid zero") for tick in self.y_ticks)])
 
     def x_axis(self) -> str:
-        base = self.height - _BOTTOM + 16
-        parts = [f'<text class="tick" x="{self.x(tick):.1f}" y="{base}" text-anchor="middle">{number(tick)}</text>' for tick in self.x_ticks]
-        middle = (_LEFT + WIDTH - _RIGHT) / 2
-        parts.append(f'<text class="axis" x="{middle}" y="{self.height - 3}" text-anchor="middle">{escape(self.x_label)}</text>')
-        return "".join(parts)
+        places = [(self.x(tick), self.base + 16, number(tick)) for tick in self.x_ticks]
+        places.append(((_LEFT + WIDTH - _RIGHT) / 2, self.height - 3, escape(self.x_label)))
+        return "".join(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{text}</text>' for x, y, text in places)
 
-    def svg(self, body: str, description: str) -> str:
-        return f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(description)}">{body}</svg>'
+    def svg(self, body: Sequence[str], words: str) -> Markup:
+        """The picture; `words` say what it shows."""
+        return Markup(f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(words)}">{"".join(body)}</svg>')
 
 
 def line_chart(
     xs: Sequence[float],
     series: Sequence[Series],
     *,
-    bands: Sequence[Band] = (),
-    marks: Marks | None = None,
+    spread: Values = (),
+    marks: Sequence[tuple[float, Interval]] = (),
     name: str = "",
     x_label: str = "step",
     from_zero: bool = False,
     limit: float | None = None,
     tokens: Sequence[str] = (),
-) -> str:
-    """Lines over steps, with optional bands behind and marked points before them.
+) -> Markup:
+    """Lines over steps.
 
     Args:
-        xs: ascending positions, the same for every line and band.
-        name: of what is shown, for the description.
-        from_zero: the y axis takes in 0.
-        limit: a bound that the lines should stay within, drawn where it is in sight.
-        tokens: where positions 1, 2, … are those of tokens, their texts, for the tooltips.
+        xs: ascending positions, the same for every line.
+        spread: standard deviations around the first line, drawn as an area.
+        marks: held-out means with their intervals, at positions of their own.
+        name: what is shown, for the description.
+        from_zero: the y axis includes 0.
+        limit: a bound for the lines, drawn if it is in sight.
+        tokens: the texts of tokens at positions 1, 2, …, for the tooltips.
     """
-    heights = [y for s in series for y in s.ys] + [y for b in bands for y in (*b.lows, *b.highs)]
-    positions = list(xs)
-    if marks:
-        heights += [y for point in marks.points for y in point[1:]]
-        positions += [point[0] for point in marks.points]
-    frame = make_frame(positions, [*heights, 0.0] if from_zero else heights, x_label)
-    parts = [frame.axes()]
-    if limit is not None and frame.y_range[0] <= limit <= frame.y_range[1]:
-        parts.append(f'<line class="limit" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{frame.y(limit):.1f}" y2="{frame.y(limit):.1f}"/>')
-    parts += [f'<path class="band {b.color}" d="{_area(frame, xs, b.lows, b.highs)}"/>' for b in bands]
+    band = [(x, y, s) for x, y, s in zip(xs, series[0].ys, spread, strict=True) if y is not None and s is not None] if spread else []
+    heights = [y for s in series for y in s.ys] + [y + sign * s for _, y, s in band for sign in (-1, 1)] + [y for _, m in marks for y in m]
+    frame = Frame([*xs, *(x for x, _ in marks)], [*heights, 0.0] if from_zero else heights, x_label)
+    parts = [frame.y_axis(), frame.x_axis()]
+    if limit is not None and frame.y_ticks[0] <= limit <= frame.y_ticks[-1]:
+        parts.append(frame.rule(limit, "limit"))
+    if band:
+        edge = [(x, y + s) for x, y, s in band] + [(x, y - s) for x, y, s in reversed(band)]
+        parts.append(f'<path class="band {series[0].color}" d="{frame.way(edge)}z"/>')
     parts += [_line(frame, xs, s) for s in series]
-    parts += [_whisker(frame, point, marks.color) for point in marks.points] if marks else []
-    parts.append(_hover_columns(frame, xs, [*((s.label, s.ys) for s in series), *_band_rows(bands)], x_label, tokens))
-    parts += [_mark_title(frame, marks.label, point, x_label) for point in marks.points] if marks else []
-    return frame.svg("".join(parts), describe(name, xs, series, x_label))
+    rows = [(s.label, s.ys) for s in series] + ([("± 1 standard deviation", spread)] if spread else [])
+    parts.append(_hover(frame, xs, rows, tokens))
+    for x, mark in marks:
+        parts.append(f'<path class="whisker c2" d="{frame.way([(x, y) for y in mark[1:]])}"/>')
+        parts.append(_dot(frame, x, mark[0], "dot c2", 4.5, f"{x_label} {number(x)}\nheld out {_interval(mark)}"))
+    return frame.svg(parts, _words(name, xs, series, x_label))
 
 
-def stacked_chart(xs: Sequence[float], layers: Sequence[Series], *, name: str = "", x_label: str = "step") -> str:
+def stacked_chart(xs: Sequence[float], layers: Sequence[Series], *, name: str) -> Markup:
     """One stacked bar per step. Missing values count 0."""
-    bottoms = [0.0] * len(xs)
-    bars = []
-    tops = [sum(layer.ys[i] or 0.0 for layer in layers) for i in range(len(xs))]
+    tops = [0.0] * len(xs)
     spacing = min((b - a for a, b in zip(xs, xs[1:], strict=False)), default=1.0)
-    frame = make_frame([xs[0] - spacing / 2, xs[-1] + spacing / 2], [0.0, *tops], x_label)
+    totals = [sum(layer.ys[i] or 0.0 for layer in layers) for i in range(len(xs))]
+    frame = Frame([xs[0] - spacing / 2, xs[-1] + spacing / 2], [0.0, *totals], "step")
     width = max(0.5, (frame.x(xs[0] + spacing) - frame.x(xs[0])) * 0.78)
+    parts = [frame.y_axis(), frame.x_axis()]
     for layer in layers:
-        path = []
+        path = ""
         for i, x in enumerate(xs):
-            value = layer.ys[i] or 0.0
-            low, high = frame.y(bottoms[i]), frame.y(bottoms[i] + value)
-            bottoms[i] += value
-            if low - high > 0.05:
-                path.append(f"M{frame.x(x) - width / 2:.1f} {low:.1f}V{high:.1f}h{width:.1f}V{low:.1f}z")
-        bars.append(f'<path class="fill {layer.color}" d="{"".join(path)}"/>')
-    hover = _hover_columns(frame, xs, [(layer.label, layer.ys) for layer in layers], x_label)
-    return frame.svg(frame.axes() + "".join(bars) + hover, describe(name, xs, [Series("total", tops)], x_label))
+            bottom, tops[i] = tops[i], tops[i] + (layer.ys[i] or 0.0)
+            path += f"M{frame.x(x) - width / 2:.1f} {frame.y(bottom):.1f}V{frame.y(tops[i]):.1f}h{width:.1f}V{frame.y(bottom):.1f}z"
+        parts.append(f'<path class="fill {layer.color}" d="{path}"/>')
+    parts.append(_hover(frame, xs, [(layer.label, layer.ys) for layer in layers]))
+    return frame.svg(parts, _words(name, xs, [Series("total", totals)], "step"))
 
 
-def path_chart(xs: Values, ys: Values, steps: Sequence[int], *, name: str, x_label: str, y_label: str) -> str:
+def path_chart(xs: Values, ys: Values, steps: Sequence[int], *, name: str, x_label: str, y_label: str) -> Markup:
     """The way through a plane over the steps, from a hollow first point to a full last one."""
     points = [(x, y, step) for x, y, step in zip(xs, ys, steps, strict=True) if x is not None and y is not None]
-    frame = make_frame([p[0] for p in points], [p[1] for p in points], x_label, steps=False)
-    way = "M" + "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y, _ in points)
-    parts = [frame.axes(), f'<path class="line thin c8" d="{way}"/>']
+    frame = Frame([x for x, _, _ in points], [y for _, y, _ in points], x_label, steps=False)
+    parts = [frame.y_axis(), frame.x_axis(), f'<path class="line thin c8" d="{frame.way([p[:2] for p in points])}"/>']
     for i, (x, y, step) in enumerate(points):
-        kind = "hollow" if i == 0 else "dot"
+        css, radius = "dot c1" if i else "hollow c1", 5.5 if i in (0, len(points) - 1) else 3.5
         age = 0.35 + 0.65 * i / max(len(points) - 1, 1)
-        tip = escape(f"step {step}\n{x_label} {number(x)}\n{y_label} {number(y)}")
-        at = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{5.5 if i in (0, len(points) - 1) else 3.5}"'
-        parts.append(f'<circle class="{kind} c1" {at} style="opacity:{age:.2f}"><title>{tip}</title></circle>')
-    first, last = points[0], points[-1]
-    words = f"{name}: from {y_label} {number(first[1])} at {x_label} {number(first[0])} to {number(last[1])} at {number(last[0])}."
-    return frame.svg("".join(parts), words)
+        parts.append(_dot(frame, x, y, css, radius, f"step {step}\n{x_label} {number(x)}\n{y_label} {number(y)}", age))
+    (x0, y0, _), (x1, y1, _) = points[0], points[-1]
+    return frame.svg(parts, f"{name}: from {y_label} {number(y0)} at {x_label} {number(x0)} to {number(y1)} at {number(x1)}.")
 
 
-# ------------------------------------------------------------------------------------------------------- scales
+def range_chart(rows: dict[str, Interval], *, name: str, x_label: str) -> Markup:
+    """Means with their 95 % intervals, one below the other on one scale; the last row is the main one."""
+    frame = Frame([x for row in rows.values() for x in row], [0.0, len(rows)], x_label, steps=False, height=26 * len(rows) + 44)
+    frame.y_ticks = [0.0, float(len(rows))]
+    parts = [frame.rule(0, "grid"), frame.x_axis()]
+    if frame.left <= 0 <= frame.right:
+        parts.append(f'<path class="grid zero" d="{frame.way([(0, 0), (0, len(rows))])}"/>')
+    for i, (label, row) in enumerate(rows.items()):
+        y, color = len(rows) - i - 0.5, "c1" if i == len(rows) - 1 else "c8"
+        parts.append(f'<text class="strong" x="0" y="{frame.y(y) + 4:.1f}">{label}</text>')
+        parts.append(f'<path class="whisker {color}" d="{frame.way([(row[1], y), (row[2], y)])}"/>')
+        parts.append(_dot(frame, row[0], y, f"dot {color}", 6, f"{label} {_interval(row)}"))
+    return frame.svg(parts, f"{name}: " + "; ".join(f"{label} {_interval(row)}" for label, row in rows.items()) + ".")
 
 
-def make_frame(xs: Values, ys: Values, x_label: str, *, steps: bool = True, height: int = HEIGHT) -> Frame:
-    """A frame around the data, its y range widened to the next ticks.
-
-    Args:
-        steps: x counts steps: ticks are whole numbers and the range is that of the data; else it is widened to the next ticks.
-    """
-    heights = [y for y in ys if y is not None] or [0.0]
-    widths = [x for x in xs if x is not None] or [0.0]
-    y_ticks = nice_ticks(min(heights), max(heights), count=5)
-    x_ticks = nice_ticks(min(widths), max(widths), count=6, whole=steps)
-    x_range = (min(widths), max(widths)) if steps else (x_ticks[0], x_ticks[-1])
-    shown = [tick for tick in x_ticks if x_range[0] <= tick <= x_range[1]]
-    return Frame(x_range, (y_ticks[0], y_ticks[-1]), x_label, height, shown, y_ticks)
+# ------------------------------------------------------------------------------------------------------ numbers
 
 
 def nice_ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
@@ -211,86 +194,57 @@ def number(value: float) -> str:
         return f"{value:.1e}".replace("e+0", "e").replace("e-0", "e−").replace("-", "−")
     decimals = 0 if size >= 100 else max(0, 2 - math.floor(math.log10(size)))
     text = f"{value:,.{decimals}f}"
-    if "." in text:
-        text = text.rstrip("0").rstrip(".")
-    return text.replace("-", "−")
+    return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")
 
 
-def describe(name: str, xs: Sequence[float], series: Sequence[Series], x_label: str) -> str:
-    """What a chart shows, in words, for those who cannot see it."""
+def _interval(interval: Interval) -> str:
+    mean, low, high = map(number, interval)
+    return f"{mean}, 95 % interval {low} to {high}"
+
+
+def _words(name: str, xs: Sequence[float], series: Sequence[Series], x_label: str) -> str:
+    """What a chart shows, for people who cannot see it."""
     parts = []
     for s in series:
-        known = [(x, y) for x, y in zip(xs, s.ys, strict=True) if y is not None]
+        known = [f"{number(y)} at {x_label} {number(x)}" for x, y in zip(xs, s.ys, strict=True) if y is not None]
         if known:
-            (x0, y0), (x1, y1) = known[0], known[-1]
-            parts.append(f"{s.label} from {number(y0)} at {x_label} {number(x0)} to {number(y1)} at {x_label} {number(x1)}")
+            parts.append(f"{s.label} from {known[0]} to {known[-1]}")
     return f"{name}: " + "; ".join(parts) + "."
 
 
 # -------------------------------------------------------------------------------------------------------- shapes
 
 
-def _runs(xs: Sequence[float], *columns: Values) -> list[list[int]]:
-    """Indices of the stretches without a gap."""
-    runs: list[list[int]] = [[]]
-    for i in range(len(xs)):
-        if all(column[i] is not None for column in columns):
-            runs[-1].append(i)
-        elif runs[-1]:
-            runs.append([])
-    return [run for run in runs if run]
-
-
 def _line(frame: Frame, xs: Sequence[float], series: Series) -> str:
-    style = f'class="line {series.color}{" dashed" if series.dashed else ""}"'
-    parts = []
-    for run in _runs(xs, series.ys):
-        if len(run) == 1:
-            parts.append(f'<circle class="dot {series.color}" cx="{frame.x(xs[run[0]]):.1f}" cy="{frame.y(series.ys[run[0]]):.1f}" r="3"/>')
+    """A path per stretch without a gap; a stretch of one point is a dot."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(xs, series.ys, strict=True):
+        if y is None:
+            runs.append([])
         else:
-            parts.append(f'<path {style} d="M' + "L".join(f"{frame.x(xs[i]):.1f} {frame.y(series.ys[i]):.1f}" for i in run) + '"/>')
-    return "".join(parts)
-
-
-def _area(frame: Frame, xs: Sequence[float], lows: Values, highs: Values) -> str:
-    parts = []
-    for run in _runs(xs, lows, highs):
-        there = "L".join(f"{frame.x(xs[i]):.1f} {frame.y(highs[i]):.1f}" for i in run)
-        back = "L".join(f"{frame.x(xs[i]):.1f} {frame.y(lows[i]):.1f}" for i in reversed(run))
-        parts.append(f"M{there}L{back}z")
-    return "".join(parts)
-
-
-def _whisker(frame: Frame, point: tuple[float, float, float, float], color: str) -> str:
-    x, mean, low, high = point
-    at = f"{frame.x(x):.1f}"
-    return (
-        f'<line class="whisker {color}" x1="{at}" x2="{at}" y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"/>'
-        f'<circle class="dot {color}" cx="{at}" cy="{frame.y(mean):.1f}" r="4.5"/>'
+            runs[-1].append((x, y))
+    css = f"line {series.color}{' dashed' if series.dashed else ''}"
+    return "".join(
+        f'<path class="{css}" d="{frame.way(run)}"/>' if len(run) > 1 else _dot(frame, *run[0], f"dot {series.color}", 3) for run in runs if run
     )
 
 
-def _mark_title(frame: Frame, label: str, point: tuple[float, float, float, float], x_label: str) -> str:
-    x, mean, low, high = point
-    tip = escape(f"{x_label} {number(x)}\n{label} {number(mean)}, 95 % interval {number(low)} to {number(high)}")
-    return f'<circle class="hit" cx="{frame.x(x):.1f}" cy="{frame.y(mean):.1f}" r="10"><title>{tip}</title></circle>'
+def _dot(frame: Frame, x: float, y: float, css: str, radius: float, tip: str = "", opacity: float = 1.0) -> str:
+    inside = f"<title>{escape(tip)}</title>" if tip else ""
+    style = f' style="opacity:{opacity:.2f}"' if opacity < 1 else ""
+    return f'<circle class="{css}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}"{style}>{inside}</circle>'
 
 
-def _band_rows(bands: Sequence[Band]) -> list[tuple[str, Values]]:
-    return [row for b in bands for row in ((f"{b.label}, low", b.lows), (f"{b.label}, high", b.highs))]
-
-
-def _hover_columns(frame: Frame, xs: Sequence[float], rows: Sequence[tuple[str, Values]], x_label: str, tokens: Sequence[str] = ()) -> str:
+def _hover(frame: Frame, xs: Sequence[float], rows: Sequence[tuple[str, Values]], tokens: Sequence[str] = ()) -> str:
     """An invisible column per step whose tooltip lists every value of that step."""
-    edges = [frame.x(x) for x in xs]
+    places = [frame.x(x) for x in xs]
+    edges = [_LEFT, *((a + b) / 2 for a, b in zip(places, places[1:], strict=False)), WIDTH - _RIGHT]
     parts = []
     for i, x in enumerate(xs):
-        left = (edges[i - 1] + edges[i]) / 2 if i else _LEFT
-        right = (edges[i] + edges[i + 1]) / 2 if i + 1 < len(xs) else WIDTH - _RIGHT
-        lines = [f"{label} {number(values[i])}" for label, values in rows if values[i] is not None]
         of_token = tokens and i > 0
-        tip = escape("\n".join([f"{x_label} {number(x)}", *([repr(tokens[i - 1])] if of_token else []), *lines]))
-        area = f'x="{left:.1f}" y="{_TOP}" width="{max(right - left, 0):.1f}" height="{frame.height - _TOP - _BOTTOM}"'
+        lines = [f"{frame.x_label} {number(x)}", *([repr(tokens[i - 1])] if of_token else [])]
+        lines += [f"{label} {number(values[i])}" for label, values in rows if values[i] is not None]
+        area = f'x="{edges[i]:.1f}" y="{_TOP}" width="{edges[i + 1] - edges[i]:.1f}" height="{frame.base - _TOP}"'
         mark = f' data-token="{i - 1}"' if of_token else ""
-        parts.append(f'<rect class="hit" {area}{mark}><title>{tip}</title></rect>')
+        parts.append(f'<rect class="hit" {area}{mark}><title>{escape(chr(10).join(lines))}</title></rect>')
     return "".join(parts)

@@ -5,65 +5,60 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from string import Template
+
+from jinja2 import Environment
 
 from dvpo_ray import __version__
 from dvpo_ray.files import whole_file
-from dvpo_ray.monitoring.markup import escape, tag
-from dvpo_ray.monitoring.report_charts import Curves
-from dvpo_ray.monitoring.report_summary import attention, header, summary
-from dvpo_ray.monitoring.report_texts import all_metrics, config, samples, token_credit
+from dvpo_ray.monitoring import report_summary, report_texts
+from dvpo_ray.monitoring.checks import findings
+from dvpo_ray.monitoring.report_charts import chart_sections
 from dvpo_ray.monitoring.run_data import RunData, load_run
+
+_BADGES = {"finished": "good", "failed": "bad", "stopped": "warn", "interrupted": "warn", "running": "warn"}
+_CONTROL = {code: "\ufffd" for code in [*range(0x20), 0x7F] if chr(code) not in "\n\t"}
 
 
 def write_report(run_folder: str | Path, warn: Callable[[str], None] | None = None) -> Path:
     """Write report.html of a run, finished or not.
 
-    The page needs no network. Lines of the run's files that cannot be used are named on it, and left out.
+    The page loads nothing from the network. It names the lines of the run's files that it cannot use, and leaves them out.
 
     Args:
-        warn: is told of them too, one line each.
+        warn: gets them too, one line each.
 
     Returns:
         The path of report.html.
 
     Raises:
-        InputError: the folder is not there, or holds nothing of a run.
+        InputError: the folder is not there, or it is not a run folder.
     """
     run = load_run(run_folder)
     for note in run.notes if warn is not None else ():
         warn(note)
     template = resources.files("dvpo_ray.monitoring").joinpath("report_template.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template).render(_content(run))
+    # HTML cannot hold control characters and lone surrogates.
+    page = page.encode("utf-16", "surrogatepass").decode("utf-16", "replace").translate(_CONTROL)
     path = run.folder / "report.html"
-    page = Template(template).substitute(title=escape(f"{run.name} · DVPO report"), body=_body(run))
     with whole_file(path) as file:
         file.write(page)
     return path
 
 
-def _body(run: RunData) -> str:
-    learning, value_model, update, work = _curves(run)
-    texts = samples(run) + token_credit(run)
-    sections = [summary(run), attention(run), learning, texts, value_model, update, work, all_metrics(run), config(run)]
-    footer = tag("footer", f"dvpo-ray {escape(__version__)} · {escape(run.folder.resolve().name)}")
-    return header(run) + tag("main", *sections, footer)
-
-
-def _curves(run: RunData) -> list[str]:
-    """Four sections of charts; empty where there is nothing to draw."""
-    if not run.metrics:
-        notice = tag("div", "No training step has been logged: metrics.jsonl is missing or empty, so there are no curves.", class_="notice")
-        return [notice, "", "", ""]
-    curves = Curves(run)
-    return [
-        _section("Learning", "Is the policy better, and how far has it moved to get there?", list(curves.learning())),
-        _section("Global Value Model", "How good is the value model that the advantages come from?", list(curves.value_model())),
-        _section("Update", "Is each policy update sound?", list(curves.update())),
-        _section("Resources", "Where do time and memory go?", list(curves.resources())),
-    ]
-
-
-def _section(title: str, question: str, charts: list[str]) -> str:
-    if not charts:
-        return ""
-    return tag("section", tag("h2", title), tag("p", question, class_="lead"), tag("div", *charts, class_="charts"))
+def _content(run: RunData) -> dict:
+    """What the template shows."""
+    return {
+        "run": run,
+        "badge": _BADGES.get(str(run.summary.get("state")), ""),
+        "facts": report_summary.facts(run),
+        "headline": report_summary.headline(run),
+        "tiles": report_summary.tiles(run),
+        "findings": list(findings(run)),
+        "sections": chart_sections(run) if run.metrics else {},
+        "samples": report_texts.samples(run),
+        "credit": report_texts.token_credit(run),
+        "all_metrics": report_texts.all_metrics(run),
+        "version": __version__,
+    }

@@ -1,18 +1,145 @@
-"""Which charts a report has: each is drawn when the run has numbers for it."""
+"""Which charts a report has. A chart is drawn if the run has numbers for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from dvpo_ray.evaluation.gain import mean_ci
 from dvpo_ray.monitoring.catalogue import find_metric
-from dvpo_ray.monitoring.charts import Band, Marks, Series, line_chart, number, path_chart, stacked_chart
-from dvpo_ray.monitoring.markup import escape, tag
+from dvpo_ray.monitoring.charts import Interval, Series, line_chart, number, path_chart, stacked_chart
 from dvpo_ray.monitoring.run_data import RunData
 
 MOST_POINTS = 240
-_STAGES = {"generate": "c1", "score": "c3", "reference": "c7", "advantage": "c4", "update": "c2", "sync": "c6"}
+_STAGES = {"generate": "c1", "score": "c2", "reference": "c3", "advantage": "c4", "update": "c5", "sync": "c6"}
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A chart with one line per metric.
+
+    Attributes:
+        title: heading of the chart.
+        metrics: their labels by their names; `<role>` stands for every role.
+        caption: by default what the first metric means.
+        from_zero: the y axis includes 0.
+        spread: metric that is the standard deviation around the first line.
+        dashed: metrics of secondary lines.
+        unit: by default that of the first metric.
+    """
+
+    title: str
+    metrics: dict[str, str]
+    caption: str = ""
+    from_zero: bool = True
+    spread: str = ""
+    dashed: dict[str, str] = field(default_factory=dict)
+    unit: str | None = None
+
+
+DISTANCE = Lines(
+    "Distance from the reference", {"kl/reference_mean": "mean sequence KL"}, "How far the policy has moved from the SFT model that it started from."
+)
+VALUE = Lines(
+    "Value",
+    {"value/mean": "mean", "value/terminal_mean": "after the last token"},
+    "What the value model predicts for the rollouts. It should rise with the gold score, not instead of it.",
+    spread="value/std",
+    unit="",
+)
+VALUE_MODEL = (
+    Lines(
+        "GVM loss",
+        {"gvm/loss": "loss", "gvm/regression_loss": "value regression", "gvm/bradley_terry_loss": "Bradley-Terry"},
+        "On the training pairs. The Bradley-Terry loss is measured even if it has no weight.",
+    ),
+    Lines(
+        "Training pairs ordered correctly",
+        {"gvm/accuracy": "accuracy"},
+        "In each minibatch. If it is far above the held-out accuracy, the GVM has memorised the pairs.",
+        from_zero=False,
+    ),
+    Lines(
+        "Estimate against gold",
+        {
+            "health/gold_correlation": "correlation, end of the response",
+            "health/gold_correlation_half": "at half of it",
+            "health/gold_divergence": "divergence in standard deviations",
+        },
+        "Whether the estimate still ranks the policy's responses, and how much more it has gained than the gold score.",
+    ),
+    Lines(
+        "Error by distance",
+        {f"health/value_error_kl_{name}": f"{name} KL" for name in ("low", "mid", "high")} | {"health/value_bias_kl_high": "overrated, high KL"},
+        "Error of the estimate against the gold score, in thirds of the rollouts by their KL from the reference.",
+    ),
+    Lines(
+        "Calibration along the response",
+        {f"health/calibration_error_{name}": f"{name} third" for name in ("early", "mid", "late")}
+        | {"health/value_drift": "drift from prompt to end"},
+        "How far values before the end are from the final estimate. It grows as the policy leaves the texts that the GVM was trained on.",
+    ),
+    Lines(
+        "Refreshed GVM",
+        {"refresh/heldout_accuracy": "new", "refresh/heldout_accuracy_before": "the one it replaced"},
+        "Share of the last refresh's held-out pairs that the value model orders correctly by the last value.",
+        from_zero=False,
+    ),
+    Lines("Disagreement", {"health/disagreement": "standard deviation over the ensemble"}),
+    Lines("GVM gradient norm", {"gvm/grad_norm": "before clipping"}),
+)
+UPDATE = (
+    Lines(
+        "Advantage",
+        {"advantage/mean": "mean"},
+        "Per response token, as the learner uses it.",
+        spread="advantage/std",
+        dashed={"advantage/max": "largest", "advantage/min": "smallest"},
+    ),
+    Lines("Policy loss", {"policy/loss": "loss"}, "By construction it stays near 0; look for jumps."),
+    Lines("Clipped tokens", {"policy/clip_fraction": "clip fraction"}),
+    Lines("Entropy", {"policy/entropy": "entropy"}, "Uncertainty about the next token. Near 0 the policy has collapsed onto few texts."),
+    Lines("Response length", {"response_length/mean": "mean", "response_length/max": "longest"}, "Sampled responses, including EOS."),
+    Lines("Cut-off responses", {"response_length/truncated_fraction": "cut off at the limit"}),
+    Lines("Gradient norm", {"policy/grad_norm": "before clipping"}),
+    Lines(
+        "Engine against learner",
+        {"mismatch/log_prob_abs_max": "largest difference of a log-prob", "mismatch/log_prob_abs_mean": "mean"},
+        "The same tokens under the same weights, in the rollout engine and in the learner.",
+    ),
+)
+RESOURCES = (
+    Lines(
+        "Throughput",
+        {"throughput/generated_tokens_per_second": "generated", "throughput/trained_tokens_per_second": "trained"},
+        "Tokens divided by the time of their stage.",
+    ),
+    Lines("Memory", {"memory/<role>_gib": ""}, "Host memory of the largest actor of each role (PSS)."),
+    Lines("Idle", {"idle/<role>_fraction": ""}, "Share of the step that each role waited."),
+)
+
+
+def chart_sections(run: RunData) -> dict[str, dict]:
+    """The charts of a run with metrics: by section its title, the question that it answers, and its figures."""
+    curves = Curves(run)
+    sections = {
+        "learning": (
+            "Learning",
+            "Is the policy better, and how far has it moved to get there?",
+            [curves.gold(), curves.lines(DISTANCE), curves.gold_against_kl(), curves.lines(VALUE)],
+        ),
+        "value_model": (
+            "Global Value Model",
+            "How good is the value model that the advantages come from?",
+            [curves.accuracy_by_position(), *map(curves.lines, VALUE_MODEL)],
+        ),
+        "update": ("Update", "Is each policy update sound?", list(map(curves.lines, UPDATE))),
+        "resources": ("Resources", "Where do time and memory go?", [curves.time(), *map(curves.lines, RESOURCES)]),
+    }
+    return {
+        name: {"title": title, "question": question, "figures": list(filter(None, figures))} for name, (title, question, figures) in sections.items()
+    }
 
 
 class Curves:
@@ -26,259 +153,97 @@ class Curves:
         self.run = run
         self.width = -(-len(run.metrics) // MOST_POINTS)
         self.steps = [chunk[-1] for chunk in self._chunks(run.steps)]
-        self.names = set(run.names())
+        self.names = run.names()
 
     def column(self, name: str) -> list[float | None]:
-        return [_mean(chunk) for chunk in self._chunks(self.run.column(name))]
+        known = [[value for value in chunk if value is not None] for chunk in self._chunks(self.run.column(name))]
+        return [fmean(chunk) if chunk else None for chunk in known]
 
     def _chunks(self, values: Sequence) -> list[Sequence]:
         return [values[i : i + self.width] for i in range(0, len(values), self.width)]
 
-    # ------------------------------------------------------------------------------------------------ sections
+    def series(self, labels: dict[str, str], **style) -> list[Series]:
+        """A line for each of these metrics that the run has."""
+        known = [(name, label) for name, label in labels.items() if name in self.names]
+        return [Series(label, self.column(name), **{"color": f"c{i % 8 + 1}", **style}) for i, (name, label) in enumerate(known)]
 
-    def learning(self) -> Iterator[str]:
-        """Is the policy better, and how far has it gone?"""
-        if "reward/gold_mean" in self.names or self._heldout_gold():
-            yield self._gold()
-        yield from self._lines(
-            "Distance from the reference",
-            "nats per response",
-            {"kl/reference_mean": "mean sequence KL"},
-            "How far the policy has moved from the SFT model it began with.",
-            from_zero=True,
-        )
-        if {"reward/gold_mean", "kl/reference_mean"} <= self.names:
-            yield self._gold_against_kl()
-        yield from self._spread(
-            "Value", "value", "What the frozen GVM says of the rollouts. It should rise with the gold score, not instead of it.", terminal=True
-        )
+    def figure(self, title: str, svg: str, caption: str, keys: Sequence = (), *, unit: str = "", shown: Sequence = (), thinned: bool = True) -> dict:
+        """A chart with its heading.
 
-    def value_model(self) -> Iterator[str]:
-        """How good is the Global Value Model?"""
-        yield from self._accuracy_by_position()
-        yield from self._lines(
-            "GVM loss",
-            "",
-            {"gvm/loss": "loss", "gvm/regression_loss": "value regression", "gvm/bradley_terry_loss": "Bradley-Terry"},
-            "On the training pairs. The Bradley-Terry loss is measured whether it has a weight or not.",
-            from_zero=True,
-        )
-        yield from self._lines(
-            "Training pairs ordered correctly",
-            "fraction",
-            {"gvm/accuracy": "accuracy"},
-            "In each minibatch. Far above the held-out accuracy, the pairs are learnt by heart.",
-        )
-        yield from self._health()
-        yield from self._lines("GVM gradient norm", "", {"gvm/grad_norm": "before clipping"}, "Global norm over all parameters.", from_zero=True)
+        Args:
+            keys: the legend: label, colour and shape of each entry.
+            shown: values whose first and last known stand beside the heading.
+            thinned: the points are those of `self.steps`.
+        """
+        known = [number(value) for value in shown if value is not None]
+        now = " → ".join(known[:: max(len(known) - 1, 1)])
+        caption += f" Each point is the mean of {self.width} steps." if thinned and self.width > 1 else ""
+        return {"title": title, "unit": unit, "now": now, "keys": keys, "svg": svg, "caption": caption}
 
-    def _health(self) -> Iterator[str]:
-        yield from self._lines(
-            "Estimate against gold",
-            "",
-            {
-                "health/gold_correlation": "correlation, end of the response",
-                "health/gold_correlation_half": "at half of it",
-                "health/gold_divergence": "divergence in standard deviations",
-            },
-            "Whether the estimate still orders the policy's responses, and how much more than the gold score it has gained.",
-        )
-        yield from self._lines(
-            "Error by distance",
-            "standard deviations",
-            {f"health/value_error_kl_{name}": f"{name} KL" for name in ("low", "mid", "high")} | {"health/value_bias_kl_high": "overrated, high KL"},
-            "Of the estimate against the gold score, in thirds of the rollouts by their KL from the reference.",
-        )
-        yield from self._lines(
-            "Calibration along the response",
-            "value",
-            {f"health/calibration_error_{name}": f"{name} third" for name in ("early", "mid", "late")}
-            | {"health/value_drift": "drift from prompt to end"},
-            "How far values before the end are from the final estimate. It grows as the policy leaves the texts that the GVM was trained on.",
-        )
-        yield from self._lines(
-            "Refreshed GVM",
-            "fraction",
-            {"refresh/heldout_accuracy": "new", "refresh/heldout_accuracy_before": "the one it replaced"},
-            "Held-out pairs of the last refresh that the value model orders correctly by the last value.",
-        )
-        yield from self._lines("Disagreement", "value", {"health/disagreement": "standard deviation over the ensemble"}, "Mean over all states.")
+    def lines(self, chart: Lines) -> dict | None:
+        labels = {}
+        for pattern, label in chart.metrics.items():
+            start, role, end = pattern.partition("<role>")
+            found = [name for name in self.names if name.startswith(start) and name.endswith(end)] if role else [pattern]
+            labels |= {name: label or name.removeprefix(start).removesuffix(end).replace("_", " ") for name in found}
+        series = self.series(labels) + self.series(chart.dashed, color="c8", dashed=True)
+        if not series:
+            return None
+        first = find_metric(next(name for name in (*labels, *chart.dashed) if name in self.names))
+        spread = self.column(chart.spread) if chart.spread in self.names else []
+        alone = len(series) == 1
+        limit = first.above if alone else None
+        svg = line_chart(self.steps, series, spread=spread, name=chart.title, from_zero=chart.from_zero, limit=limit)
+        keys = [] if alone and not spread else _keys(series) + [("± 1 standard deviation", "c1", "area")][: len(spread)]
+        unit = first.unit if chart.unit is None else chart.unit
+        return self.figure(chart.title, svg, chart.caption or first.meaning, keys, unit=unit, shown=series[0].ys if alone or spread else ())
 
-    def update(self) -> Iterator[str]:
-        """Is the update sound?"""
-        yield from self._advantage()
-        yield from self._lines("Policy loss", "", {"policy/loss": "loss"}, "Hovers around 0 by construction; jumps are what to look for.")
-        yield from self._lines(
-            "Clipped tokens",
-            "fraction",
-            {"policy/clip_fraction": "clip fraction"},
-            "Share of response tokens whose probability ratio was clipped.",
-            from_zero=True,
-        )
-        yield from self._lines(
-            "Entropy",
-            "nats per token",
-            {"policy/entropy": "entropy"},
-            "Uncertainty of the policy's next token. Near 0 it has collapsed onto few texts.",
-            from_zero=True,
-        )
-        yield from self._lines(
-            "Response length",
-            "tokens",
-            {"response_length/mean": "mean", "response_length/max": "longest"},
-            "Sampled responses, the end-of-turn token included.",
-            from_zero=True,
-        )
-        yield from self._lines(
-            "Cut-off responses",
-            "fraction",
-            {"response_length/truncated_fraction": "cut off at the limit"},
-            "Share of responses that reached rollout.max_response_tokens.",
-            from_zero=True,
-        )
-        yield from self._lines("Gradient norm", "", {"policy/grad_norm": "before clipping"}, "Global norm over all parameters.", from_zero=True)
-        yield from self._lines(
-            "Engine against learner",
-            "nats",
-            {"mismatch/log_prob_abs_max": "largest difference of a log-prob", "mismatch/log_prob_abs_mean": "mean"},
-            "The same tokens under the same weights, by the rollout engine and by the learner.",
-            from_zero=True,
-        )
+    def gold(self) -> dict | None:
+        series = self.series({"reward/gold_mean": "rollouts"})
+        marks = self._heldout_gold()
+        if not series and not marks:
+            return None
+        svg = line_chart(self.steps, series, marks=marks, name="Gold score")
+        keys = _keys(series) + ([("held-out prompts, with 95 % interval", "c2", "box")] if marks else [])
+        return self.figure("Gold score", svg, "By the gold judge, which training never sees.", keys, shown=series[0].ys if series else ())
 
-    def resources(self) -> Iterator[str]:
-        """Where do time and memory go?"""
-        yield from self._time()
-        yield from self._lines(
-            "Throughput",
-            "tokens/s",
-            {"throughput/generated_tokens_per_second": "generated", "throughput/trained_tokens_per_second": "trained"},
-            "Tokens over the time of their stage.",
-            from_zero=True,
-        )
-        yield from self._lines(
-            "Memory", "GiB", self._roles("memory/", "_gib"), "Host memory of the largest actor of each role (PSS).", from_zero=True
-        )
-        yield from self._lines(
-            "Idle", "fraction of the step", self._roles("idle/", "_fraction"), "Share of the step each role waited.", from_zero=True
-        )
+    def _heldout_gold(self) -> list[tuple[float, Interval]]:
+        gold = {step: [row["gold"] for row in rows if row.get("gold") is not None] for step, rows in self.run.evaluations.items()}
+        return [(step, mean_ci(scores, resamples=2000)) for step, scores in sorted(gold.items()) if scores]
 
-    # ------------------------------------------------------------------------------------------------ charts
+    def gold_against_kl(self) -> dict | None:
+        if not {"reward/gold_mean", "kl/reference_mean"} <= set(self.names):
+            return None
+        kl, gold, title = self.column("kl/reference_mean"), self.column("reward/gold_mean"), "Gold score against KL"
+        svg = path_chart(kl, gold, self.steps, name=title, x_label="KL (nats per response)", y_label="gold")
+        caption = "The price of the gain: up is better, right is farther from the SFT model. The hollow point is the first step."
+        return self.figure(title, svg, caption)
 
-    def _lines(self, title: str, unit: str, names: dict[str, str], caption: str, *, from_zero: bool = False) -> Iterator[str]:
-        known = {name: label for name, label in names.items() if name in self.names}
-        series = [Series(label, self.column(name), f"c{i % 8 + 1}") for i, (name, label) in enumerate(known.items())]
-        if series:
-            alone = len(series) == 1
-            limit = find_metric(next(iter(known))).above if alone else None
-            chart = line_chart(self.steps, series, name=title, from_zero=from_zero, limit=limit)
-            yield self._figure(title, unit, chart, caption, "" if alone else _keys(series), series[0].ys if alone else [])
-
-    def _gold(self) -> str:
-        series = [Series("rollouts", self.column("reward/gold_mean"), "c1")] if "reward/gold_mean" in self.names else []
-        heldout = self._heldout_gold()
-        marks = Marks("held out", heldout, "c2") if heldout else None
-        chart = line_chart(self.steps, series, marks=marks, name="Gold score")
-        keys = _keys(series) + (_key("held-out prompts, with 95 % interval", "c2", "box") if heldout else "")
-        return self._figure("Gold score", "", chart, "By the gold judge, which training never sees.", keys, series[0].ys if series else [])
-
-    def _heldout_gold(self) -> list[tuple[float, float, float, float]]:
-        points = []
-        for step, rows in sorted(self.run.evaluations.items()):
-            gold = [row["gold"] for row in rows if row.get("gold") is not None]
-            if gold:
-                points.append((float(step), *mean_ci(gold, resamples=2000)))
-        return points
-
-    def _accuracy_by_position(self) -> Iterator[str]:
-        known = [(percent, self.run.summary_number(f"gvm.heldout_accuracy.position_{percent}")) for percent in (25, 50, 75, 100)]
-        if any(accuracy is None for _, accuracy in known):
-            return
-        series = [Series("by the value there", [accuracy for _, accuracy in known])]
+    def accuracy_by_position(self) -> dict | None:
+        known = {percent: self.run.summary_number(f"gvm.heldout_accuracy.position_{percent}") for percent in (25, 50, 75, 100)}
+        if None in known.values():
+            return None
+        series = [Series("by the value there", list(known.values()))]
         longer = self.run.summary_number("gvm.heldout_accuracy.longer_wins")
         if longer is not None:
             series.append(Series("the longer response wins", [longer] * len(known), "c8", dashed=True))
-        chart = line_chart([percent for percent, _ in known], series, name="Held-out accuracy", x_label="% of the response read")
-        caption = "Share of held-out pairs whose better response has the higher value after so much of it. 0.5 is chance."
-        yield self._figure("Held-out accuracy by position", "", chart, caption, _keys(series), series[0].ys)
+        svg = line_chart(list(known), series, name="Held-out accuracy", x_label="% of the response read")
+        caption = "Share of held-out pairs whose better response has the higher value at this point. 0.5 is chance."
+        return self.figure("Held-out accuracy by position", svg, caption, _keys(series), shown=series[0].ys, thinned=False)
 
-    def _gold_against_kl(self) -> str:
-        kl, gold = self.column("kl/reference_mean"), self.column("reward/gold_mean")
-        chart = path_chart(kl, gold, self.steps, name="Gold score against KL", x_label="KL (nats per response)", y_label="gold")
-        caption = "The price of the gain: up is better, right is farther from the SFT model. The hollow point is the first step."
-        return self._figure("Gold score against KL", "", chart, caption, "", [])
-
-    def _spread(self, title: str, group: str, caption: str, *, terminal: bool = False) -> Iterator[str]:
-        if f"{group}/mean" not in self.names:
-            return
-        mean = Series("mean", self.column(f"{group}/mean"), "c1")
-        series = [mean]
-        if terminal and f"{group}/terminal_mean" in self.names:
-            series.append(Series("after the last token", self.column(f"{group}/terminal_mean"), "c2"))
-        bands = [self._deviation(group)] if f"{group}/std" in self.names else []
-        chart = line_chart(self.steps, series, bands=bands, name=title)
-        keys = _keys(series) + "".join(_key(band.label, band.color, "area") for band in bands)
-        yield self._figure(title, "", chart, caption, keys, mean.ys)
-
-    def _deviation(self, group: str, color: str = "c1") -> Band:
-        """One standard deviation to both sides of the mean."""
-        both = list(zip(self.column(f"{group}/mean"), self.column(f"{group}/std"), strict=True))
-        lows = [None if m is None or s is None else m - s for m, s in both]
-        highs = [None if m is None or s is None else m + s for m, s in both]
-        return Band("± 1 standard deviation", lows, highs, color)
-
-    def _advantage(self) -> Iterator[str]:
-        if not {"advantage/mean", "advantage/std"} <= self.names:
-            return
-        series = [Series("mean", self.column("advantage/mean"), "c1")]
-        series += [
-            Series(label, self.column(name), "c8", dashed=True)
-            for name, label in (("advantage/max", "largest"), ("advantage/min", "smallest"))
-            if name in self.names
-        ]
-        band = self._deviation("advantage")
-        chart = line_chart(self.steps, series, bands=[band], name="Advantage")
-        keys = _keys(series[:1]) + _key(band.label, band.color, "area") + (_key("smallest and largest", "c8", "dots") if len(series) > 1 else "")
-        yield self._figure("Advantage", "", chart, "Per response token, as the learner uses it.", keys, [])
-
-    def _time(self) -> Iterator[str]:
-        layers = [
-            Series(stage, self.column(f"time/{stage}_seconds"), f"c{i + 1}")
-            for i, stage in enumerate(_STAGES)
-            if f"time/{stage}_seconds" in self.names
-        ]
+    def time(self) -> dict | None:
+        layers = [layer for stage, color in _STAGES.items() for layer in self.series({f"time/{stage}_seconds": stage}, color=color)]
         if "time/step_seconds" in self.names:
             whole = self.column("time/step_seconds")
-            rest = [max(0.0, (w or 0.0) - sum(layer.ys[i] or 0.0 for layer in layers)) for i, w in enumerate(whole)]
+            rest = [max(0.0, (total or 0.0) - sum(layer.ys[i] or 0.0 for layer in layers)) for i, total in enumerate(whole)]
             layers.append(Series("rest" if layers else "step", rest, "c8"))
         if not layers:
-            return
-        chart = stacked_chart(self.steps, layers, name="Time of a step")
+            return None
+        svg = stacked_chart(self.steps, layers, name="Time of a step")
         totals = [sum(layer.ys[i] or 0.0 for layer in layers) for i in range(len(self.steps))]
-        keys = "".join(_key(layer.label, layer.color, "box") for layer in layers)
-        caption = "What the frozen models do while others generate costs no time here." if len(layers) > 1 else ""
-        yield self._figure("Time of a step", "s", chart, caption, keys, totals)
-
-    def _roles(self, prefix: str, suffix: str) -> dict[str, str]:
-        names = [name for name in self.run.names() if name.startswith(prefix) and name.endswith(suffix)]
-        return {name: name.removeprefix(prefix).removesuffix(suffix).replace("_", " ") for name in names}
-
-    def _figure(self, title: str, unit: str, chart: str, caption: str, keys: str, shown: Sequence[float | None]) -> str:
-        known = [value for value in shown if value is not None]
-        now = f"{number(known[0])} → {number(known[-1])}" if len(known) > 1 else "".join(map(number, known))
-        heading = tag("h3", escape(title) + (tag("span", f" · {escape(unit)}", class_="soft") if unit else ""))
-        head = tag("div", heading, tag("span", now, class_="now"), class_="head")
-        text = caption + (f" Each point is the mean of {self.width} steps." if self.width > 1 else "")
-        return tag("figure", head, tag("div", keys, class_="legend"), chart, tag("figcaption", escape(text)), class_="card")
+        caption = "The frozen models' work during generation costs no time here." if len(layers) > 1 else ""
+        return self.figure("Time of a step", svg, caption, _keys(layers, "box"), unit="s", shown=totals)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-def _key(label: str, color: str, kind: str = "") -> str:
-    return tag("span", tag("i", class_=f"key {color} {kind}".strip()), escape(label))
-
-
-def _keys(series: Sequence[Series]) -> str:
-    return "".join(_key(s.label, s.color) for s in series)
+def _keys(series: Sequence[Series], kind: str = "") -> list[tuple[str, str, str]]:
+    return [(s.label, s.color, "dots" if s.dashed else kind) for s in series]

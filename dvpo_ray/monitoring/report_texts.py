@@ -1,191 +1,194 @@
-"""The texts of a report: samples before and after, one response token by token, every metric, the config."""
+"""The texts of a report: samples before and after, one response token by token, and every metric."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup, escape
+
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.charts import Series, line_chart, number
-from dvpo_ray.monitoring.markup import escape, tag
 from dvpo_ray.monitoring.metric_list import Metric
 from dvpo_ray.monitoring.run_data import RunData
-from dvpo_ray.monitoring.tokens import align_tokens, colour_legend, coloured_tokens
 
 SAMPLES = 8
 MOST_TOKENS = 600
+_BROKEN = "\ufffd"  # a token that holds only part of a character decodes to this
+_LONGEST_CHARACTERS = 8  # of the text that a run of such tokens stands for
 
 
 # ------------------------------------------------------------------------------------------------------ samples
 
 
-def samples(run: RunData) -> str:
-    """Held-out prompts with the responses before and after training, side by side."""
+def samples(run: RunData) -> dict | None:
+    """Held-out prompts with the responses before and after training: a `lead`, and `cards` of a `prompt` and its `sides`."""
     steps = sorted(run.evaluations)
     if not steps:
-        return ""
-    before, after = run.evaluations[steps[0]], run.evaluations[steps[-1]]
+        return None
+    first, last = run.evaluations[steps[0]], run.evaluations[steps[-1]]
+    # Evaluations keep the order of the prompts, so equal prompts at equal places belong together.
+    pairs = [(before, after) for before, after in zip(first, last, strict=False) if before["prompt"] == after["prompt"]]
     if len(steps) == 1:
-        chosen: list[tuple[dict, dict | None]] = [(row, None) for row in before[:SAMPLES]]
-        lead = f"Responses at step {steps[0]}, the only evaluation of this run."
+        chosen, lead = pairs[:SAMPLES], f"Responses at step {steps[0]}, the only evaluation of this run."
+    elif any(row.get("gold") is None for pair in pairs for row in pair):
+        chosen = pairs[:SAMPLES]
+        lead = f"The first {len(chosen)} of {len(pairs)} held-out prompts."
     else:
-        chosen, lead = _spread_of_gains(_paired(before, after))
-    cards = [_sample(first, second, steps) for first, second in chosen]
-    return tag("section", tag("h2", "Sample texts"), tag("p", escape(lead), class_="lead"), *cards)
+        ranked = sorted(pairs, key=lambda pair: pair[0]["gold"] - pair[1]["gold"])
+        count = min(SAMPLES, len(ranked))
+        chosen = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
+        lead = f"{count} of {len(ranked)} held-out prompts, evenly spaced from the largest gain to the largest loss; none is picked by hand."
+    cards = []
+    for before, after in chosen:
+        sides = [_side(f"Before (step {steps[0]})", before, None)]
+        sides += [_side(f"After (step {steps[-1]})", after, before)] if len(steps) > 1 else []
+        cards.append({"prompt": _text(before["prompt"]), "sides": sides})
+    return {"lead": lead, "cards": cards}
 
 
-def _paired(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
-    """Rows of the same prompt; evaluations keep the order of the prompts, so equal prompts at equal places belong together."""
-    return [(first, second) for first, second in zip(before, after, strict=False) if first["prompt"] == second["prompt"]]
-
-
-def _spread_of_gains(pairs: list[tuple[dict, dict]]) -> tuple[list[tuple[dict, dict]], str]:
-    """A few pairs at even distances between the largest gain and the largest loss, and the sentence that says so."""
-    if any(row.get("gold") is None for pair in pairs for row in pair):
-        return pairs[:SAMPLES], f"The first {len(pairs[:SAMPLES])} of {len(pairs)} held-out prompts."
-    ranked = sorted(pairs, key=lambda pair: pair[0]["gold"] - pair[1]["gold"])
-    count = min(SAMPLES, len(ranked))
-    places = [round(i * (len(ranked) - 1) / max(count - 1, 1)) for i in range(count)]
-    lead = f"{count} of {len(ranked)} held-out prompts, at even distances from the largest gain to the largest loss; none is picked by hand."
-    return [ranked[place] for place in places], lead
-
-
-def _sample(before: dict, after: dict | None, steps: list[int]) -> str:
-    prompt = tag("div", tag("div", "Prompt", class_="role"), _text(before["prompt"]), class_="prompt")
-    sides = [_side(f"Before (step {steps[0]})", before, None)]
-    if after is not None:
-        sides.append(_side(f"After (step {steps[-1]})", after, before))
-    return tag("article", prompt, tag("div", *sides, class_="pair"), class_="card sample")
-
-
-def _side(label: str, row: dict, before: dict | None) -> str:
+def _side(label: str, row: dict, before: dict | None) -> dict:
     chips = []
     if row.get("gold") is not None:
         gain = round(row["gold"] - before["gold"], 2) + 0.0 if before and before.get("gold") is not None else None
         kind = "good" if (gain or 0) > 0 else "bad" if (gain or 0) < 0 else ""
         text = f"gold {row['gold']:.2f}" + ("" if gain is None else f" ({gain:+.2f})" if gain else " (±0)")
-        chips.append(tag("span", text.replace("-", "−"), class_=f"chip {kind}".strip()))
+        chips.append((text.replace("-", "−"), kind))
     if before is not None and row.get("kl") is not None:
-        chips.append(tag("span", f"KL {number(row['kl'])} nats", class_="chip"))
-    return tag("div", tag("div", escape(label), *chips, class_="role"), _text(row["response"]), class_="side")
+        chips.append((f"KL {number(row['kl'])} nats", ""))
+    return {"label": label, "chips": chips, "text": _text(row["response"])}
 
 
-def _text(content: Any) -> str:
+def _text(content: str | list[dict]) -> str:
     """A text, or the messages of a chat, each after its role."""
-    if isinstance(content, list):
-        messages = [message if isinstance(message, dict) else {"content": message} for message in content]
-        content = "\n".join(f"{message.get('role', '')}: {message.get('content', '')}".removeprefix(": ") for message in messages)
-    return tag("p", escape(content) or '<i class="mark">(empty)</i>', class_="text", dir="auto", tabindex=0)
+    return content if isinstance(content, str) else "\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
 # ------------------------------------------------------------------------------------------------- token credit
 
 
-def token_credit(run: RunData) -> str:
-    """One response of the last rollouts, coloured by value and by advantage."""
+def token_credit(run: RunData) -> dict | None:
+    """One response of the last rollouts: its `prompt`, the `curve` of its values, and `views` coloured by value and advantage."""
     if not run.rollouts:
-        return ""
+        return None
     short = [row for row in run.rollouts if len(row["tokens"]) <= MOST_TOKENS]
     shown = "values" if "values" in run.rollouts[-1] else "advantages"  # a baseline without a critic has no values
     row = max(short or run.rollouts, key=lambda row: max(row[shown]) - min(row[shown]))
     values, advantages = row.get("values", [])[: MOST_TOKENS + 1], row["advantages"][:MOST_TOKENS]
     pieces = align_tokens(row["tokens"], row["response"])[:MOST_TOKENS]
     tips = [_token_tip(row, t, piece) for t, piece in enumerate(pieces)]
+    views = [_view("Advantage", "What the update does to each token.", pieces, advantages, tips, ("less likely", "more likely"))]
+    curve = None
+    if values:
+        views.insert(0, _view("Value", "What the value model expects after each token.", pieces, values[1:], tips, ("worse", "better")))
+        title, series = "Value along the response", [Series("value", values)]
+        svg = line_chart(range(len(values)), series, name=title, x_label="response token", from_zero=True, tokens=pieces)
+        caption = "Position 0 is the value of the prompt; each step up or down is the credit of one token."
+        curve = {"title": title, "svg": svg, "caption": caption}
     lead = (
-        f"Of the {len(run.rollouts)} rollouts of step {run.rollout_step}, the one whose {shown[:-1]} moves most. Point at a token to see its numbers "
-        "and to find it in every view."
+        f"The {shown[:-1]} of this response moves most among the {len(run.rollouts)} rollouts of step {run.rollout_step}. "
+        "Point at a token to see its numbers and to find it in every view."
     )
-    return tag(
-        "section",
-        tag("h2", "One response, token by token"),
-        tag("p", escape(lead), class_="lead"),
-        tag(
-            "div",
-            tag("div", tag("div", "Prompt", *_rollout_chips(row), class_="role"), _text(row["prompt"]), class_="card"),
-            _value_curve(values, pieces) if values else "",
-            _token_card("Value", "What the value model expects after each token.", pieces, values[1:], tips, ("worse", "better")) if values else "",
-            _token_card("Advantage", "What the update does to each token.", pieces, advantages, tips, ("less likely", "more likely")),
-            class_="two",
-        ),
-    )
+    return {"lead": lead, "prompt": _text(row["prompt"]), "chips": _rollout_chips(row), "curve": curve, "views": views}
 
 
 def _rollout_chips(row: dict) -> list[str]:
-    texts = [f"{len(row['tokens'])} tokens"]
+    texts = [f"{name} {number(row[name])}" for name in ("gold", "reward") if row.get(name) is not None]
     if "values" in row:
-        texts[:0] = [f"value of the prompt {number(row['values'][0])}", f"value at the end {number(row['values'][-1])}"]
-    if "reward" in row:
-        texts.insert(0, f"reward {number(row['reward'])}")
-    if row.get("gold") is not None:
-        texts.insert(0, f"gold {number(row['gold'])}")
+        texts += [f"value of the prompt {number(row['values'][0])}", f"value at the end {number(row['values'][-1])}"]
+    texts.append(f"{len(row['tokens'])} tokens")
     if row.get("truncated"):
         texts.append("cut off at the length limit")
     if len(row["tokens"]) > MOST_TOKENS:
         texts.append(f"the first {MOST_TOKENS} shown")
-    return [tag("span", escape(text), class_="chip") for text in texts]
+    return texts
 
 
 def _token_tip(row: dict, t: int, piece: str) -> str:
-    values = row.get("values")
-    change = values[t + 1] - values[t] if values else 0.0
-    return "\n".join(
-        [
-            f"token {t + 1} {piece!r}",
-            *([f"value {number(values[t + 1])} ({'+' if change > 0 else ''}{number(change)})"] if values else []),
-            f"advantage {number(row['advantages'][t])}",
-            f"log-prob {number(row['log_probs'][t])}, reference {number(row['reference_log_probs'][t])}",
-        ]
-    )
+    lines = [f"token {t + 1} {piece!r}"]
+    if values := row.get("values"):
+        change = values[t + 1] - values[t]
+        lines.append(f"value {number(values[t + 1])} ({'+' if change > 0 else ''}{number(change)})")
+    lines.append(f"advantage {number(row['advantages'][t])}")
+    lines.append(f"log-prob {number(row['log_probs'][t])}, reference {number(row['reference_log_probs'][t])}")
+    return "\n".join(lines)
 
 
-def _token_card(title: str, caption: str, pieces: Sequence[str], numbers: Sequence[float], tips: Sequence[str], ends: tuple[str, str]) -> str:
-    head = tag("div", tag("h3", title), tag("span", escape(caption), class_="now"), class_="head")
-    return tag("div", head, coloured_tokens(pieces, numbers, tips), colour_legend(numbers, *ends), class_="card")
+def _view(title: str, caption: str, pieces: Sequence[str], numbers: Sequence[float], tips: Sequence[str], ends: tuple[str, str]) -> dict:
+    """Tokens coloured from one hue over none, at 0, to another; the largest absolute number has full colour."""
+    scale = max(map(abs, numbers)) or 1.0
+    tokens = [
+        {"text": _visible(piece), "kind": "pos" if value >= 0 else "neg", "strength": f"{abs(value) / scale:.3f}", "tip": tip}
+        for piece, value, tip in zip(pieces, numbers, tips, strict=True)
+    ]
+    return {"title": title, "caption": caption, "tokens": tokens, "low": f"{number(-scale)} {ends[0]}", "high": f"{number(scale)} {ends[1]}"}
 
 
-def _value_curve(values: Sequence[float], pieces: Sequence[str]) -> str:
-    series = [Series("value", list(values))]
-    chart = line_chart(range(len(values)), series, name="Value along the response", x_label="response token", from_zero=True, tokens=pieces)
-    head = tag("div", tag("h3", "Value along the response"), class_="head")
-    caption = tag("figcaption", "Position 0 is the value of the prompt; each step up or down is the credit of one token.")
-    return tag("figure", head, chart, caption, class_="card")
+def _visible(piece: str) -> Markup:
+    """A token's text with its line breaks marked, so that a token of nothing else can be seen and pointed at."""
+    return escape(piece).replace("\n", Markup('<i class="mark">↵</i>\n')) or Markup('<i class="mark">·</i>')
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+def align_tokens(tokens: Sequence[str], response: str) -> list[str]:
+    """The part of a response that each token stands for.
+
+    Decoding token by token loses spaces (SentencePiece) and characters that span several tokens (bytes of an emoji). The
+    response text has them. Tokens that the text does not show, such as an end-of-turn token, stand for themselves.
+
+    Args:
+        tokens: each token decoded by itself.
+        response: all tokens decoded together, without special tokens.
+
+    Returns:
+        One text per token. In a run of tokens that share a character, the first has it and the others are empty.
+    """
+    pieces: list[str] = []
+    position = 0
+    broken: list[int] = []  # indices of the run of broken tokens that ends here
+    for token in tokens:
+        begin, end = _place(token, response, position, search=bool(broken))
+        if end is None:
+            if _BROKEN in token:
+                broken.append(len(pieces))
+            pieces.append(token)
+            continue
+        _mend(pieces, broken, response[position:begin])
+        broken = []
+        pieces.append(response[begin:end])
+        position = end
+    _mend(pieces, broken, response[position:])
+    return pieces
 
 
-def all_metrics(run: RunData) -> str:
-    """Every metric of the run with its range and its meaning, folded away."""
-    if not run.metrics:
-        return ""
-    titles = [tag("th", text, scope="col", class_=kind) for text, kind in _COLUMNS]
-    body = [_metric_row(run, name) for name in sorted(run.names())]
-    table = tag("table", tag("thead", tag("tr", *titles)), tag("tbody", *body))
-    return tag("details", tag("summary", f"All {len(body)} metrics"), tag("div", table, class_="scroll"), class_="card")
+def _place(token: str, response: str, position: int, search: bool) -> tuple[int, int | None]:
+    """Where a token's text begins and ends in the response, its leading spaces included; the end is None if it is not there."""
+    if token and response.startswith(token, position):
+        return position, position + len(token)
+    core = token.lstrip(" ")
+    gap = len(response) - position - len(response[position:].lstrip(" "))
+    if core and response.startswith(core, position + gap):
+        return position, position + gap + len(core)
+    if core and search and (found := response.find(token, position, position + _LONGEST_CHARACTERS + len(token))) >= 0:
+        return found, found + len(token)
+    return position, None
 
 
-_COLUMNS = (
-    ("metric", ""),
-    ("unit", ""),
-    ("first", "num"),
-    ("last", "num"),
-    ("lowest", "num"),
-    ("highest", "num"),
-    ("meaning", ""),
-    ("trouble when", ""),
-)
+def _mend(pieces: list[str], broken: list[int], text: str) -> None:
+    """Give a run of broken tokens the text that it stands for."""
+    if broken and text:
+        for i in broken:
+            pieces[i] = ""
+        pieces[broken[0]] = text
 
 
-def _metric_row(run: RunData, name: str) -> str:
-    known = [value for value in run.column(name) if value is not None]
-    metric = find_metric(name) or Metric(name, "", "")  # another version may have written it
-    unit, meaning, trouble = metric.unit, metric.meaning, metric.trouble
-    numbers = [tag("td", number(value), class_="num") for value in (known[0], known[-1], min(known), max(known))]
-    return tag("tr", tag("td", tag("code", escape(name))), tag("td", escape(unit)), *numbers, tag("td", escape(meaning)), tag("td", escape(trouble)))
+# ------------------------------------------------------------------------------------------------------ metrics
 
 
-def config(run: RunData) -> str:
-    """config.yaml as it was resolved, folded away."""
-    if not run.config:
-        return ""
-    return tag("details", tag("summary", "Config"), tag("pre", escape(run.config), tabindex=0), class_="card")
+def all_metrics(run: RunData) -> list[dict[str, Any]]:
+    """Every metric of the run with its range and what it means."""
+    rows = []
+    for name in sorted(run.names()):
+        known = [value for value in run.column(name) if value is not None]
+        numbers = [number(value) for value in (known[0], known[-1], min(known), max(known))]
+        rows.append({"name": name, "numbers": numbers, "metric": find_metric(name) or Metric(name, "", "")})  # another version's metric
+    return rows

@@ -1,4 +1,4 @@
-"""A run folder as the report sees it: whatever is there, whole or not, and a note on everything that is not usable."""
+"""A run folder as the report sees it: whatever is there, and a note about everything that is not usable."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class RunData:
 
     Attributes:
         folder: the run folder.
-        summary: summary.json, {} when there is none.
+        summary: summary.json, {} if it is missing.
         metrics: rows of metrics.jsonl in the order of their steps.
         evaluations: rows of evaluation/step_*.jsonl by step.
-        rollouts: rows of the last rollouts/step_*.jsonl that holds any.
+        rollouts: rows of the last rollouts/step_*.jsonl that has any.
         rollout_step: its step.
-        config: text of config.yaml, "" when there is none.
-        notes: one line for every file or line that could not be used.
+        config: text of config.yaml, "" if it is missing.
+        notes: one line for every file or line that is not usable.
     """
 
     folder: Path
@@ -40,8 +40,8 @@ class RunData:
 
     @property
     def name(self) -> str:
-        """The run's name; that of its folder when the summary has none."""
-        return str(self.summary.get("name") or self.folder.resolve().name)
+        """The run's name, or its folder's if the summary has none."""
+        return self.summary.get("name") or self.folder.resolve().name
 
     @property
     def is_value_model(self) -> bool:
@@ -54,34 +54,27 @@ class RunData:
         return [row["step"] for row in self.metrics]
 
     def column(self, name: str) -> list[float | None]:
-        """One metric over the steps; None where a step has no number for it."""
+        """One metric over the steps; None if a step has no number for it."""
         return [_number(row.get(name)) for row in self.metrics]
 
     def names(self) -> list[str]:
-        """Metrics with at least one number, in the order they first appear."""
-        seen: dict[str, None] = {}
-        for row in self.metrics:
-            seen.update((name, None) for name, value in row.items() if name not in ("step", "time") and _number(value) is not None)
-        return list(seen)
+        """Metrics with at least one number, in the order of their first appearance."""
+        seen = {name: None for row in self.metrics for name, value in row.items() if _number(value) is not None}
+        return [name for name in seen if name not in ("step", "time")]
 
     def summary_number(self, key: str) -> float | None:
-        """A number of the summary by its dotted key; None when it is not there."""
+        """A number of the summary by its dotted key; None if it is not there."""
         value: Any = self.summary
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return _number(value)
-
-    def summary_list(self, key: str) -> list:
-        """A list of the summary; empty when there is none."""
-        value = self.summary.get(key)
-        return value if isinstance(value, list) else []
 
 
 def load_run(folder: str | Path) -> RunData:
     """Read a run folder.
 
     Raises:
-        InputError: the folder is not there, or nothing in it is of a run.
+        InputError: the folder is not there, or it has no file of a run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -114,13 +107,13 @@ def _read_summary(run: RunData) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_bytes())
+        problem = None if isinstance(summary, dict) else f"expected a JSON object, found {type(summary).__name__}"
     except ValueError as error:
-        run.notes.append(f"{path}: not valid JSON ({error}); the summary is left out")
-        return {}
-    if not isinstance(summary, dict):
-        run.notes.append(f"{path}: expected a JSON object, found {type(summary).__name__}; the summary is left out")
-        return {}
-    return summary
+        problem = f"not valid JSON ({error})"
+    if problem is None:
+        return summary
+    run.notes.append(f"{path}: {problem}; the summary is left out")
+    return {}
 
 
 def _read_rows(run: RunData, path: Path, check: Callable[[dict], str | None], *, appended: bool = False) -> list[dict[str, Any]]:
@@ -150,15 +143,15 @@ def _check_evaluation(row: dict) -> str | None:
 
 
 def _check_rollout(row: dict) -> str | None:
-    problem = _check_evaluation(row)
-    if problem:
+    if problem := _check_evaluation(row):
         return problem
     tokens = row.get("tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, list) or not tokens:
         return "`tokens` is missing or not a list of texts"
-    for key, length in (("values", len(tokens) + 1), ("advantages", len(tokens)), ("log_probs", len(tokens)), ("reference_log_probs", len(tokens))):
-        if key == "values" and key not in row:
-            continue  # nothing estimates values under a baseline without a critic
+    lengths = {"values": len(tokens) + 1, **dict.fromkeys(("advantages", "log_probs", "reference_log_probs"), len(tokens))}
+    if "values" not in row:  # a baseline without a critic has none
+        del lengths["values"]
+    for key, length in lengths.items():
         numbers = row.get(key)
         if not isinstance(numbers, list) or len(numbers) != length or any(_number(n) is None for n in numbers):
             return f"`{key}` is not a list of {length} numbers for {len(tokens)} tokens"
