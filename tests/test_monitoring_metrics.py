@@ -48,10 +48,9 @@ def test_one_object_per_step(tmp_path):
 
 
 def test_a_step_is_on_disk_when_write_returns(tmp_path):
-    log = MetricsLog(tmp_path)
-    log.write(1, {"policy/loss": 0.5})
-    assert len(lines(tmp_path)) == 1
-    log.close()
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"policy/loss": 0.5})
+        assert len(lines(tmp_path)) == 1
 
 
 def test_values_that_are_not_finite_become_null_with_a_warning(tmp_path, caplog):

@@ -48,7 +48,7 @@ class MetricsLog:
             raise InputError(f"{path} holds the metrics of an earlier run; resume that run, or choose another --out")
         self._trackers = [TRACKERS[name](folder, config or {}, resume_step) for name in trackers]
         self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append the metrics of a step. A value that is not finite becomes null, with a warning.
@@ -72,17 +72,13 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(int(step), finite_values)
 
-    def close(self) -> None:
-        """Close the file and every tracker."""
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
-
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self.close()
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

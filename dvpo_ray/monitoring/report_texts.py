@@ -145,40 +145,30 @@ def align_tokens(tokens: Sequence[str], response: str) -> list[str]:
     pieces: list[str] = []
     position = 0
     broken: list[int] = []  # indices of the run of broken tokens that ends here
+
+    def mend(text: str) -> None:
+        for i in broken if text else ():
+            pieces[i] = text if i == broken[0] else ""
+        broken.clear()
+
     for token in tokens:
-        begin, end = _place(token, response, position, search=bool(broken))
-        if end is None:
+        spaces = len(response) - position - len(response[position:].lstrip(" "))
+        reach = position + (_LONGEST_CHARACTERS if broken else spaces)
+        found = {text: response.find(text, position, reach + len(text)) for text in (token, token.lstrip(" ")) if text}
+        text = min((text for text in found if found[text] >= 0), key=found.get, default=None)
+        if text is None:
             if _BROKEN in token:
                 broken.append(len(pieces))
             pieces.append(token)
             continue
-        _mend(pieces, broken, response[position:begin])
-        broken = []
-        pieces.append(response[begin:end])
-        position = end
-    _mend(pieces, broken, response[position:])
+        if response[position : found[text]].strip(" "):  # what broken tokens stand for; spaces alone belong to this token
+            mend(response[position : found[text]])
+            position = found[text]
+        broken.clear()
+        pieces.append(response[position : found[text] + len(text)])
+        position = found[text] + len(text)
+    mend(response[position:])
     return pieces
-
-
-def _place(token: str, response: str, position: int, search: bool) -> tuple[int, int | None]:
-    """Where a token's text begins and ends in the response, its leading spaces included; the end is None if it is not there."""
-    if token and response.startswith(token, position):
-        return position, position + len(token)
-    core = token.lstrip(" ")
-    gap = len(response) - position - len(response[position:].lstrip(" "))
-    if core and response.startswith(core, position + gap):
-        return position, position + gap + len(core)
-    if core and search and (found := response.find(token, position, position + _LONGEST_CHARACTERS + len(token))) >= 0:
-        return found, found + len(token)
-    return position, None
-
-
-def _mend(pieces: list[str], broken: list[int], text: str) -> None:
-    """Give a run of broken tokens the text that it stands for."""
-    if broken and text:
-        for i in broken:
-            pieces[i] = ""
-        pieces[broken[0]] = text
 
 
 # ------------------------------------------------------------------------------------------------------ metrics
