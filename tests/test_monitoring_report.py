@@ -40,14 +40,10 @@ def test_every_curve_is_drawn(run):
     assert set(HEADLINES) <= {re.search("<h3>([^<]*)", figure)[1] for figure in figures if "<svg" in figure}
 
 
-def test_a_loss_is_called_a_loss(run):
-    write_rows(run / "evaluation" / "step_000003.jsonl", evaluation([score - 0.5 for score in BEFORE]))
-    assert "a clear loss" in visible(page(run))
-
-
-def test_no_change_is_called_no_clear_change(run):
-    write_rows(run / "evaluation" / "step_000003.jsonl", evaluation(BEFORE[::-1]))
-    assert "no clear change" in visible(page(run))
+@pytest.mark.parametrize(("after", "verdict"), [([score - 0.5 for score in BEFORE], "a clear loss"), (BEFORE[::-1], "no clear change")])
+def test_the_interval_of_the_gain_decides_its_verdict(run, after, verdict):
+    write_rows(run / "evaluation" / "step_000003.jsonl", evaluation(after))
+    assert verdict in visible(page(run))
 
 
 def test_samples_run_from_the_largest_gain_to_the_largest_loss(run):
