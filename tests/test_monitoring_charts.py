@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dvpo_ray.monitoring.charts import HEIGHT, WIDTH, Series, line_chart, nice_ticks, number, path_chart, range_chart, stacked_chart
 from dvpo_ray.monitoring.report_texts import align_tokens
 
-numbers = st.floats(-1e9, 1e9, allow_nan=False)
+numbers = st.floats(-1e9, 1e9, allow_nan=False, allow_subnormal=False)
 maybe_numbers = st.one_of(st.none(), numbers)
 
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from dvpo_ray.config.schema import Config, TrainConfig
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring import catalogue
-from dvpo_ray.monitoring.catalogue import find_metric
-from dvpo_ray.monitoring.metric_list import GROUPS, METRICS
+from dvpo_ray.monitoring.catalogue import GROUPS, METRICS, find_metric
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.run_files import finite, read_json_lines, write_summary
 from dvpo_ray.monitoring.trackers import TRACKERS

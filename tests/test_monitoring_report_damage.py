@@ -9,9 +9,9 @@ import pytest
 from report_pages import AFTER, assert_well_formed, evaluation, finished_run, page, rollout, step_metrics, visible, write_rows
 
 from dvpo_ray.errors import InputError
-from dvpo_ray.monitoring.checks import findings
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
+from dvpo_ray.monitoring.report_summary import findings
 from dvpo_ray.monitoring.run_data import RunData, load_run
 from dvpo_ray.monitoring.run_files import write_summary
 
@@ -130,9 +130,9 @@ def test_a_healthy_run_has_no_findings(run):
 
 
 def test_a_metric_beyond_its_bounds_is_found_with_advice():
-    (finding,) = findings(run_with({"policy/clip_fraction": [0.1] * 5 + [0.5] * 5}))
-    assert finding.text.startswith("policy/clip_fraction is 0.5 on average over the last 5 steps.")
-    assert "policy.learning_rate" in finding.advice
+    ((text, advice),) = findings(run_with({"policy/clip_fraction": [0.1] * 5 + [0.5] * 5}))
+    assert text.startswith("policy/clip_fraction is 0.5 on average over the last 5 steps.")
+    assert "policy.learning_rate" in advice
 
 
 def test_a_metric_that_was_beyond_its_bounds_long_ago_is_not_found():
@@ -143,15 +143,15 @@ def test_value_up_while_gold_falls_is_an_alarm():
     wiggle = [0.01 * (-1) ** i for i in range(40)]
     rising = [i / 40 + w for i, w in enumerate(wiggle)]
     falling = [min(i, 20 - i) / 40 + w for i, w in enumerate(wiggle)]
-    (finding,) = findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": falling}))
-    assert "exploits errors of the GVM" in finding.text
+    ((text, advice),) = findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": falling}))
+    assert "exploits errors of the GVM" in text
     assert list(findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": rising}))) == []
     assert list(findings(run_with({"value/terminal_mean": wiggle, "reward/gold_mean": falling}))) == []
 
 
 def test_a_weak_value_model_is_found():
-    (finding,) = findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.55}}))
-    assert "orders only 55% of held-out pairs" in finding.text
+    ((text, advice),) = findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.55}}))
+    assert "orders only 55% of held-out pairs" in text
     assert list(findings(run_with({"policy/loss": [0.1]}, gvm={"heldout_accuracy": {"mean": 0.6}}))) == []
 
 

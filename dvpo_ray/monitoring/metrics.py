@@ -54,12 +54,12 @@ class MetricsLog:
         """Append the metrics of a step. A value that is not finite becomes null, with a warning.
 
         Raises:
-            ValueError: a metric is not in `metric_list`.
+            ValueError: a metric is not in the catalogue.
             ResourceError: the disk is full.
         """
         for name in metrics:
             if find_metric(name) is None:
-                raise ValueError(f"unknown metric {name!r}: add it to dvpo_ray/monitoring/metric_list.py")
+                raise ValueError(f"unknown metric {name!r}: add it to dvpo_ray/monitoring/catalogue.py")
         values = {name: float(value) for name, value in metrics.items()}
         finite_values = {name: value for name, value in values.items() if math.isfinite(value)}
         for name in values.keys() - finite_values.keys():

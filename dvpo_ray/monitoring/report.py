@@ -11,7 +11,6 @@ from jinja2 import Environment
 from dvpo_ray import __version__
 from dvpo_ray.files import whole_file
 from dvpo_ray.monitoring import report_summary, report_texts
-from dvpo_ray.monitoring.checks import findings
 from dvpo_ray.monitoring.report_charts import chart_sections
 from dvpo_ray.monitoring.run_data import RunData, load_run
 
@@ -55,7 +54,7 @@ def _content(run: RunData) -> dict:
         "facts": report_summary.facts(run),
         "headline": report_summary.headline(run),
         "tiles": report_summary.tiles(run),
-        "findings": list(findings(run)),
+        "findings": list(report_summary.findings(run)),
         "sections": chart_sections(run) if run.metrics else {},
         "samples": report_texts.samples(run),
         "credit": report_texts.token_credit(run),

@@ -7,9 +7,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from dvpo_ray.monitoring.catalogue import find_metric
+from dvpo_ray.monitoring.catalogue import Metric, find_metric
 from dvpo_ray.monitoring.charts import Series, line_chart, number
-from dvpo_ray.monitoring.metric_list import Metric
 from dvpo_ray.monitoring.run_data import RunData
 
 SAMPLES = 8
