@@ -1,4 +1,4 @@
-"""KL estimators against exact enumeration of a small vocabulary, and the adaptive coefficient against hand-computed numbers."""
+"""KL estimators against exact enumeration of a small vocabulary; the adaptive coefficient against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvpo_ray.policy.kl import ESTIMATORS, token_kl
-from dvpo_ray.policy.kl_controller import AdaptiveKLController
+from dvpo_ray.policy.kl import ESTIMATORS, AdaptiveKLController, token_kl
 
 logits_of = st.lists(st.floats(-4, 4), min_size=5, max_size=5).map(lambda v: torch.tensor(v, dtype=torch.float64))
 
@@ -21,7 +20,7 @@ def kl_divergence(p_logits: torch.Tensor, q_logits: torch.Tensor) -> torch.Tenso
 
 
 def expected_estimate(logits: torch.Tensor, reference: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Mean over every token of the vocabulary, weighted by the policy's probability as sampling would; the weight has no gradient."""
+    """Mean over all tokens of the vocabulary, weighted by the policy's probability; the weight has no gradient, as in sampling."""
     log_probs = logits.log_softmax(0)
     return (log_probs.detach().exp() * token_kl(log_probs, reference.log_softmax(0), estimator)).sum()
 
@@ -51,7 +50,7 @@ def test_k1_and_k3_are_unbiased(estimator, logits, reference):
 
 @given(logits_of, logits_of)
 def test_expected_gradients(logits, reference):
-    """As a loss on the policy's own samples, k1 does nothing, k2 follows the reverse KL and k3 the forward KL."""
+    """As a loss on samples of the policy, k1 does nothing, k2 has the gradient of the reverse KL, k3 that of the forward KL."""
 
     def gradient(function) -> torch.Tensor:
         leaf = logits.clone().requires_grad_()
@@ -91,7 +90,7 @@ def test_one_update_with_the_constants_of_ziegler(sequence_kl, expected):
 
 
 def test_it_settles_on_the_target():
-    """Where KL falls as the coefficient rises, here as 1 / coefficient, the loop ends at the target."""
+    """If KL falls as the coefficient rises, here as 1 / coefficient, it converges to the target."""
     controller = AdaptiveKLController(1.0, target_nats=5.0, horizon=640)
     for _ in range(400):
         controller.update(1.0 / controller.coefficient, samples=64)
@@ -109,8 +108,3 @@ def test_a_restored_controller_continues_the_same():
     second = AdaptiveKLController(0.2, target_nats=6.0, horizon=1000)
     second.load_state_dict(first.state_dict())
     assert second.update(3.0, samples=64) == first.update(3.0, samples=64)
-
-
-def test_a_horizon_that_would_turn_the_coefficient_negative_is_refused():
-    with pytest.raises(ValueError, match="horizon of 12 is too short for 64 samples: it must be above 12.8"):
-        AdaptiveKLController(0.2, target_nats=6.0, horizon=12).update(0.0, samples=64)

@@ -14,11 +14,11 @@ from dvpo_ray.errors import ResourceError
 from dvpo_ray.policy.losses import clipped_surrogate, combine_metrics, policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import check_mismatch, mismatch_metrics
 
-# One token for each case of the clipping: ratio in range, above and below it, with either sign of the advantage.
+# One token for each case: ratio in range, above and below the range, with both signs of the advantage.
 RATIOS = [1.0, 1.1, 1.5, 1.5, 0.5, 0.5]
 ADVANTAGES = [2.0, -1.0, 1.0, -1.0, 1.0, -1.0]
 LOSSES = [-2.0, 1.1, -1.2, 1.5, -0.5, 0.8]  # at epsilon 0.2
-GRADIENTS = [-2.0, 1.1, 0.0, 1.5, -0.5, 0.0]  # of the loss by the new log-prob: -ratio * A where not clipped
+GRADIENTS = [-2.0, 1.1, 0.0, 1.5, -0.5, 0.0]  # of the loss with respect to the new log-prob: -ratio * A if not clipped
 
 
 def tensors(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -96,7 +96,7 @@ def test_on_policy_gradient_is_the_policy_gradient():
 @settings(deadline=None)
 @given(st.integers(1, 30), st.lists(st.integers(0, 30), max_size=4), st.sampled_from(["k1", "k2", "k3"]))
 def test_parts_add_up_to_the_minibatch(count, cuts, estimator):
-    """Loss, gradients and metrics don't depend on how the minibatch was split; empty parts are allowed."""
+    """Loss, gradients and metrics don't depend on how the minibatch is split; parts may be empty."""
     t = tensors(count, seed=count)
 
     def run(bounds: list[int]) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
@@ -136,16 +136,6 @@ def test_a_part_without_tokens_still_takes_part_in_the_backward_pass():
     assert loss == 0 and (parameter.grad == 0).all() and metrics["policy/ratio_max"] == 0
 
 
-def test_missing_ingredients_are_errors():
-    t = tensors(3)
-    new = t["new_log_probs"].requires_grad_()
-    common = dict(minibatch_tokens=3, clip_epsilon=0.2)
-    with pytest.raises(ValueError, match="kl_coefficient needs reference_log_probs"):
-        policy_loss(new, t["old_log_probs"], t["advantages"], kl_coefficient=0.1, **common)
-    with pytest.raises(ValueError, match="entropy_coefficient needs an entropy that carries gradients"):
-        policy_loss(new, t["old_log_probs"], t["advantages"], entropy=t["entropy"], entropy_coefficient=0.1, **common)
-
-
 # -------------------------------------------------------------------------------------------------------- mismatch
 
 
@@ -168,11 +158,6 @@ def test_no_mismatch(log_probs):
     metrics = mismatch_metrics(log_probs, log_probs)
     assert metrics.pop("mismatch/token_mult_error") == 1.0
     assert set(metrics.values()) == {0.0}
-
-
-def test_different_numbers_of_tokens_are_an_error():
-    with pytest.raises(ValueError, match="cannot compare"):
-        mismatch_metrics(np.zeros(3), np.zeros(4))
 
 
 @pytest.mark.parametrize("engine", [-5.0, -2000.0, -math.inf, math.nan])

@@ -1,4 +1,4 @@
-"""Advantages from a reward per response, against numbers worked out by hand and formulas written the long way round."""
+"""Advantages from one reward per response, against hand-computed numbers and invariants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUTCOME_MODES = ["ppo", "grpo", "rloo", "remax", "reinforce"]
 def make_batch(rewards, kls, values=None, truncated=None, row_ids=None, greedy=0.0) -> RaggedBatch:
     """Rows with a prompt of 2 tokens; `kls[r]` has one number per response token, `values[r]` one more.
 
-    `greedy` is the reward of the greedy response, to all prompts or to the prompt of each row.
+    `greedy` is the reward of the greedy response, one number for all prompts or one per row.
     """
     batch = RaggedBatch.from_rows(
         [[1, 1]] * len(rewards),
@@ -41,7 +41,7 @@ def advantages_of(batch, mode, **changes) -> list[list[float]]:
 # One prompt, two samples of 3 and 1 tokens.
 KLS = [[0.5, -0.5, 1.0], [2.0]]
 REWARDS = [1.0, 3.0]
-VALUES = [[0.1, 0.3, 0.2, 7.0], [0.4, 7.0]]  # the last one stands after the end, where nothing is to come
+VALUES = [[0.1, 0.3, 0.2, 7.0], [0.4, 7.0]]  # the last value is after the end and must not matter
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_by_hand(mode, changes, expected):
 
 
 def test_grpo_by_hand():
-    # rewards 1 3 5 of one prompt: mean 3, unbiased deviation 2; the lone sample of the other prompt has nothing to be compared with
+    # rewards 1 3 5 of one prompt: mean 3, unbiased deviation 2; the other prompt has a single sample
     found = advantages_of(make_batch([1.0, 3.0, 5.0, 8.0], [[0.0]] * 4), "grpo", samples_per_prompt=3)
     np.testing.assert_allclose([row[0] for row in found], [-2 / 2.0001, 0.0, 2 / 2.0001, 0.0], atol=1e-6)
 

@@ -20,7 +20,7 @@ import torch
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.policy.advantages import AdvantageResult, compute_advantages, value_targets
 from dvpo_ray.policy.losses import policy_loss, value_loss
-from dvpo_ray.policy.whitening import masked_whiten
+from dvpo_ray.policy.mode_inputs import masked_whiten
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "trl_ppo_golden.json").read_text())
 SETTINGS = GOLDEN["settings"]

@@ -1,15 +1,15 @@
-"""Token advantages: DVPO's, from a frozen value model's values (arXiv 2502.16944), and the baselines'; docs/method.md has the formulas.
+"""Token advantages: those of DVPO, from the values of a frozen value model (arXiv 2502.16944), and those of the baselines.
 
-Notation of one row: T response tokens, v[0..T] the values after 0..T of them, kl_t = log pi(y_t) - log pi_ref(y_t).
-The credit of choosing y_t, before whitening:
+docs/method.md has the formulas. Notation for one row: T response tokens, v[0..T] the values after 0..T of them,
+kl_t = log pi(y_t) - log pi_ref(y_t). The credit for choosing y_t, before whitening:
 
     static_q    v[t] - beta * (kl_t + ... + kl_T)
     td          v[t] - v[t-1] - beta * kl_t
     gae         sum over l of lambda^l * td_{t+l}
     release     gae with lambda = 0.95 on whitened values with no value after the last token, as in the authors' released code
 
-The modes of `dvpo_ray.policy.outcome_advantages` start from a reward per response instead.
-Everything is computed in float64, so that neither the order of the rows nor their sharding shows in the result.
+The modes in `dvpo_ray.policy.outcome_advantages` start from one reward per response instead.
+Everything is computed in float64, so the result does not depend on the order or the sharding of the rows.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.policy import outcome_advantages as outcome
-from dvpo_ray.policy.mode_inputs import ModeInputs
-from dvpo_ray.policy.whitening import masked_whiten
+from dvpo_ray.policy.mode_inputs import ModeInputs, masked_whiten
 
 RELEASE_LAMBDA = 0.95
 
@@ -32,13 +31,13 @@ TruncatedHandling = Literal["bootstrap", "mask", "penalty"]
 
 @dataclass(frozen=True)
 class AdvantageResult:
-    """Advantages of a batch, and what they were made of.
+    """The advantages of a batch, and intermediate results.
 
     Attributes:
-        advantages: float32 [N], the credit of choosing each response token; 0 on prompts and outside the loss.
-        loss_mask: bool [N], response tokens that count in the loss.
+        advantages: float32 [N], the credit for choosing each response token; 0 on prompts and outside the loss.
+        loss_mask: bool [N], True on the response tokens that count in the loss.
         unwhitened: float32 [N], the advantages before the last whitening, in units of value (of whitened value in `release`).
-        kl: float32 [N], log pi - log pi_ref of every response token, rows outside the loss included; 0 on prompts.
+        kl: float32 [N], log pi - log pi_ref of every response token, also in rows outside the loss; 0 on prompts.
     """
 
     advantages: np.ndarray
@@ -48,25 +47,25 @@ class AdvantageResult:
 
 
 def static_q(inputs: ModeInputs) -> np.ndarray:
-    """Q(s_t, y_t) itself, less the KL still to come. The paper's advantage; it has no baseline."""
+    """Q(s_t, y_t) minus the KL from y_t on. This is the paper's advantage; it has no baseline."""
     return inputs.value_after - inputs.to_go(inputs.kl_penalty, decay=1.0)
 
 
 def td(inputs: ModeInputs) -> np.ndarray:
-    """What the token changed in value, less its KL."""
+    """The change in value that the token made, minus its KL."""
     return inputs.value_after - inputs.value_before - inputs.kl_penalty
 
 
 def gae(inputs: ModeInputs) -> np.ndarray:
-    """Generalised advantage estimation (Schulman et al. 2016) with gamma 1; lambda 1 telescopes to v[T] - v[t-1] - KL to go."""
+    """Generalised advantage estimation (Schulman et al. 2016) with gamma 1. With lambda 1 it is v[T] - v[t-1] - KL to go."""
     return inputs.to_go(td(inputs), inputs.gae_lambda)
 
 
 def release(inputs: ModeInputs) -> np.ndarray:
-    """The authors' released code: GAE with lambda 0.95 on values whitened over every position, and zero after the last token.
+    """As in the authors' released code: GAE with lambda 0.95 on values whitened over every position, and zero after the last token.
 
-    Position j's output serves as the value of the state before token j+1. The output at the last token is never read, except
-    that it takes part in the whitening. Without KL the result is -V_t + 0.05 * sum over l of 0.95^l * V_{t+1+l}.
+    The output at position j serves as the value of the state before token j+1. The output at the last token is used in the
+    whitening only. Without KL the result is -V_t + 0.05 * sum over l of 0.95^l * V_{t+1+l}.
     """
     whitened = masked_whiten(inputs.values, np.ones(len(inputs.values), dtype=bool))
     is_last = np.zeros(len(whitened), dtype=bool)
@@ -81,9 +80,9 @@ class Mode:
     """How advantages are computed.
 
     Attributes:
-        compute: maps the inputs to the advantage of every response token before whitening, float64 [n].
-        reads: fields of the batch beside the log-probs.
-        whitening: `always`, `never`, or `asked`: as the caller says.
+        compute: returns the advantage of every response token before whitening, float64 [n].
+        reads: the fields that it needs besides the log-probs.
+        whitening: `always`, `never`, or `asked`: the caller decides.
     """
 
     compute: Callable[[ModeInputs], np.ndarray]
@@ -115,28 +114,26 @@ def compute_advantages(
     truncation_penalty: float = 0.0,
     samples_per_prompt: int = 1,
 ) -> AdvantageResult:
-    """Advantages of a whole rollout batch. Whitening spans the batch, so pass all of it at once.
+    """Advantages of a whole rollout batch. Whitening is over the batch, so pass all of it at once.
 
     Args:
         batch: needs the token fields `log_probs` and `reference_log_probs`, and the fields that the mode reads.
         mode: a key of `MODES`.
-        gae_lambda: trace decay of `gae` and `ppo`; no other mode reads it.
+        gae_lambda: trace decay of `gae` and `ppo`; no other mode uses it.
         kl_coefficient: beta of the per-token KL penalty; 0 when KL isn't in the reward.
-        whiten: whiten over the response tokens in the loss, where the mode leaves it open.
-        truncated: what happens to a response that was cut off. `bootstrap`: its last value stands in for the unknown outcome;
-            `release` never reads that value and treats the row like any other, and so do the modes with rewards, whose outcome is
-            known. `mask`: the row is as if it weren't in the batch, in every whitening too. `penalty`: `truncation_penalty` is
+        whiten: whiten over the response tokens in the loss, where the mode leaves it to the caller.
+        truncated: how to treat a response that was cut off. `bootstrap`: its last value stands in for the unknown outcome;
+            `release`, which never reads that value, and the modes with rewards, whose outcome is known, treat the row like any
+            other. `mask`: the row is left out of the loss and of every whitening. `penalty`: `truncation_penalty` is
             subtracted from its last value, or from its reward.
-        truncation_penalty: in units of value (in `release`, of whitened value) or of reward; only `penalty` reads it.
-        samples_per_prompt: rows of one prompt, which have consecutive row ids within a step.
+        truncation_penalty: in units of value (in `release`, of whitened value) or of reward; only `penalty` uses it.
+        samples_per_prompt: rows per prompt; they have consecutive row ids within a step.
 
     Raises:
-        ValueError: unknown mode or handling, a missing field, or a number that is not finite.
+        ValueError: a number in a field is not finite.
     """
-    _check_choice("advantage mode", mode, MODES)
-    _check_choice("truncated", truncated, ("bootstrap", "mask", "penalty"))
     chosen = MODES[mode]
-    _check_fields(batch, ("log_probs", "reference_log_probs", *chosen.reads))
+    _check_finite(batch, ("log_probs", "reference_log_probs", *chosen.reads))
 
     token_kl = np.where(batch.response_mask, batch.by_token["log_probs"].astype(np.float64) - batch.by_token["reference_log_probs"], 0.0)
     in_loss = ~batch.truncated if truncated == "mask" else np.ones(batch.num_rows, dtype=bool)
@@ -166,11 +163,11 @@ def compute_advantages(
 
 
 def value_targets(batch: RaggedBatch, unwhitened: np.ndarray) -> np.ndarray:
-    """What a critic's value of the state before each response token is regressed on: the advantage plus that value, as in PPO.
+    """Regression targets of a critic for the state before each response token: the advantage plus the old value, as in PPO.
 
     Args:
-        batch: with the critic's `values` of before the update.
-        unwhitened: float32 [N], of `AdvantageResult`.
+        batch: has the critic's `values` from before the update.
+        unwhitened: float32 [N], from `AdvantageResult`.
 
     Returns:
         float32 [N], 0 on prompts.
@@ -182,29 +179,22 @@ def value_targets(batch: RaggedBatch, unwhitened: np.ndarray) -> np.ndarray:
 
 
 def _prompt_groups(batch: RaggedBatch, samples_per_prompt: int) -> np.ndarray:
-    """A number for the prompt of each row, int64 [R], from 0; rows of one step and prompt share it."""
+    """A number for the prompt of each row, int64 [R], from 0; rows of the same step and prompt have the same number."""
     _, group = np.unique(np.stack([batch.steps, batch.row_ids // samples_per_prompt]), axis=1, return_inverse=True)
     return group.reshape(-1)
 
 
 def _last_token_penalty(batch: RaggedBatch, penalty: float) -> np.ndarray:
-    """The penalty at the last token of every cut-off response and 0 elsewhere, float64 [n]."""
+    """The penalty at the last token of every cut-off response, 0 elsewhere, float64 [n]."""
     per_token = np.zeros(batch.num_tokens, dtype=np.float64)
     per_token[batch.offsets[1:][batch.truncated] - 1] = penalty
     return per_token[batch.response_mask]
 
 
-def _check_choice(what: str, value: str, choices) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}; choose one of {', '.join(choices)}")
-
-
-def _check_fields(batch: RaggedBatch, names: tuple[str, ...]) -> None:
-    """One number that isn't finite would reach every advantage through the whitening, so it is named here."""
+def _check_finite(batch: RaggedBatch, names: tuple[str, ...]) -> None:
+    """Refuse numbers that are not finite: through the whitening a single one would spoil every advantage."""
     fields = batch.by_row | batch.by_token
     for name in names:
-        if name not in fields:
-            raise ValueError(f"advantages need the field {name!r}; the batch has {', '.join(sorted(fields))}")
         bad = np.flatnonzero(~np.isfinite(fields[name]))
         if len(bad) and name in batch.by_row:
             raise ValueError(f"field {name!r} of row {batch.row_ids[bad[0]]} is not finite")

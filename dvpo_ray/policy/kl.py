@@ -1,4 +1,4 @@
-"""KL to the reference policy: per-token estimators."""
+"""KL to the reference policy: per-token estimators, and the adaptive coefficient."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from dvpo_ray.config.arithmetic import MAX_KL_ERROR
+
 
 def k1(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """log pi - log pi_ref: unbiased, can be negative.
 
-    As a loss it is inert: on samples of the policy itself its expected gradient is zero.
+    As a loss it does nothing: on samples of the policy its expected gradient is zero.
     """
     return log_probs - reference_log_probs
 
 
 def k2(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """Half the squared log-ratio: biased as an estimate; its expected gradient on samples of the policy is exactly that of the KL."""
+    """Half the squared log-ratio: a biased estimate, but its expected gradient on samples of the policy is that of the KL."""
     return 0.5 * (log_probs - reference_log_probs).square()
 
 
@@ -44,3 +46,36 @@ def token_kl(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -> 
         float [n] in nats.
     """
     return ESTIMATORS[estimator](log_probs, reference_log_probs)
+
+
+class AdaptiveKLController:
+    """Moves the KL coefficient to keep the sequence KL near a target (Ziegler et al. 2019, arXiv 1909.08593).
+
+    Each update multiplies the coefficient by 1 + error * samples / horizon, where error = clip(KL / target - 1, -0.2, 0.2).
+    """
+
+    def __init__(self, coefficient: float, target_nats: float | None, horizon: float) -> None:
+        """
+        Args:
+            coefficient: the start value.
+            target_nats: the target of the mean KL of a whole response; None keeps the coefficient constant.
+            horizon: number of samples over which the coefficient reacts; above 0.2 * samples, else the coefficient could fall to 0.
+        """
+        self.coefficient = coefficient
+        self.target_nats = target_nats
+        self.horizon = horizon
+
+    def update(self, sequence_kl_nats: float, samples: int) -> float:
+        """Update the coefficient with the mean sequence KL of a batch of samples, and return it."""
+        if self.target_nats is None:
+            return self.coefficient
+        error = min(max(sequence_kl_nats / self.target_nats - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
+        self.coefficient *= 1.0 + error * samples / self.horizon
+        return self.coefficient
+
+    def state_dict(self) -> dict[str, float]:
+        """The state for a checkpoint; target and horizon come from the config."""
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coefficient = state["coefficient"]

@@ -1,12 +1,13 @@
-"""The policy's loss: PPO's clipped surrogate, with a KL term and an entropy bonus where asked for; and the loss of an online critic.
+"""The policy loss: PPO's clipped surrogate, with an optional KL term and entropy bonus; and the loss of an online critic.
 
-Losses and metrics are sums over tokens divided by the token count of the whole minibatch, given by the caller. So the parts
-that micro-batches and ranks compute add up to the minibatch's, however it was split.
+Losses and metrics are sums over tokens, divided by the token count of the whole minibatch, which the caller gives. So the
+shares of micro-batches and ranks add up to the loss of the minibatch, whatever the split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from dvpo_ray.policy.kl import token_kl
 
 
 class Surrogate(NamedTuple):
-    """The clipped surrogate of n tokens, and what its metrics are made of. Only `loss` carries gradients.
+    """The clipped surrogate of n tokens, and the numbers behind its metrics. Only `loss` carries gradients.
 
     Attributes:
         loss: float [n].
@@ -37,11 +38,11 @@ def clipped_surrogate(
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347), as a loss per token: -w * min(r A, clip(r, 1-eps, 1+eps) A).
 
     Args:
-        new_log_probs: float [n], of the policy being trained; differentiable.
-        old_log_probs: float [n], of the policy before the first update on these tokens.
+        new_log_probs: float [n], under the trained policy; differentiable.
+        old_log_probs: float [n], under the policy before the first update on these tokens.
         advantages: float [n].
         clip_epsilon: clipping range of the ratio.
-        weights: float [n], importance weights of the tokens; all 1 when not given.
+        weights: float [n], importance weight of each token; 1 if None.
     """
     log_ratio = new_log_probs - old_log_probs
     ratio = log_ratio.exp()
@@ -60,12 +61,12 @@ def clipped_surrogate(
 def truncated_importance_weights(learner_log_probs: Tensor, engine_log_probs: Tensor, cap: float) -> Tensor:
     """min(pi_learner / pi_engine, cap) per token, without gradients (truncated importance sampling, Ionides 2008).
 
-    Tokens are sampled by the engine's numerics and trained by the learner's; the weight corrects the expectation.
+    The engine samples the tokens and the learner trains on them; their numerics differ, and the weight corrects the expectation.
 
     Args:
-        learner_log_probs: float [n], the learner's own, before the first update.
-        engine_log_probs: float [n], those the tokens were sampled with.
-        cap: bound on the weight, and so on the variance it adds.
+        learner_log_probs: float [n], from the learner before the first update.
+        engine_log_probs: float [n], from the rollout engine while sampling.
+        cap: upper bound of the weight, which limits the variance that it adds.
     """
     return (learner_log_probs - engine_log_probs).detach().exp().clamp(max=cap)
 
@@ -84,33 +85,26 @@ def policy_loss(
     entropy: Tensor | None = None,
     entropy_coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This part's share of the minibatch loss: (sum of surrogate + beta * KL - c * entropy) / minibatch_tokens.
+    """The share of these tokens in the minibatch loss: (sum of surrogate + beta * KL - c * entropy) / minibatch_tokens.
 
     Args:
         new_log_probs, old_log_probs, advantages, clip_epsilon, weights: see `clipped_surrogate`. n may be 0: the loss is then 0
             with zero gradients, so that a rank without rows can take part in the backward pass.
-        minibatch_tokens: tokens in the loss of the whole minibatch, over all micro-batches and ranks.
-        reference_log_probs: float [n]; needed when `kl_coefficient` isn't 0.
-        kl_coefficient: weight of the KL loss term; 0 when KL is in the reward or off. Importance weights don't apply to it.
+        minibatch_tokens: number of tokens in the loss of the whole minibatch, over all micro-batches and ranks.
+        reference_log_probs: float [n]; required if `kl_coefficient` isn't 0.
+        kl_coefficient: weight of the KL term; 0 if KL is in the reward or off. Importance weights don't apply to it.
         kl_estimator: see `dvpo_ray.policy.kl`.
-        entropy: float [n] in nats; differentiable when `entropy_coefficient` isn't 0, else only reported.
+        entropy: float [n] in nats; must be differentiable if `entropy_coefficient` isn't 0, else it is only a metric.
         entropy_coefficient: weight of the entropy bonus.
 
     Returns:
-        The loss, a scalar, and its metrics, detached scalars by name; add parts up with `combine_metrics`.
-
-    Raises:
-        ValueError: a coefficient is set and what it weighs is missing or carries no gradient.
+        The loss, a scalar, and its metrics, detached scalars by name; `combine_metrics` adds up the shares.
     """
     surrogate = clipped_surrogate(new_log_probs, old_log_probs, advantages, clip_epsilon, weights)
     total = surrogate.loss.sum()
     if kl_coefficient:
-        if reference_log_probs is None:
-            raise ValueError("kl_coefficient needs reference_log_probs")
         total = total + kl_coefficient * token_kl(new_log_probs, reference_log_probs, kl_estimator).sum()
     if entropy_coefficient:
-        if entropy is None or (new_log_probs.requires_grad and not entropy.requires_grad):
-            raise ValueError("entropy_coefficient needs an entropy that carries gradients")
         total = total - entropy_coefficient * entropy.sum()
     loss = total / minibatch_tokens
 
@@ -128,19 +122,19 @@ def policy_loss(
 def value_loss(
     new_values: Tensor, old_values: Tensor, returns: Tensor, *, minibatch_tokens: int, clip: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A critic's share of the minibatch loss: sum of 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / minibatch_tokens.
+    """The share in a critic's minibatch loss: sum of 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / minibatch_tokens.
 
-    The clipping is that of OpenAI's PPO code, as in TRL; without it the loss is the plain squared error.
+    Values are clipped as in OpenAI's PPO code and TRL; without clipping the loss is the squared error.
 
     Args:
         new_values: float [n], differentiable; n may be 0.
-        old_values: float [n], of before the first update on these tokens.
-        returns: float [n], what the values are regressed on.
-        minibatch_tokens: tokens in the loss of the whole minibatch, over all micro-batches and ranks.
-        clip: the distance c; None doesn't clip.
+        old_values: float [n], from before the first update on these tokens.
+        returns: float [n], the regression targets.
+        minibatch_tokens: see `policy_loss`.
+        clip: the distance c; None turns clipping off.
 
     Returns:
-        The loss, a scalar, and its metrics, detached scalars by name; add parts up with `combine_metrics`.
+        As `policy_loss`.
     """
     squared = (new_values - returns).square()
     outside = torch.zeros_like(squared, dtype=torch.bool)
@@ -158,15 +152,10 @@ def value_loss(
 
 
 def combine_metrics(parts: Iterable[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """Metrics of a minibatch from those of its micro-batches and ranks: maxima of `*_max`, sums of all others."""
+    """Metrics of a minibatch from the shares of its micro-batches and ranks: maxima of `*_max`, sums of all others."""
     combined: dict[str, float] = {}
     for part in parts:
         for name, value in part.items():
-            value = float(value)
-            if name not in combined:
-                combined[name] = value
-            elif name.endswith("_max"):
-                combined[name] = max(combined[name], value)
-            else:
-                combined[name] += value
+            combine = max if name.endswith("_max") else add
+            combined[name] = combine(combined[name], float(value)) if name in combined else float(value)
     return combined

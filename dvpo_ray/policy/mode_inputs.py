@@ -1,4 +1,4 @@
-"""What an advantage mode may read of a batch, and the sums it is made of. Everything is float64."""
+"""The inputs of an advantage mode, and the sums and the whitening that modes are made of. Everything is float64."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
 
+VARIANCE_EPSILON = 1e-8
+
 
 @dataclass(frozen=True)
 class ModeInputs:
-    """What an advantage mode may read: the rows in the loss, in float64.
+    """The inputs of an advantage mode: the rows in the loss, in float64.
 
     Attributes:
-        batch: R rows of N tokens, of which n are response tokens.
-        values: float64 [N], value of the state after each token, prompt included; None where nothing estimates it.
+        batch: R rows of N tokens; n of them are response tokens.
+        values: float64 [N], value of the state after each token, prompt included; None if the mode does not read values.
         kl_penalty: float64 [n], beta * kl_t of each response token.
-        truncation_penalty: float64 [n], what the value after a token loses: 0 but at the last token of a penalised row.
+        truncation_penalty: float64 [n], is subtracted from the value after a token; 0 except at the last token of a penalised row.
         gae_lambda: trace decay.
-        rewards: float64 [R], outcome of each row by a reward model, less the penalty of a cut-off one; None where there is no reward model.
+        rewards: float64 [R], reward of each row, minus the penalty if the row was cut off; None if the mode does not read rewards.
         group: int64 [R], a number for the prompt of each row.
     """
 
@@ -34,7 +36,7 @@ class ModeInputs:
 
     @cached_property
     def position(self) -> np.ndarray:
-        """Position of each response token in the batch, int64 [n]. The position before it belongs to the same row."""
+        """Position of each response token in the batch, int64 [n]. The position before it is in the same row."""
         return np.flatnonzero(self.batch.response_mask)
 
     @property
@@ -44,7 +46,7 @@ class ModeInputs:
 
     @property
     def value_after(self) -> np.ndarray:
-        """v[t] of each response token, less the penalty of a cut-off response, float64 [n]."""
+        """v[t] of each response token, minus the truncation penalty, float64 [n]."""
         return self.values[self.position] - self.truncation_penalty
 
     @cached_property
@@ -53,7 +55,7 @@ class ModeInputs:
         return np.isin(self.position, self.batch.offsets[1:] - 1)
 
     def per_token(self, per_row: np.ndarray) -> np.ndarray:
-        """A number of each row at every one of its response tokens, float64 [n]."""
+        """The number of each row, [R], repeated for each of its response tokens, float64 [n]."""
         return np.repeat(per_row, self.batch.response_lengths)
 
     def to_go(self, per_token: np.ndarray, decay: float) -> np.ndarray:
@@ -65,17 +67,17 @@ def discounted_to_go(per_token: np.ndarray, lengths: np.ndarray, decay: float) -
     """Sum over l >= 0 of decay^l * x_{t+l}, within each row.
 
     Args:
-        per_token: float64 [n], the rows one after the other.
-        lengths: int64 [R], their lengths; they sum to n, and a row may be empty.
+        per_token: float64 [n], row after row.
+        lengths: int64 [R], length of each row; they sum to n, and a row may be empty.
         decay: 0 gives x itself, 1 the plain sum to the end of the row.
 
     Returns:
-        float64 [n]. A row's numbers depend on no other row.
+        float64 [n]. The result for a row does not depend on other rows.
     """
     longest_first = np.argsort(-lengths, kind="stable")
     last = np.cumsum(lengths)[longest_first] - 1
     steps = np.arange(lengths.max(initial=0))
-    rows_reaching = np.searchsorted(-lengths[longest_first], -steps, side="left")  # rows of more than `step` tokens
+    rows_reaching = np.searchsorted(-lengths[longest_first], -steps, side="left")  # number of rows with more than `step` tokens
     result = np.empty(len(per_token), dtype=np.float64)
     to_go = np.zeros(len(lengths), dtype=np.float64)
     for step, rows in zip(steps, rows_reaching, strict=True):
@@ -83,3 +85,39 @@ def discounted_to_go(per_token: np.ndarray, lengths: np.ndarray, decay: float) -
         to_go[:rows] = per_token[at] + decay * to_go[:rows]
         result[at] = to_go[:rows]
     return result
+
+
+def mean_and_variance(values: np.ndarray) -> tuple[float, float]:
+    """Mean and unbiased variance of a flat array.
+
+    The numbers are summed in sorted order, so the result is the same to the last bit for every order of the rows.
+
+    Args:
+        values: float64 [n].
+
+    Returns:
+        (mean, variance); (0, 0) if n is 0, and variance 0 if n is 1.
+    """
+    if len(values) == 0:
+        return 0.0, 0.0
+    ordered = np.sort(values)
+    mean = ordered.mean()
+    variance = np.square(ordered - mean).sum() / max(len(values) - 1, 1)
+    return float(mean), float(variance)
+
+
+def masked_whiten(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Whiten the numbers under a mask: (x - mean) / sqrt(variance + 1e-8), with the unbiased variance as in TRL's `masked_whiten`.
+
+    Args:
+        values: float [N]; numbers outside the mask are not read.
+        mask: bool [N].
+
+    Returns:
+        float64 [N], 0 outside the mask.
+    """
+    kept = values[mask].astype(np.float64)
+    mean, variance = mean_and_variance(kept)
+    whitened = np.zeros(len(values), dtype=np.float64)
+    whitened[mask] = (kept - mean) / np.sqrt(variance + VARIANCE_EPSILON)
+    return whitened

@@ -1,4 +1,4 @@
-"""What a step's batch says about itself: the `reward/`, `value/`, `advantage/`, `kl/` and `response_length/` metrics."""
+"""The `reward/`, `value/`, `advantage/`, `kl/` and `response_length/` metrics of a step's batch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dvpo_ray.batch import RaggedBatch
 
 
 def sequence_kl(batch: RaggedBatch) -> np.ndarray:
-    """Sum over a response's tokens of log pi - log pi_ref, in nats, float64 [R]: a one-sample estimate of each row's KL."""
+    """Sum of log pi - log pi_ref over the response tokens of each row, in nats, float64 [R]: a one-sample estimate of the KL."""
     kl = (batch.by_token["log_probs"].astype(np.float64) - batch.by_token["reference_log_probs"])[batch.response_mask]
     ends = np.cumsum(batch.response_lengths)
     return np.diff(np.concatenate([[0.0], np.concatenate([[0.0], np.cumsum(kl)])[ends]]))
 
 
 def explained_variance(values: list[np.ndarray]) -> float:
-    """1 - Var(V_T - V_t) / Var(V_T) over all states t < T: how well earlier values foresee the terminal one.
+    """1 - Var(V_T - V_t) / Var(V_T) over all states t < T: how well earlier values predict the terminal one.
 
     Args:
         values: the T + 1 values of each row.
 
     Returns:
-        The fraction, at most 1; NaN when the terminal values don't vary.
+        The fraction, at most 1; NaN if all terminal values are equal.
     """
     earlier = np.concatenate([v[:-1] for v in values]).astype(np.float64)
     terminal = np.concatenate([np.full(len(v) - 1, v[-1]) for v in values]).astype(np.float64)
@@ -30,8 +30,9 @@ def explained_variance(values: list[np.ndarray]) -> float:
 
 
 def batch_statistics(batch: RaggedBatch) -> dict[str, float]:
-    """Metrics of a batch with `advantages`, `loss_mask`, `log_probs` and `reference_log_probs`; and with `values` by token, `rewards` and
-    `gold` by row, as far as it has them.
+    """Metrics of a batch with the token fields `advantages`, `loss_mask`, `log_probs` and `reference_log_probs`.
+
+    Metrics of the token field `values` and the row fields `rewards` and `gold` are added if the batch has them.
     """
     advantages = batch.by_token["advantages"][batch.by_token["loss_mask"] > 0].astype(np.float64)
     kl = sequence_kl(batch)

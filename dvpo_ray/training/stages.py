@@ -15,7 +15,7 @@ from dvpo_ray.actors.roles import Roles
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
-from dvpo_ray.policy.kl_controller import AdaptiveKLController
+from dvpo_ray.policy.kl import AdaptiveKLController
 from dvpo_ray.rollouts.pool import RolloutPool
 from dvpo_ray.rollouts.schedule import prompt_indices
 from dvpo_ray.runtime.cluster import get
