@@ -87,8 +87,8 @@ def refused(run, folder: Path) -> str:
             "policy.lora.target_modules: 'qkv' fits no module of the model; its linear layers are down_",
         ),
         ({"lora": {"target_modules": ".*qkv"}}, "policy.lora.target_modules: '.*qkv' fits no module of the model"),
-        ({"lora": {"target_modules": "(q"}}, "policy.lora.target_modules: '(q' is no regular expression"),
-        ({"lora": {"target_modules": ["mlp"]}}, "policy.lora.target_modules: 'mlp' fits model.layers.0.mlp, which is no linear layer"),
+        ({"lora": {"target_modules": "(q"}}, "policy.lora.target_modules: '(q' is not a regular expression"),
+        ({"lora": {"target_modules": ["mlp"]}}, "policy.lora.target_modules: 'mlp' fits model.layers.0.mlp, which is not a linear layer"),
         ({"lora": {"layers": [0], "target_modules": ".*q_proj"}}, "policy.lora: "),
         ({"gpus_per_actor": 1}, "policy.gpus_per_actor is 1, but this machine has no GPU that torch can use; set policy.gpus_per_actor=0"),
     ],
@@ -166,7 +166,7 @@ def test_an_ensemble_of_others_only(settings, gvm, tiny_model, tmp_path):
         ({"lora": {"layers": [2]}}, "gvm.lora.layers names layer 2"),
         ({"lora": {"layers": [1]}, "num_layers": 1}, "gvm.lora.layers names layer 1, but the model has the decoder layers 0 to 0"),
         ({"lora": {"target_modules": ["c_attn"]}}, "gvm.lora.target_modules: 'c_attn' fits no module"),
-        ({"keep_head": True}, "gvm.keep_head goes on from the head of a GVM in gvm.init_from, but it is not set; give a GVM, or keep_head=false"),
+        ({"keep_head": True}, "gvm.keep_head continues from the head of the GVM in gvm.init_from, but it is not set; give a GVM, or keep_head=false"),
         ({"gpus_per_actor": 1}, "gvm.gpus_per_actor is 1, but this machine has no GPU"),
     ],
 )
@@ -180,7 +180,7 @@ def test_what_the_trunk_does_not_have(settings, tmp_path, monkeypatch, options, 
 def test_no_head_to_keep(settings, tiny_model, tmp_path):
     out = tmp_path / "run"
     line = refused(lambda: train_gvm(changed(settings, out, gvm={"keep_head": True, "init_from": str(tiny_model)}), out), out)
-    assert f"but {tiny_model} is none (it has no gvm.json)" in line
+    assert f"but {tiny_model} is not one (it has no gvm.json)" in line
 
 
 def test_a_reward_model_is_told_by_its_own_keys(settings, tmp_path):

@@ -60,8 +60,8 @@ def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(monkeypatch):
 
 
 def test_an_error_that_only_announces_the_rest_is_given_with_it():
-    assert loading._reason(OSError("No backend from one of:\n(1) a file,\n(2) a library")) == "No backend from one of: (1) a file, (2) a library"
-    assert loading._reason(OSError("Not valid.\nMore about it")) == "Not valid."
+    assert loading.first_line(OSError("No backend from one of:\n(1) a file,\n(2) a library")) == "No backend from one of: (1) a file, (2) a library"
+    assert loading.first_line(OSError("Not valid.\nMore about it")) == "Not valid."
 
 
 # ----------------------------------------------------------------------------------------------------------- the hub

@@ -30,8 +30,8 @@ from dvpo_ray.gvm.artifact import (
     save_gvm,
     tokenizer_hash,
 )
-from dvpo_ray.gvm.model import first_line, head_parameters, new_value_model
-from dvpo_ray.models.loading import torch_dtype
+from dvpo_ray.gvm.model import head_parameters, new_value_model
+from dvpo_ray.models.loading import first_line, torch_dtype
 
 _HEAD_STD = 0.02
 _HELDOUT_SHARE = 0.1

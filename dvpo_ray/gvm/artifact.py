@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dvpo_ray.config.inputs import MANIFEST, no_artifact
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
-from dvpo_ray.gvm.model import first_line, head_parameters, load_token_classifier
-from dvpo_ray.models.loading import default_device, torch_dtype
+from dvpo_ray.gvm.model import head_parameters, load_token_classifier
+from dvpo_ray.models.loading import default_device, first_line, load_model_config, torch_dtype
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -160,7 +160,7 @@ def load_gvm(
     if tokenizer is not None:
         check_tokenizer(folder, manifest, tokenizer, chat_template)
     check_files(folder, manifest)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_model_config(str(folder), trust_remote_code)
     model, report = load_token_classifier(str(folder), config, dtype, attention, trust_remote_code)
     missing = sorted(report["missing_keys"])
     if missing:

@@ -1,37 +1,50 @@
-"""The preference pairs of a config, read, checked and encoded for the training of a value model."""
+"""The inputs of a value model's training, checked; the preference pairs of a config, read and encoded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import MANIFEST
 from dvpo_ray.config.schema import GVMConfig, RewardModelConfig
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import PreferencePair, dataset_fingerprint, load_preferences
 from dvpo_ray.data.splitting import Sets
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, ObjectiveSpec, OutcomeSpec, TrainingDataSpec, chat_template_hash, tokenizer_hash
+from dvpo_ray.gvm.artifact import (
+    ContextSpec,
+    GVMManifest,
+    ObjectiveSpec,
+    OutcomeSpec,
+    TrainingDataSpec,
+    chat_template_hash,
+    check_files,
+    read_manifest,
+    refuse_as_policy,
+    tokenizer_hash,
+)
 from dvpo_ray.gvm.context import Origin, with_peer_examples
+from dvpo_ray.gvm.model import check_trunk
 from dvpo_ray.gvm.pairs import PairBatch, build_pairs
-from dvpo_ray.gvm.start import check_start
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 
 TrainingSettings = GVMConfig | RewardModelConfig
-"""What a value model is trained by: the section of the config says all that its kind of model needs."""
+"""The config section that a value model is trained by."""
 
 
 @dataclass(frozen=True)
 class GVMData:
-    """Training and held-out pairs as token ids, and what the manifest says of them.
+    """Training and held-out pairs as token ids, and their entry in the manifest.
 
     Attributes:
         train, heldout: the pairs.
         tokenizer: of the policy and the GVM.
-        description: the manifest's entry.
-        notes: skipped, dropped and shortened rows, one line for each kind.
+        description: the entry in the manifest.
+        notes: one line for each kind of skipped, dropped or shortened rows.
     """
 
     train: PairBatch
@@ -42,12 +55,12 @@ class GVMData:
 
 
 def load_gvm_data(config: Config, settings: TrainingSettings) -> GVMData:
-    """Check what the training starts from, and read, check and encode the pairs to train on and to hold out.
+    """Check the checkpoint that the training starts from, and read, check and encode the training and held-out pairs.
 
     Raises:
         InputError: anything missing, unreadable or unfit, in one line.
     """
-    check_start(config, settings)
+    _check_start(config, settings)
     tokenizer = _shared_tokenizer(config, settings)
     encoder = make_encoder(config, settings, tokenizer)
     sets = _load_pairs(config)
@@ -61,10 +74,10 @@ def load_gvm_data(config: Config, settings: TrainingSettings) -> GVMData:
 
 
 def load_heldout(config: Config, settings: TrainingSettings, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> PairBatch:
-    """Read, check and encode the held-out pairs, with outcomes and contexts of the kind that a value model was trained on.
+    """Read, check and encode the held-out pairs, with outcomes and examples as in the training of a value model.
 
     Args:
-        settings: say which checkpoint's context the rows must fit.
+        settings: name the checkpoint whose context the rows must fit.
         manifest: of the value model.
 
     Raises:
@@ -75,7 +88,7 @@ def load_heldout(config: Config, settings: TrainingSettings, manifest: GVMManife
 
 
 def manifest_entries(config: Config, settings: TrainingSettings, data: GVMData) -> dict:
-    """The manifest's entries that config and data decide."""
+    """The entries of the manifest that follow from config and data."""
     return {
         "base_model": settings.init_from or config.model.path,
         "tokenizer_sha256": tokenizer_hash(data.tokenizer),
@@ -103,9 +116,29 @@ def _context_spec(settings: TrainingSettings) -> ContextSpec:
 
 
 def make_encoder(config: Config, settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """The encoder of a value model's rows: the policy's tokenizer and template, and the context of the checkpoint that the model starts from."""
+    """The encoder of a value model's rows: the policy's tokenizer and template, and the context of the start checkpoint."""
     path = settings.init_from or config.model.path
     return Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(path, config.model.trust_remote_code))
+
+
+def _check_start(config: Config, settings: TrainingSettings) -> None:
+    """Refuse a damaged artifact, a missing head, and layers or adapters that the model does not have.
+
+    Raises:
+        InputError: names the key or the file.
+    """
+    section = settings.section
+    refuse_as_policy(config.model.path, "model.path")
+    start = settings.init_from or config.model.path
+    folder = Path(start).expanduser()
+    if (folder / MANIFEST).is_file():
+        check_files(folder, read_manifest(folder))
+    elif settings.keep_head:
+        problem = f"{settings.init_from} is not one (it has no {MANIFEST})" if settings.init_from else "it is not set"
+        raise InputError(
+            f"{section}.keep_head continues from the head of the GVM in {section}.init_from, but {problem}; give a GVM, or keep_head=false"
+        )
+    check_trunk(start, settings.num_layers, settings.lora, section, config.model.trust_remote_code)
 
 
 def _shared_tokenizer(config: Config, settings: TrainingSettings) -> PreTrainedTokenizerBase:
@@ -113,7 +146,7 @@ def _shared_tokenizer(config: Config, settings: TrainingSettings) -> PreTrainedT
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     other = settings.init_from
     if other is not None and tokenizer_hash(load_tokenizer(other, config.model.trust_remote_code)) != tokenizer_hash(tokenizer):
-        raise InputError(f"{settings.section}.init_from: {other} has another tokenizer than {config.model.path}; it must share the policy's")
+        raise InputError(f"{settings.section}.init_from: {other} has another tokenizer than {config.model.path}; both must be the same")
     return tokenizer
 
 
@@ -124,7 +157,7 @@ def _load_pairs(config: Config) -> Sets[PreferencePair]:
 
 
 def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outcome: OutcomeSpec, context: ContextSpec, seed: int) -> PairBatch:
-    """The pairs as rows of ids; the examples of their contexts come from among the same pairs, so never from the other side of the split."""
+    """The pairs as rows of ids. Examples come from the same pairs, so never from the other side of the split."""
     encoded = [(pair, ids) for pair in pairs if (ids := encoder.encode_pair(pair)) is not None]
     if not encoded:
         dropped = ", ".join(f"{len(rows)} for {reason}" for reason, rows in encoder.dropped.items() if rows)
@@ -137,7 +170,7 @@ def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outco
 
 
 def encoding_notes(encoder: Encoder) -> Iterator[str]:
-    """One line for each reason that rows were dropped or shortened for."""
+    """One line for each reason for which rows were dropped or shortened."""
     for verb, reasons in (("dropped", encoder.dropped), ("shortened", encoder.truncated)):
         for reason, rows in reasons.items():
             if rows:

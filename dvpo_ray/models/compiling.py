@@ -1,4 +1,4 @@
-"""Decoder layers through torch.compile."""
+"""torch.compile for decoder layers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dvpo_ray.models.trainable import decoder_layers
 
 
 def compile_layers(model: nn.Module, key: str = "deepspeed.compile") -> None:
-    """Compile the decoder layers of a model in place, for any number and length of rows; the first passes then take half a minute.
+    """Compile the decoder layers of a model in place, for any number and length of rows. The first passes then take half a minute.
 
-    Layer by layer (what PyTorch calls regional compilation): all layers share one compiled function, so the time does not
-    grow with their number. Parameters, their names and hooks stay as they are.
+    This is PyTorch's regional compilation: all layers share one compiled function, so the time does not grow with the number
+    of layers. Parameters, their names and hooks stay as they are.
 
     Args:
-        key: the setting that asks for it, for the error.
+        key: the config key that asks for it, for the error.
 
     Raises:
-        ResourceError: this is a CPU node without a C++ compiler.
+        ResourceError: the node has neither a GPU nor a C++ compiler.
     """
     require_compiler(key)
     for layer in decoder_layers(model):
@@ -27,14 +27,7 @@ def compile_layers(model: nn.Module, key: str = "deepspeed.compile") -> None:
 
 
 def require_compiler(key: str) -> None:
-    """Refuse to compile on a CPU node that cannot.
-
-    Args:
-        key: the setting that asks for it, for the error.
-
-    Raises:
-        ResourceError: there is neither a GPU nor a C++ compiler.
-    """
+    """Raise `ResourceError` if the node has neither a GPU nor a C++ compiler; `key` as in `compile_layers`."""
     if torch.cuda.is_available():
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -43,4 +36,4 @@ def require_compiler(key: str) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
-        raise ResourceError(f"{key} needs a C++ compiler on this node (Debian, Ubuntu: apt install g++), or CXX naming one") from error
+        raise ResourceError(f"{key} needs a C++ compiler on this node: install g++ (Debian, Ubuntu: apt install g++) or set CXX to one") from error

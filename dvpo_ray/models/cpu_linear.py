@@ -1,7 +1,7 @@
-"""Linear layers through oneDNN on x86 processors that are not Intel's.
+"""Linear layers through oneDNN, for x86 processors that are not made by Intel.
 
-torch multiplies float32 matrices with MKL, which uses AVX2 at most on a processor of another maker. oneDNN, which torch has too,
-uses what the processor has: with AVX-512 it is twice as fast. Nothing is approximated; sums are added up in another order.
+torch multiplies float32 matrices with MKL, which uses no more than AVX2 on processors of other makers. oneDNN, which is also part
+of torch, uses all that the processor has: with AVX-512 it is twice as fast. It is as exact; only the order of summation differs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 
 def use_fast_linears(model: nn.Module) -> nn.Module:
-    """Let a float32 model on such a CPU compute its linear layers with oneDNN, in place; any other model stays as it is.
+    """Let a float32 model on such a CPU compute its linear layers with oneDNN, in place; other models are left as they are.
 
-    The layers stay `nn.Linear`, so adapters, sharding and checkpoints see nothing of it.
+    The layers stay instances of `nn.Linear`, so adapters, sharding and checkpoints work as before.
     """
     if onednn_is_faster():
         for layer in model.modules():
@@ -28,18 +28,18 @@ def use_fast_linears(model: nn.Module) -> nn.Module:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether this is an x86 processor that MKL doesn't know as Intel's, and torch has oneDNN's linear layer."""
+    """Whether this is an x86 processor that is not made by Intel, and torch has oneDNN's linear layer."""
     has_layer = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if platform.machine() not in ("x86_64", "AMD64") or not has_layer:
         return False
     try:
         return "GenuineIntel" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return False  # no Linux, no vendor, no change
+        return False  # not Linux: the maker is unknown
 
 
 class OneDNNLinear(nn.Linear):
-    """`nn.Linear` whose three products are oneDNN's, where its weight is on the CPU."""
+    """`nn.Linear` that computes its three products with oneDNN if its weight is on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight.device.type != "cpu" or input.dtype != torch.float32 or input.numel() == 0:
@@ -75,7 +75,7 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
 
 
-# To torch.compile the product is one operation that it leaves as it is: its own lowering of oneDNN's takes constant weights only.
+# For torch.compile the product is one opaque operation, because its own lowering of oneDNN's product takes constant weights only.
 _OPERATIONS = torch.library.Library("dvpo_ray", "DEF")
 _OPERATIONS.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _OPERATIONS.impl("onednn_linear", _onednn_linear, "CPU")

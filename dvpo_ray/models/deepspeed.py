@@ -1,6 +1,6 @@
 """DeepSpeed behind three functions: join the group, build an engine, take one optimizer step over many micro-batches.
 
-DeepSpeed is imported where it is used: that takes seconds, and the driver only needs the names of this module.
+DeepSpeed is imported inside the functions: the import takes seconds, and the driver does not need it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def init_process_group(rank: int, world_size: int, master_addr: str, master_port: int) -> None:
-    """Join the workers of a role: NCCL where this process has a GPU, gloo otherwise."""
+    """Join the process group of a role's workers: NCCL if this process has a GPU, gloo otherwise."""
     import deepspeed
 
-    # Else DeepSpeed compiles an all-reduce for CPU inference here, which training never calls: minutes, and it needs a C++ compiler.
+    # Otherwise DeepSpeed compiles an all-reduce for CPU inference, which training never calls: it takes minutes and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    os.environ["LOCAL_RANK"] = "0"  # Ray shows each actor its own GPU only, so it is always the first
+    os.environ["LOCAL_RANK"] = "0"  # Ray shows an actor only its own GPU, so it is always the first
     deepspeed.init_distributed(
         dist_backend=backend,
         rank=rank,
@@ -58,7 +58,7 @@ def _schedule(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], f
 
 
 def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype) -> dict:
-    # Without ZeRO and in float32 DeepSpeed would clip but keep no norm, so `optimizer_step` does both in one pass.
+    # Without ZeRO and in float32 DeepSpeed would clip but not keep the norm, so `optimizer_step` does both in one pass.
     unclipped = deepspeed_config.zero_stage == 0 and dtype == torch.float32
     zero: dict = {"stage": deepspeed_config.zero_stage}
     if deepspeed_config.offload_optimizer:
@@ -66,7 +66,7 @@ def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfi
     if deepspeed_config.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; micro-batches here are cut by tokens, not rows
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires a number; micro-batches here are cut by tokens, not rows
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0 if unclipped else optimizer.max_grad_norm,
         "zero_optimization": zero,
@@ -87,7 +87,7 @@ def build_engine(
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
 
     Raises:
-        ResourceError: the config wants compiled layers, and this node has no C++ compiler.
+        ResourceError: see `compile_layers`.
     """
     import deepspeed
 
@@ -115,13 +115,13 @@ def build_engine(
         dist_init_required=False,
     )
     if dist.get_world_size() == 1 and not engine.zero_optimization():
-        engine.enable_backward_allreduce = False  # there is nobody to share with, and DeepSpeed would copy all gradients twice
+        engine.enable_backward_allreduce = False  # nothing to reduce, and DeepSpeed would copy all gradients twice
     return engine
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: the global gradient norm before clipping, and the learning rate it was taken with."""
+    """The global gradient norm of an optimizer step before clipping, and its learning rate."""
 
     grad_norm: float
     learning_rate: float
@@ -131,15 +131,15 @@ def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor
     """Accumulate the gradients of several micro-batches and take one optimizer step.
 
     Args:
-        losses: functions that run one micro-batch forward and return its share of the minibatch's loss. The shares of all
-            micro-batches and ranks add up to that loss. Every rank passes the same number of them.
-        max_grad_norm: what the engine was built with.
+        losses: functions that run one micro-batch forward and return its share of the minibatch loss. The shares of all
+            micro-batches and ranks add up to that loss. Every rank must pass the same number of functions.
+        max_grad_norm: as in `build_engine`.
     """
     learning_rate = engine.get_lr()[0]
     world_size = dist.get_world_size()
     for index, loss in enumerate(losses):
         engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
-        engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks; the shares are a sum
+        engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks, but the shares must be summed
     if engine.gradient_clipping() > 0:
         engine.step()
         return StepResult(float(engine.get_global_grad_norm()), learning_rate)
@@ -149,7 +149,7 @@ def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor
 
 
 def _clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale gradients that are whole on every rank down to a global norm, in place, and return the norm they had."""
+    """Clip gradients that are whole on every rank to a global norm, in place, and return their norm before clipping."""
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
     if norm > max_norm:
@@ -158,7 +158,7 @@ def _clip_gradients(model: nn.Module, max_norm: float) -> float:
 
 
 def gather_parameters(parameters: list[nn.Parameter]):
-    """Context in which ZeRO-3 parameters are whole on every rank; nothing happens to ordinary ones."""
+    """Context in which ZeRO-3 parameters are whole on every rank; ordinary parameters are left alone."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=None)

@@ -1,7 +1,7 @@
-"""The only place where rows are padded: length-sorted micro-batches through a transformers model.
+"""Forward passes of a transformers model over micro-batches of rows of like length. Rows are padded nowhere else.
 
-Rows are padded on the right and attention is causal, so no real token ever sees padding and no mask is needed; that
-keeps the fast attention kernels and makes results independent of what a row is padded with or batched beside.
+Rows are padded on the right and attention is causal, so no real token sees padding and no mask is needed. This keeps the
+fast attention kernels, and a row's result does not depend on its padding or on the other rows of its micro-batch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dvpo_ray.models.token_log_probs import token_log_probs
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Split rows into micro-batches of at most `max_tokens` padded tokens each.
 
-    Rows are sorted by length, longest first, so that a micro-batch holds rows of like length and little padding, and so
-    that the largest micro-batch comes first and memory trouble shows at once. A row longer than the budget is alone.
+    Rows are sorted by length, longest first: a micro-batch then holds rows of like length with little padding, and the
+    largest micro-batch comes first, so that a lack of memory shows at once. A row longer than `max_tokens` is alone.
 
     Returns:
-        Row indices of each micro-batch, int64, every row exactly once.
+        Row indices of each micro-batch, int64; every row exactly once.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     groups: list[list[int]] = []
@@ -43,7 +43,7 @@ class PaddedRows:
     """Some rows of a batch, padded on the right for one forward pass.
 
     Attributes:
-        input_ids: int64 [B, L]; padding repeats token 0 and is never read.
+        input_ids: int64 [B, L]; token 0 on padding, which is never read.
         token_index: int64 [B, L]; position of each token in the batch's flat arrays, -1 on padding.
     """
 
@@ -57,7 +57,7 @@ class PaddedRows:
 
 
 def pad_rows(batch: RaggedBatch, rows: np.ndarray, device: torch.device | str = "cpu") -> PaddedRows:
-    """Pad the given rows of a batch to the longest of them."""
+    """Pad the given rows of a batch to the length of the longest."""
     lengths = batch.lengths[rows]
     column = np.arange(lengths.max())
     index = np.where(column < lengths[:, None], batch.offsets[rows][:, None] + column, -1)
@@ -67,10 +67,10 @@ def pad_rows(batch: RaggedBatch, rows: np.ndarray, device: torch.device | str = 
 
 @contextmanager
 def project_only(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Within this context the model's output projection sees only the given positions, bool [B, L].
+    """Within this context the model's output projection runs on the given positions only, bool [B, L].
 
-    Logits then have shape [1, positions.sum(), vocabulary]. The projection is a fifth of the work of a small model and its
-    output the largest activation of any, and only response tokens need it.
+    Logits then have shape [1, positions.sum(), vocabulary]. Only response tokens need the projection; it is a fifth of the
+    work of a small model, and its output is the largest activation of any model.
     """
 
     def keep(_module, args):
@@ -85,11 +85,11 @@ def project_only(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[No
 
 @dataclass(frozen=True)
 class ResponseLogits:
-    """What one forward pass says of the response tokens of some rows.
+    """Result of one forward pass for the response tokens of some rows.
 
     Attributes:
         log_probs: float32 [n], log-probability of each response token, differentiable.
-        entropy: float32 [n], entropy in nats of the distribution each token was drawn from; None when not asked for.
+        entropy: float32 [n], entropy in nats of the distribution of each token; None if not asked for.
         token_index: int64 [n], position of each response token in the batch's flat arrays.
     """
 
@@ -111,12 +111,12 @@ def response_log_probs(
     """Log-probabilities and entropies of the response tokens of some rows, in one forward pass.
 
     Args:
-        model: a causal language model of transformers; names the output projection.
-        rows: row indices, one micro-batch.
+        model: a causal language model of transformers; it has the output projection.
+        rows: row indices of one micro-batch.
         temperature: logits are divided by it, as the rollout engine does before it samples.
-        entropy: compute it.
-        entropy_gradient: let gradients flow through the entropy.
-        run: what to call instead of `model` (a DeepSpeed engine around it).
+        entropy: compute the entropies.
+        entropy_gradient: the entropies are differentiable.
+        run: is called instead of `model`: a DeepSpeed engine around it.
     """
     device = next(model.parameters()).device
     padded = pad_rows(batch, rows, device)
@@ -134,7 +134,7 @@ def response_log_probs(
 
 @torch.no_grad()
 def batch_log_probs(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int, temperature: float = 1.0, *, run=None) -> np.ndarray:
-    """Log-probability of every response token of a batch, float32 [N], 0 on prompts; no gradients."""
+    """Log-probability of every response token of a batch, float32 [N], 0 on prompts; without gradients."""
     flat = torch.zeros(batch.num_tokens)
     for rows in micro_batches(batch.lengths, max_tokens):
         out = response_log_probs(model, batch, rows, temperature=temperature, entropy=False, run=run)
@@ -143,13 +143,13 @@ def batch_log_probs(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int,
 
 
 def token_values(model: torch.nn.Module, batch: RaggedBatch, rows: np.ndarray, *, run=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of every token of some rows in one forward pass of a value model, differentiable.
+    """Values of every token of some rows, in one forward pass of a value model; differentiable.
 
     Args:
-        model: a token-classification model with one label: its logit at a token is the value of the state after it.
+        model: a token classifier with one label: its logit at a token is the value of the state after the token.
 
     Returns:
-        values float32 [n] and token_index int64 [n], the positions of those tokens in the batch's flat arrays.
+        values float32 [n], and token_index int64 [n], the position of each token in the batch's flat arrays.
     """
     padded = pad_rows(batch, rows, next(model.parameters()).device)
     logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits[..., 0].float()
@@ -158,7 +158,7 @@ def token_values(model: torch.nn.Module, batch: RaggedBatch, rows: np.ndarray, *
 
 @torch.no_grad()
 def batch_values(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int) -> np.ndarray:
-    """Value of the state after every token of a batch, prompt and response, float32 [N]; no gradients."""
+    """Value of the state after every token of a batch, prompt and response, float32 [N]; without gradients."""
     flat = torch.zeros(batch.num_tokens)
     for rows in micro_batches(batch.lengths, max_tokens):
         values, index = token_values(model, batch, rows)

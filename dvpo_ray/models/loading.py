@@ -1,8 +1,10 @@
-"""Loading checkpoints, with errors a user can act on."""
+"""Loading of checkpoints, with errors that a user can act on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,16 +17,23 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.models.cpu_linear import use_fast_linears
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Loaded = TypeVar("Loaded")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a config's dtype name."""
-    return _DTYPES[name]
+    """The torch dtype of a dtype name in the config."""
+    return getattr(torch, name)
 
 
-def _load(what: str, path: str, load):
-    """Call `load()` and turn every way a checkpoint can be missing or broken into one line."""
+def load_checkpoint(what: str, path: str, load: Callable[[str], Loaded]) -> Loaded:
+    """Call `load(path)` without output from transformers; a missing or broken checkpoint ends in one line.
+
+    Args:
+        what: what is loaded, for the error.
+
+    Raises:
+        InputError: names the path and the reason.
+    """
     problem = _local_problem(what, path)
     if problem is not None:
         raise InputError(problem)
@@ -38,7 +47,7 @@ def _load(what: str, path: str, load):
     except (OSError, ValueError) as error:
         if on_hub and not is_online:
             raise InputError(f"{path}: {NEITHER_HERE_NOR_CACHED}; give a checkpoint folder with config.json") from error
-        raise InputError(f"{path}: cannot load the {what}: {_reason(error)}") from error
+        raise InputError(f"{path}: cannot load the {what}: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if progress_bar:
@@ -46,7 +55,7 @@ def _load(what: str, path: str, load):
 
 
 def _local_problem(what: str, path: str) -> str | None:
-    """Why a folder of this machine does not hold what is to be loaded, where that shows without loading it."""
+    """The reason why a local folder cannot be loaded, if that is clear without loading it."""
     if not is_local(path):
         return None
     if what != "tokenizer":
@@ -56,8 +65,8 @@ def _local_problem(what: str, path: str) -> str | None:
     return no_checkpoint(path) or f"{path}: no tokenizer there (tokenizer.json or tokenizer_config.json); save it beside the model"
 
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, or more of it where that only announces the rest."""
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or more of the message if that line ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(" ".join(lines).split())[:300] if lines[0].rstrip().endswith(":") else lines[0]
 
@@ -68,16 +77,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     Raises:
         InputError: the folder or hub name has none.
     """
-    return _load("tokenizer", path, lambda p: AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code))
+    return load_checkpoint("tokenizer", path, lambda p: AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code))
 
 
 def load_policy(model: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The SFT checkpoint as a causal language model in evaluation mode (dropout off).
 
     Raises:
-        InputError: the checkpoint is missing or is no causal language model.
+        InputError: the checkpoint is missing or is not a causal language model.
     """
-    loaded = _load(
+    loaded = load_checkpoint(
         "model",
         model.path,
         lambda p: AutoModelForCausalLM.from_pretrained(
@@ -88,14 +97,14 @@ def load_policy(model: ModelConfig, device: torch.device | str = "cpu") -> PreTr
 
 
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:
-    """The longest prompt and response together, in tokens, that a checkpoint's positions allow.
+    """The context of a checkpoint: the greatest length of prompt and response together, in tokens.
 
     Raises:
-        InputError: the folder or hub name has no config, or one that does not say.
+        InputError: the folder or hub name has no config, or its config does not name the length.
     """
     context = getattr(load_model_config(path, trust_remote_code).get_text_config(), "max_position_embeddings", None)
     if context is None:
-        raise InputError(f"{path}: its config.json has no max_position_embeddings, so nothing says how long a prompt with its response may be")
+        raise InputError(f"{path}: its config.json has no max_position_embeddings, so the longest prompt and response is unknown")
     return context
 
 
@@ -103,12 +112,12 @@ def load_model_config(path: str, trust_remote_code: bool = False, **settings) ->
     """The model config of a checkpoint.
 
     Args:
-        settings: take the place of the checkpoint's own.
+        settings: override those of the checkpoint.
 
     Raises:
         InputError: the folder or hub name has none.
     """
-    return _load("model config", path, lambda p: AutoConfig.from_pretrained(p, trust_remote_code=trust_remote_code, **settings))
+    return load_checkpoint("model config", path, lambda p: AutoConfig.from_pretrained(p, trust_remote_code=trust_remote_code, **settings))
 
 
 def default_device() -> torch.device:

@@ -1,8 +1,8 @@
-"""Log-probabilities and entropies from logits, a few rows at a time, so that nothing of the logits' size is kept beside them.
+"""Log-probabilities and entropies from logits, a few rows at a time, so that no other tensor of the logits' size is kept.
 
-With a vocabulary of 128,000 the logits are the largest activation of a language model. A float32 copy of them, its `log_softmax` and
-their gradients are four more tensors of that size; here the forward pass keeps the logits as the model made them, and the backward pass makes
-their gradient, in the same precision.
+With a vocabulary of 128,000 the logits are the largest activation of a language model. A float32 copy, its `log_softmax` and their
+gradients would be four more tensors of that size. Here the forward pass keeps only the logits as the model made them, and the
+backward pass makes only their gradient, in the same precision.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}
-"""Logits that are in float32 at a time, by the type of device: 1 MiB, which caches hold, and 64 MiB."""
+"""Number of logits that are in float32 at a time, by type of device: 1 MiB, which fits into caches, and 64 MiB."""
 
 
 class TokenLogProbs(NamedTuple):
@@ -23,7 +23,7 @@ class TokenLogProbs(NamedTuple):
 
     Attributes:
         log_probs: float [n], of each target.
-        entropy: float [n], entropy in nats of the distribution that each target is from; None when not asked for.
+        entropy: float [n], entropy in nats of the distribution of each target; None if not asked for.
     """
 
     log_probs: Tensor
@@ -34,10 +34,10 @@ def token_log_probs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
     """log softmax(logits / temperature) at the targets, and the entropy of that distribution; both differentiable once.
 
     Args:
-        logits: [n, vocabulary] in any precision; computed with in float32 at least.
+        logits: [n, vocabulary] in any precision; the computation is in float32 or higher.
         targets: int64 [n].
         temperature: logits are divided by it.
-        entropy: compute it too.
+        entropy: compute the entropies too.
     """
     log_probs, entropies = _TokenLogProbs.apply(logits, targets, temperature, entropy)
     return TokenLogProbs(log_probs, entropies if entropy else None)
@@ -56,7 +56,7 @@ class _TokenLogProbs(torch.autograd.Function):
             log_probs[rows] = log_p.gather(1, targets[rows, None])[:, 0]
             if entropy:
                 entropies[rows] = -log_p.exp().mul_(log_p).sum(-1)
-            del log_p  # else it would be there beside the next one
+            del log_p  # otherwise it would coexist with the next one
         ctx.save_for_backward(logits, targets, entropies)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)

@@ -1,4 +1,4 @@
-"""Which parameters of a policy or value model are trained, and its full weights under their checkpoint names."""
+"""Which parameters of a policy or value model are trained, and its full weights under the names of the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dvpo_ray.config.schema import LoraConfig
+from dvpo_ray.config.schema import LoraConfig, ModelConfig, PolicyConfig
 from dvpo_ray.errors import InputError
+from dvpo_ray.models.loading import first_line, load_model_config
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -27,9 +28,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def train_last_layers(model: PreTrainedModel, count: int) -> None:
-    """Freeze all parameters but those of the last `count` decoder layers and the final norm.
+    """Freeze all parameters except those of the last `count` decoder layers and the final norm.
 
-    The backward pass then ends at the first trained layer, so its cost falls with `count`.
+    The backward pass then stops at the first trained layer, so fewer layers cost less.
     """
     layers = decoder_layers(model)
     if count > len(layers):
@@ -43,7 +44,7 @@ def train_last_layers(model: PreTrainedModel, count: int) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn every dropout off for good: log-probs of sampling and training must be of one distribution."""
+    """Turn every dropout off for good: sampling and training must use the same distribution."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -52,7 +53,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str | None = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftModel:
-    """Wrap a model with peft's low-rank adapters; only they (and `modules_to_save`) are trained."""
+    """Wrap a model with peft's low-rank adapters; only these (and `modules_to_save`) are trained."""
     check_lora(model, lora)
     return get_peft_model(
         model,
@@ -69,10 +70,10 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str | None =
 
 
 def check_lora(model: PreTrainedModel, lora: LoraConfig, key: str = "lora") -> None:
-    """Refuse layers and modules that a model does not have. peft leaves out a name that fits nothing where another one fits.
+    """Refuse layers and modules that the model does not have. peft ignores a name that fits nothing if another name fits.
 
     Args:
-        key: of the adapters in the config, for the error.
+        key: config key of the adapters, for the error.
 
     Raises:
         InputError: names the layer or the module.
@@ -88,20 +89,20 @@ def check_lora(model: PreTrainedModel, lora: LoraConfig, key: str = "lora") -> N
 
 
 def _check_target(model: PreTrainedModel, linear: set[str], wanted: str, key: str, *, is_pattern: bool) -> None:
-    """A pattern is matched with whole dotted names, a name with their end, as in peft."""
+    """As in peft, a pattern must match a whole dotted name, and a name the end of it."""
     try:
         fits = re.compile(wanted if is_pattern else rf"(.*\.)?{re.escape(wanted)}").fullmatch
     except re.error as error:
-        raise InputError(f"{key}.target_modules: {wanted!r} is no regular expression: {error}; give a list of names, or all-linear") from None
+        raise InputError(f"{key}.target_modules: {wanted!r} is not a regular expression: {error}; give a list of names, or all-linear") from None
     matched = [name for name, _ in model.named_modules() if fits(name)]
     if not matched or (other := [name for name in matched if name not in linear]):
-        problem = f"fits {other[0]}, which is no linear layer" if matched else "fits no module of the model"
+        problem = f"fits {other[0]}, which is not a linear layer" if matched else "fits no module of the model"
         names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise InputError(f"{key}.target_modules: {wanted!r} {problem}; its linear layers are {names}")
 
 
 def _target_modules(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]:
-    """peft's `target_modules`; it takes no pattern together with a choice of layers, so "all-linear" becomes the names it stands for."""
+    """peft's `target_modules`. peft takes no "all-linear" together with `layers`, so it is replaced by the names of the linear layers."""
     if lora.layers is None or lora.target_modules != "all-linear":
         return lora.target_modules
     names = {name for layer in decoder_layers(model) for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
@@ -109,15 +110,15 @@ def _target_modules(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]
 
 
 def _merged(module: LoraLayer, adapter: str = "default") -> tuple[Callable[[], torch.Tensor], list[nn.Parameter]]:
-    """A function that computes a LoRA layer's adapted weight W + scaling * B A, and the parameters it is made of."""
+    """A function that computes the adapted weight of a LoRA layer, W + scaling * B A, and the parameters that it needs."""
     parameters = [module.base_layer.weight, module.lora_A[adapter].weight, module.lora_B[adapter].weight]
     return lambda: parameters[0] + module.get_delta_weight(adapter).to(parameters[0].dtype), parameters
 
 
 def _changing(base: PreTrainedModel) -> set[str]:
-    """Names of the parameters that training changes, with all others of their decoder layer.
+    """Names of the parameters that training changes, and of all other parameters in the same decoder layers.
 
-    A layer goes whole or not at all: inference engines fuse its projections, and half a fused weight can't be loaded.
+    Inference engines fuse the projections of a layer and can't load half of a fused weight, so a layer travels whole.
     """
     trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     layers = decoder_layers(base)
@@ -127,13 +128,13 @@ def _changing(base: PreTrainedModel) -> set[str]:
 
 
 def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a model, whole and under its checkpoint name; LoRA is merged on the way.
+    """Every weight of a model, whole, under its checkpoint name and with LoRA merged.
 
     Args:
         model: a transformers model, or a peft LoRA model around one.
-        gather: context manager factory that makes the given parameters whole (ZeRO-3); entered for one weight at a time
-            and never nested.
-        changing_only: leave out decoder layers, embeddings and norms in which nothing is trained.
+        gather: makes a context manager in which the given parameters are whole (ZeRO-3); entered for one weight at a time,
+            never nested.
+        changing_only: leave out decoder layers, embeddings and norms without trained parameters.
 
     Yields:
         (name, tensor), detached. Tied weights appear once, under their first name.
@@ -153,3 +154,42 @@ def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) 
         else:
             with gather(parts):
                 yield clean, compute().detach()
+
+
+# ---------------------------------------------------------------------------------- checks before the start
+
+
+def check_partial_training(model: ModelConfig, policy: PolicyConfig) -> None:
+    """Refuse a `policy.trainable_layers` or `policy.lora` that does not fit the policy, by its config alone.
+
+    Raises:
+        InputError: names the key.
+    """
+    if policy.trainable_layers is None and policy.lora is None:
+        return
+    config = load_model_config(model.path, model.trust_remote_code)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    if policy.trainable_layers is not None:
+        train_last_layers(skeleton, policy.trainable_layers)
+    if policy.lora is not None:
+        check_adapters(skeleton, policy.lora, "policy.lora", "CAUSAL_LM")
+
+
+def check_adapters(skeleton: PreTrainedModel, lora: LoraConfig, key: str, task_type: str | None) -> None:
+    """Refuse adapters that do not fit a model.
+
+    Args:
+        skeleton: the model on the meta device; it has the adapters afterwards.
+        key: config key of the adapters, for the error.
+        task_type: as in `apply_lora`.
+
+    Raises:
+        InputError: names the key.
+    """
+    check_lora(skeleton, lora, key)
+    try:
+        with torch.device("meta"):
+            apply_lora(skeleton, lora, task_type)
+    except ValueError as error:  # anything else that peft refuses
+        raise InputError(f"{key}: {first_line(error)}") from error

@@ -16,9 +16,9 @@ from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_files, check_tokenizer, read_manifest, refuse_as_policy
-from dvpo_ray.gvm.start import check_trunk
+from dvpo_ray.gvm.model import check_trunk
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
-from dvpo_ray.models.skeleton import check_partial_training
+from dvpo_ray.models.trainable import check_partial_training
 from dvpo_ray.planning.placement import plan_placement, wanted_gpus
 from dvpo_ray.refresh.pairs import old_pairs
 from dvpo_ray.runtime.cluster import check_gpus
