@@ -96,10 +96,10 @@ def test_no_manifest(tiny_model):
     refused(tiny_model, "no gvm.json, so this is not a GVM artifact")
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, True])
+@pytest.mark.parametrize("version", [2, 0, "1", None])
 def test_unknown_version(copy, version):
     edit_manifest(copy, format_version=version)
-    refused(copy, "format_version is .*, this program reads version 1")
+    refused(copy, "format_version is .*, but this program reads version 1")
 
 
 def test_missing_version(copy):
@@ -109,10 +109,10 @@ def test_missing_version(copy):
     refused(copy, "format_version is null")
 
 
-@pytest.mark.parametrize("text", ["{", "\udcff", "[]"])
-def test_unreadable_manifest(copy, text):
-    (copy / "gvm.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    refused(copy, "not readable as JSON|format_version is null")
+@pytest.mark.parametrize("content", [b"{", b"\xff"])
+def test_unreadable_manifest(copy, content):
+    (copy / "gvm.json").write_bytes(content)
+    refused(copy, "not readable as JSON")
 
 
 def test_manifest_of_another_shape(copy):
@@ -177,7 +177,7 @@ def test_a_flipped_bit(copy):
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    refused(copy, "model.safetensors: the weights are not those that were saved")
+    refused(copy, "model.safetensors: not the saved weights")
 
 
 def test_lost_weights(copy):

@@ -169,9 +169,9 @@ def test_longer_examples_are_not_used():
 
 def test_too_few_examples_and_too_long_rows_name_the_row():
     batch, origins = peers(*PAIRS)
-    with pytest.raises(InputError, match=r"^f:2: its context takes 3 examples of source_model b, but only 2 other prompts have one of at most 40"):
+    with pytest.raises(InputError, match=r"^f:2: the row needs 3 examples of source_model b, but only 2 other prompts have one of at most 40"):
         with_peer_examples(batch, origins, ContextSpec(examples=3, max_tokens=40), 0, 100)
-    with pytest.raises(InputError, match=r"^f:1: its context takes 2 examples of source_model a, but only 0 other prompts .* at most 2 tokens"):
+    with pytest.raises(InputError, match=r"^f:1: the row needs 2 examples of source_model a, but only 0 other prompts .* at most 2 tokens"):
         with_peer_examples(batch, origins, ContextSpec(examples=2, max_tokens=2), 0, 100)
     with pytest.raises(InputError, match=r"^f:1: 3 tokens of prompt and response and 6 of examples exceed the model's context of 8; lower"):
         with_peer_examples(batch, origins, TWO, 0, 8)
@@ -313,6 +313,6 @@ def test_scoring_pairs_tells_their_models_apart_and_needs_enough_rows(gvm, tiny_
     rows = [{**pair, "source_model": "a", "rejected_model": "b"} for pair in plain_pairs(3)]
     config = config_of(tiny_model, "unused", "unused")
     assert score_file(config, gvm, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl") == 3
-    with pytest.raises(InputError, match=r"in.jsonl:1: its context takes 2 examples of source_model a, but only 1 other prompts have one"):
+    with pytest.raises(InputError, match=r"in.jsonl:1: the row needs 2 examples of source_model a, but only 1 other prompts have one"):
         score_file(config, gvm, write(tmp_path / "in.jsonl", rows[:2]), tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()

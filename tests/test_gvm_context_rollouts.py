@@ -75,15 +75,13 @@ def test_no_rollout_is_its_own_example():
 
 
 def test_a_model_with_a_context_is_not_scored_without(scorer):
-    with pytest.raises(InputError, match=r"trained with gvm.context.examples 2, so it needs examples of the policy's rollouts, and none are given"):
+    with pytest.raises(InputError, match=r"trained with gvm.context.examples 2 and needs examples of the policy's rollouts, but there are none"):
         scorer.score(rollouts(2, 0))
 
 
 def test_too_few_rollouts_within_the_limit():
     long = RaggedBatch.from_rows([[1, i] for i in range(4)], [[9] * (40 if i else 3) for i in range(4)])
-    with pytest.raises(
-        InputError, match=r"takes 2 examples, but of 4 rollouts .* only 1 answer other prompts within 40 tokens; raise gvm.context.pool"
-    ):
+    with pytest.raises(InputError, match=r"needs 2 examples .* only 1 of 4 rollouts .* another prompt and at most 40 tokens; raise gvm.context.pool"):
         with_rollout_examples(rollouts(1, 0), long, TWO, seed=0)
 
 

@@ -202,5 +202,5 @@ def test_a_value_model_is_no_policy(settings, gvm, tmp_path):
     stages = (train, lambda c: train_gvm(c, out), lambda c: train_sft(c, out, False), lambda c: train_dpo(c, out, False))
     for stage in (*stages, lambda c: evaluate_policy(c, c.model.path, out)):
         line = refused(lambda stage=stage: stage(config), out)
-        assert line == f"model.path: {gvm} is a value or reward model (it holds gvm.json), no policy; give a causal language model"
+        assert line == f"model.path: {gvm} is a value or reward model (it holds gvm.json), not a policy; give a causal language model"
     assert refused(lambda: evaluate_policy(changed(settings, out), str(gvm), out), out).startswith(f"--policy: {gvm} is a value or reward model")

@@ -1,4 +1,4 @@
-"""The saved Global Value Model: a Hugging Face folder plus `gvm.json`, which says what the values mean and is checked on loading."""
+"""The saved Global Value Model: a Hugging Face folder with `gvm.json`, which says what the values mean and is checked on loading."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class HeadSpec(_Part):
 
 
 class ObjectiveSpec(_Part):
-    """What the values were regressed on."""
+    """The training objective."""
 
     name: Literal["td0", "td_lambda", "monte_carlo", "bradley_terry"] = Field(
-        description="bradley_terry: a reward model, of which the last value counts."
+        description="bradley_terry: a reward model; only its last value counts."
     )
-    td_lambda: float = Field(description="Trace decay; used by td_lambda alone.")
+    td_lambda: float = Field(description="Trace decay; only td_lambda uses it.")
     bradley_terry_weight: float
     bradley_terry_value: Literal["last", "mean"]
 
@@ -54,17 +54,17 @@ class OutcomeSpec(_Part):
 
 
 class ContextSpec(_Part):
-    """Trajectory conditioning: the examples of a policy's answers that stood before each prompt, see `dvpo_ray.gvm.context`."""
+    """Trajectory conditioning: examples of a policy's answers before each prompt, see `dvpo_ray.gvm.context`."""
 
-    examples: int = Field(0, ge=0, description="Examples before each prompt; 0: none, and the value is that of no particular policy.")
-    max_tokens: int = Field(0, ge=0, description="Longest example, prompt and response.")
+    examples: int = Field(0, ge=0, description="Examples before each prompt. With 0 the values are not those of a particular policy.")
+    max_tokens: int = Field(0, ge=0, description="Longest example, prompt and response together.")
 
 
 class TrainingDataSpec(_Part):
-    """The pairs the model learnt from."""
+    """The training pairs."""
 
     path: str
-    fingerprint: str = Field(description="SHA-256 of what the pairs say, whatever their order.")
+    fingerprint: str = Field(description="SHA-256 of the content of the pairs; their order does not matter.")
     pairs: int
     heldout_pairs: int
 
@@ -73,38 +73,38 @@ class GVMManifest(_Part):
     """The content of gvm.json."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    base_model: str = Field(description="Checkpoint the trunk started from.")
-    num_layers: int = Field(description="Decoder layers that were kept.")
+    base_model: str = Field(description="Checkpoint that the trunk started from.")
+    num_layers: int = Field(description="Number of decoder layers.")
     tokenizer_sha256: str = Field(description="Over vocabulary, merges, special and added tokens.")
     chat_template_sha256: str | None
-    chat_template: Literal["auto", "plain"] = Field(description="How messages became text in training.")
+    chat_template: Literal["auto", "plain"] = Field(description="How messages were turned into text in training.")
     head: HeadSpec
     objective: ObjectiveSpec
     outcome: OutcomeSpec
     value_position: Literal["after_token"] = Field("after_token", description="The logit at a token is the value of the state after it.")
     end_of_response: Literal["appended_once_unless_truncated"] = Field(
-        "appended_once_unless_truncated", description="A finished response ends with one end-of-turn token, and the value there is supervised."
+        "appended_once_unless_truncated", description="A finished response ends with one end-of-turn token; the value at this token is supervised."
     )
     context: ContextSpec = ContextSpec()
     training_data: TrainingDataSpec
-    heldout_accuracy: dict[str, float] = Field(description="Pairwise accuracy on held-out prompts by view of the values.")
+    heldout_accuracy: dict[str, float] = Field(description="Pairwise accuracy on held-out prompts, by view of the values.")
     heldout_regression: dict[str, float | None] = Field(description="Mean squared error and explained variance on held-out prompts.")
-    weights_sha256: dict[str, str] = Field(default_factory=dict, description="Hash of each weight file; filled in when saved.")
-    config_sha256: str | None = Field(None, description="Hash of config.json; filled in when saved, and not there in older artifacts.")
+    weights_sha256: dict[str, str] = Field(default_factory=dict, description="Hash of each weight file; set by `save_gvm`.")
+    config_sha256: str | None = Field(None, description="Hash of config.json; set by `save_gvm`, missing in older artifacts.")
 
 
 # ---------------------------------------------------------------------------------------------------------- saving
 
 
 def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, manifest: GVMManifest) -> Path:
-    """Write an artifact in one move: the folder is whole or not there.
+    """Write an artifact in one move: the folder is complete or not there.
 
     Args:
-        model: names the architecture and its config.
+        model: gives the architecture and its config.
         state: every weight under its checkpoint name.
 
     Raises:
-        ResourceError: the disk is full; nothing is left behind.
+        ResourceError: the disk is full; the folder is left as it was.
     """
     with whole_folder(folder) as draft:
         model.save_pretrained(draft, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
@@ -116,7 +116,7 @@ def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
 
 
 def head_spec(model: PreTrainedModel) -> HeadSpec:
-    """The head's entry of the manifest."""
+    """The head's entry in the manifest."""
     name = _head_weight(model)
     weight = model.get_parameter(name)
     return HeadSpec(name=name, shape=list(weight.shape), dtype=str(weight.dtype).removeprefix("torch."))
@@ -143,13 +143,13 @@ def load_gvm(
     trust_remote_code: bool = False,
     chat_template: Literal["auto", "plain"] | None = None,
 ) -> tuple[PreTrainedModel, GVMManifest]:
-    """Load an artifact for scoring: in evaluation mode, no gradients, the head in float32.
+    """Load an artifact for scoring: in evaluation mode, without gradients, with the head in float32.
 
     Args:
-        dtype: of the trunk. The head reads its states in float32 and returns float32, because rounding a value near 1 to
-            bfloat16 would cost 0.004, more than most tokens change it.
-        tokenizer: the tokenizer of the run; must be the one the GVM was trained with.
-        chat_template: `model.chat_template` of the run; must be that of the training.
+        dtype: of the trunk. The head computes in float32, because rounding a value near 1 to bfloat16 would cost 0.004,
+            which is more than most tokens change it.
+        tokenizer: the tokenizer of the run; must be the one that the GVM was trained with.
+        chat_template: `model.chat_template` of the run; must be the same as in training.
 
     Raises:
         InputError: no artifact, an unknown format version, another tokenizer or chat template, damaged weights, or a head
@@ -171,10 +171,10 @@ def load_gvm(
 
 
 def load_gvm_of_run(model: ModelConfig, path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[PreTrainedModel, GVMManifest]:
-    """`load_gvm` in the dtype and with the attention of a run's model, onto this process's device.
+    """`load_gvm` with the dtype and the attention of a run's model, on the device of this process.
 
     Args:
-        tokenizer: the run's, to be compared with the artifact's; not needed where the run's inputs have been checked.
+        tokenizer: the tokenizer of the run; None if the inputs of the run are already checked.
     """
     return load_gvm(path, torch_dtype(model.dtype), model.attention, tokenizer, default_device(), model.trust_remote_code, model.chat_template)
 
@@ -183,22 +183,21 @@ def read_manifest(folder: Path, kind: Literal["gvm", "reward_model"] = "gvm") ->
     """Read and check gvm.json.
 
     Args:
-        kind: what the folder should be, for the error.
+        kind: what the folder should hold, for the error.
 
     Raises:
         InputError: the file is missing, unreadable or of another format version.
     """
+    if (problem := no_artifact(folder, kind)) is not None:
+        raise InputError(problem)
     file = folder / MANIFEST
-    missing = no_artifact(folder, kind)
-    if missing is not None:
-        raise InputError(missing)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: not readable as JSON: {first_line(error)}; train the GVM again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise InputError(f"{file}: format_version is {json.dumps(version)}, this program reads version {FORMAT_VERSION}")
+    if content.get("format_version") != FORMAT_VERSION:
+        version = json.dumps(content.get("format_version"))
+        raise InputError(f"{file}: format_version is {version}, but this program reads version {FORMAT_VERSION}; train the GVM again")
     try:
         return GVMManifest.model_validate(content)
     except ValidationError as error:
@@ -210,10 +209,10 @@ def read_manifest(folder: Path, kind: Literal["gvm", "reward_model"] = "gvm") ->
 def check_tokenizer(
     folder: Path, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase, chat_template: Literal["auto", "plain"] | None = None
 ) -> None:
-    """Refuse a GVM that was trained on other ids than the run makes of the same text.
+    """Refuse a GVM that was trained with other token ids for the same text.
 
     Args:
-        chat_template: `model.chat_template` of the run; not compared when None.
+        chat_template: `model.chat_template` of the run; not compared if None.
 
     Raises:
         InputError: the vocabulary, merges, special tokens or chat template differ.
@@ -221,53 +220,47 @@ def check_tokenizer(
     name = tokenizer.name_or_path
     if tokenizer_hash(tokenizer) != manifest.tokenizer_sha256:
         raise InputError(
-            f"{folder}: this GVM was trained with another tokenizer than {name} has; "
-            f"use a GVM and a policy with one tokenizer (this one started from {manifest.base_model})"
+            f"{folder}: this GVM was trained with another tokenizer than that of {name}; "
+            f"use a GVM and a policy with the same tokenizer (this GVM started from {manifest.base_model})"
         )
     if tokenizer.chat_template and chat_template not in (None, manifest.chat_template):
-        raise InputError(f"{folder}: this GVM was trained with model.chat_template {manifest.chat_template}, not {chat_template}; set it alike")
+        raise InputError(f"{folder}: this GVM was trained with model.chat_template {manifest.chat_template}, not {chat_template}; set the same")
     if manifest.chat_template == "auto" and chat_template_hash(tokenizer) != manifest.chat_template_sha256:
         raise InputError(
-            f"{folder}: this GVM was trained with another chat template than {name} has; "
+            f"{folder}: this GVM was trained with another chat template than that of {name}; "
             f"use the template of {manifest.base_model} or train the GVM again"
         )
 
 
 def refuse_as_policy(path: str, key: str) -> None:
-    """Refuse a value or reward model where a policy is needed: transformers would give it a new output layer and go on.
+    """Refuse a value or reward model in the place of a policy: transformers would load it with a random output layer.
 
     Args:
         path: checkpoint folder or hub name.
-        key: where the user named it, for the error.
+        key: config key of the path, for the error.
 
     Raises:
         InputError: the folder holds gvm.json.
     """
     if (Path(path).expanduser() / MANIFEST).is_file():
-        raise InputError(f"{key}: {path} is a value or reward model (it holds {MANIFEST}), no policy; give a causal language model")
+        raise InputError(f"{key}: {path} is a value or reward model (it holds {MANIFEST}), not a policy; give a causal language model")
 
 
 def check_files(folder: Path, manifest: GVMManifest) -> None:
-    """Refuse files of an artifact that are missing, truncated or changed, and a head that is not in the weights.
+    """Refuse an artifact with missing, truncated or changed files, or without the head in its weights.
 
     Raises:
         InputError: names the file or the head.
     """
     config = folder / CONFIG
     if not config.is_file():
-        raise InputError(f"{folder}: {CONFIG} is missing; copy the artifact whole or train the GVM again")
+        raise InputError(f"{folder}: {CONFIG} is missing; copy the whole artifact or train the GVM again")
     if manifest.config_sha256 not in (None, _file_hash(config)):
-        raise InputError(f"{config}: not the model config that was saved (SHA-256 differs from {MANIFEST}); copy the artifact again")
-    _check_weights(folder, manifest)
-
-
-def _check_weights(folder: Path, manifest: GVMManifest) -> None:
+        raise InputError(f"{config}: not the saved model config (its SHA-256 is not that in {MANIFEST}); copy the artifact again")
     files = sorted(folder.glob("*.safetensors"))
     lost = sorted(set(manifest.weights_sha256) - {file.name for file in files})
-    if lost or not files:
-        raise InputError(
-            f"{folder}: weight file {lost[0] if lost else 'model.safetensors'} is missing; copy the artifact whole or train the GVM again"
-        )
+    if lost:
+        raise InputError(f"{folder}: weight file {lost[0]} is missing; copy the whole artifact or train the GVM again")
     shapes = _tensor_shapes(files)
     head = manifest.head
     if head.name not in shapes:
@@ -276,11 +269,11 @@ def _check_weights(folder: Path, manifest: GVMManifest) -> None:
         raise InputError(f"{folder}: the value head {head.name} has shape {shapes[head.name]}, {MANIFEST} says {head.shape}; train the GVM again")
     for file in files:
         if _file_hash(file) != manifest.weights_sha256.get(file.name):
-            raise InputError(f"{file}: the weights are not those that were saved (SHA-256 differs from {MANIFEST}); copy the artifact again")
+            raise InputError(f"{file}: not the saved weights (their SHA-256 is not that in {MANIFEST}); copy the artifact again")
 
 
 def _tensor_shapes(files: list[Path]) -> dict[str, list[int]]:
-    """Shape of every tensor by name, read from the headers; a truncated file already shows there."""
+    """Shape of every tensor by name, from the headers of the files; reading a header also finds a truncated file."""
     shapes: dict[str, list[int]] = {}
     for file in files:
         try:
@@ -299,23 +292,23 @@ def _float32_head(model: PreTrainedModel) -> None:
 
 # ---------------------------------------------------------------------------------------------------- fingerprints
 
-# Tokens that end up in ids. The padding token is left out: no padding is ever read, and users set it freely.
+# The padding token is left out: padding is never read, and users set it as they like.
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token")
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over vocabulary, merges, special tokens and added tokens: the same however the files were written."""
+    """SHA-256 over vocabulary, merges, special tokens and added tokens; it does not depend on how the files are written."""
     content = {
         "vocabulary": tokenizer.get_vocab(),
         "merges": _merges(tokenizer),
-        "special": {name: _text(getattr(tokenizer, name, None)) for name in _SPECIAL_TOKENS},
+        "special": {name: getattr(tokenizer, name) for name in _SPECIAL_TOKENS},
         "added": {str(i): [token.content, token.special] for i, token in sorted(tokenizer.added_tokens_decoder.items())},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of the chat template, None without one."""
+    """SHA-256 of the chat template; None if there is none."""
     template = tokenizer.chat_template
     if template is None:
         return None
@@ -324,13 +317,9 @@ def chat_template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _merges(tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-    """The merges of a BPE tokenizer in order, as pairs; other models have none."""
+    """The merges of a BPE tokenizer in order, as pairs; empty for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return []
     merges = json.loads(backend.to_str())["model"].get("merges") or []
     return [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in merges]
-
-
-def _text(token) -> str | None:
-    return None if token is None else str(token)

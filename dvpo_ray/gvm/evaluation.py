@@ -1,18 +1,22 @@
-"""`dvpo gvm eval`: a value model on held-out pairs, as evaluation.json and plots."""
+"""`dvpo gvm eval`: a value model on held-out pairs, as evaluation.json and three plots."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dvpo_ray.config import Config
 from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.dataset import load_heldout
-from dvpo_ray.gvm.plots import plot_accuracy_by_position, plot_calibration, plot_value_trajectories
 from dvpo_ray.gvm.views import (
+    POSITIONS,
     HeldoutValues,
     accuracies,
     binary_calibration,
@@ -26,14 +30,16 @@ from dvpo_ray.models.forward import batch_values
 from dvpo_ray.models.loading import load_tokenizer
 
 WEAK_ACCURACY = 0.60
-"""The paper's failure signature (arXiv 2502.16944)."""
+"""Held-out accuracy under which training has failed according to the paper (arXiv 2502.16944)."""
 FITTED_ACCURACY = 0.70
+"""Training accuracy from which the model has fitted its training pairs."""
+CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # distinct for colour-blind readers
 
 
 def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
-    """Measure a value model on the config's held-out pairs, in this process.
+    """Evaluate a value model on the config's held-out pairs, in this process.
 
-    Outcomes are of the kind the model was trained on, as its manifest says, whatever `gvm.outcome` is.
+    The kind of outcome is that of the model's manifest, whatever `gvm.outcome` is.
 
     Args:
         gvm_path: the artifact.
@@ -56,48 +62,47 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
 
 
 def heldout_report(heldout: HeldoutValues, outcome: str) -> dict:
-    """Every view of METHOD's evaluation of a value model.
+    """All held-out metrics of a value model.
 
     Args:
         outcome: `binary` or `score`.
 
     Returns:
-        `pairs` and `length_matched_pairs`: how many;
-        `heldout_accuracy`: share of pairs ranked right by view, see `accuracies`; `accuracy_ci95`: their 95 % intervals;
+        `pairs` and `length_matched_pairs`: their numbers;
+        `heldout_accuracy`: share of pairs ranked right, by view, see `accuracies`; `accuracy_ci95`: the 95 % intervals;
         `regression`: over all states, and `by_position_decile`;
-        `calibration`: of all states, see `binary_calibration` and `score_calibration`.
+        `calibration`: over all states, see `binary_calibration` and `score_calibration`.
     """
     right = accuracies(heldout)
-    outcomes = np.repeat(heldout.outcomes, heldout.lengths)
     calibrate = binary_calibration if outcome == "binary" else score_calibration
     return {
         "pairs": heldout.num_pairs,
         "length_matched_pairs": int(length_matched(heldout).sum()),
         "heldout_accuracy": {name: float(pairs.mean()) for name, pairs in right.items()},
         "accuracy_ci95": {name: list(wilson_interval(pairs)) for name, pairs in right.items()},
-        "regression": regression_metrics(heldout.values, outcomes) | {"by_position_decile": regression_by_decile(heldout)},
-        "calibration": calibrate(heldout.values, outcomes) | {"outcome": outcome},
+        "regression": regression_metrics(heldout.values, heldout.state_outcomes) | {"by_position_decile": regression_by_decile(heldout)},
+        "calibration": calibrate(heldout.values, heldout.state_outcomes) | {"outcome": outcome},
     }
 
 
 def write_evaluation(folder: Path, heldout: HeldoutValues, report: dict) -> None:
-    """Write evaluation.json and its plots as a whole folder, in place of an earlier one."""
+    """Write evaluation.json and the plots as one folder; it replaces an earlier one."""
     with whole_folder(folder) as draft:
         (draft / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        plot_accuracy_by_position(draft / "accuracy_by_position.png", report)
-        plot_calibration(draft / "calibration.png", report)
-        plot_value_trajectories(draft / "value_trajectories.png", heldout)
+        _plot_accuracy_by_position(draft / "accuracy_by_position.png", report)
+        _plot_calibration(draft / "calibration.png", report)
+        _plot_value_trajectories(draft / "value_trajectories.png", heldout)
 
 
 def heldout_warning(heldout: dict[str, float], training_accuracy: float, num_pairs: int, section: str = "gvm", view: str = "mean") -> str | None:
-    """One line of warning and advice where held-out pairs are ranked hardly better than by a coin, else None.
+    """One line of warning and advice if held-out pairs are ranked hardly better than at random, else None.
 
     Args:
         heldout: held-out accuracy by view.
-        training_accuracy: on the minibatches of the last epoch, which tells too little training from too little data.
-        num_pairs: training pairs.
-        section: `gvm` or `reward_model`, where the training is set up.
-        view: the one that is judged: `mean`, and of a reward model `last`, the only value that it was trained on.
+        training_accuracy: on the minibatches of the last epoch; if it is low there was too little training, else too little data.
+        num_pairs: number of training pairs.
+        section: config section of the training, `gvm` or `reward_model`.
+        view: the view that counts: `mean`, or for a reward model `last`, the only value that it was trained on.
     """
     if heldout[view] >= WEAK_ACCURACY:
         return None
@@ -111,3 +116,54 @@ def heldout_warning(heldout: dict[str, float], training_accuracy: float, num_pai
         f"held-out accuracy {heldout[view]:.2f} by {view} value{other} is under {WEAK_ACCURACY:.2f}; "
         f"training accuracy was {training_accuracy:.2f}, so {advice}"
     )
+
+
+# -------------------------------------------------------------------------------------------------- plots
+
+
+@contextmanager
+def _axes(file: Path, title: str, x: str, y: str) -> Iterator[Axes]:
+    """Axes of a figure that is saved at the end. Without pyplot there is no global state and no display."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    yield axes
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def _plot_accuracy_by_position(file: Path, report: dict) -> None:
+    """Pairwise accuracy of the value after 25, 50, 75 and 100 % of the response, with 95 % intervals and two baselines."""
+    names = [f"position_{percent}" for percent in POSITIONS]
+    share, interval = (np.array([report[key][name] for name in names]) for key in ("heldout_accuracy", "accuracy_ci95"))
+    with _axes(file, f"Accuracy on {report['pairs']} held-out pairs", "response seen, %", "pairs ranked right") as axes:
+        axes.errorbar(POSITIONS, share, yerr=np.abs(interval.T - share), fmt="o-", capsize=4, color=CHOSEN, label="value at this position")
+        axes.axhline(report["heldout_accuracy"]["mean"], color=NEUTRAL, label="mean value of the response")
+        axes.axhline(report["heldout_accuracy"]["longer_wins"], color=NEUTRAL, linestyle=":", label="longer wins")
+        axes.set_xticks(POSITIONS)
+
+
+def _plot_calibration(file: Path, report: dict) -> None:
+    """Observed outcome against predicted outcome; perfect values are on the diagonal."""
+    calibration = report["calibration"]
+    predicted, observed, states = (np.array([row[key] for row in calibration["bins"]]) for key in ("predicted", "observed", "states"))
+    binary = calibration["outcome"] == "binary"
+    x, y = ("P(chosen) = (V + 1) / 2", "share of chosen responses") if binary else ("value", "mean outcome")
+    ends = [0.0, 1.0] if binary else [min(predicted.min(), observed.min()), max(predicted.max(), observed.max())]
+    with _axes(file, f"Calibration, expected error {calibration['error']:.3f}", x, y) as axes:
+        axes.plot(ends, ends, color=NEUTRAL, linestyle=":")
+        axes.plot(predicted, observed, color=CHOSEN, alpha=0.5)
+        axes.scatter(predicted, observed, s=10 + 190 * states / states.max(), color=CHOSEN, label="area: states in the bin")
+
+
+def _plot_value_trajectories(file: Path, heldout: HeldoutValues) -> None:
+    """Mean value along chosen and rejected responses, each with the band between its quartiles."""
+    grid = np.linspace(0.0, 1.0, 41)
+    curves = np.array([np.interp(grid, np.linspace(0.0, 1.0, len(row)), row) for row in heldout.rows])
+    with _axes(file, "Value along the response, held-out pairs", "response seen, %", "value") as axes:
+        for name, rows, colour in (("chosen", curves[0::2], CHOSEN), ("rejected", curves[1::2], REJECTED)):
+            low, high = np.quantile(rows, [0.25, 0.75], axis=0)
+            axes.fill_between(100 * grid, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(100 * grid, rows.mean(axis=0), color=colour, label=f"{name}: mean, and the middle half of the responses")

@@ -10,7 +10,7 @@ from dvpo_ray.config.schema import LoraConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.models.cpu_linear import use_fast_linears
 from dvpo_ray.models.loading import load_checkpoint, load_model_config
-from dvpo_ray.models.trainable import check_adapters
+from dvpo_ray.models.trainable import apply_lora
 
 
 def new_value_model(
@@ -116,8 +116,7 @@ def check_trunk(path: str, num_layers: int | None, lora: LoraConfig | None, sect
     config = load_model_config(path, trust_remote_code)
     if num_layers is not None:
         keep_first_layers(config, num_layers, path, key=f"{section}.num_layers")
-    if lora is None:
-        return
-    with torch.device("meta"):
-        skeleton = AutoModelForTokenClassification.from_config(config, trust_remote_code=trust_remote_code)
-    check_adapters(skeleton.base_model, lora, f"{section}.lora", None)
+    if lora is not None:
+        with torch.device("meta"):
+            skeleton = AutoModelForTokenClassification.from_config(config, trust_remote_code=trust_remote_code)
+            apply_lora(skeleton.base_model, lora, task_type=None, key=f"{section}.lora")

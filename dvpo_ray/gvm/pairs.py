@@ -1,4 +1,4 @@
-"""Preference pairs as one ragged batch, two rows a pair with an outcome each; and how a minibatch is cut up."""
+"""Preference pairs as one ragged batch, two rows with an outcome each per pair; and the split of minibatches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PairBatch:
     """P preference pairs.
 
     Attributes:
-        batch: 2P rows; row 2p is the chosen response of pair p and row 2p + 1 the rejected one. Its row field `outcome`, float32 [2P], is r.
+        batch: 2P rows; row 2p is the chosen response of pair p, row 2p + 1 the rejected one. The row field `outcome`, float32 [2P], is r.
     """
 
     batch: RaggedBatch
@@ -35,7 +35,7 @@ class PairBatch:
 
     @property
     def pair_tokens(self) -> np.ndarray:
-        """Padded tokens of each pair, int64 [P]: twice its longer row, because the two share a micro-batch."""
+        """Padded tokens of each pair, int64 [P]: twice the length of its longer row, as both are in the same micro-batch."""
         return 2 * self.batch.lengths.reshape(-1, 2).max(axis=1)
 
     @property
@@ -50,13 +50,13 @@ class PairBatch:
 
 
 def build_pairs(pairs: Sequence[EncodedPair], outcome: Literal["binary", "score"], scale: float) -> PairBatch:
-    """Lay encoded pairs out as rows with their outcomes.
+    """The rows of encoded pairs with their outcomes.
 
     Args:
-        outcome: `binary` gives +1 to chosen and -1 to rejected responses, `score` the data's score of each times `scale`.
+        outcome: `binary`: +1 for chosen and -1 for rejected responses; `score`: the score of each response in the data, times `scale`.
 
     Raises:
-        InputError: a pair has no scores, but `score` was asked for.
+        InputError: `outcome` is `score` and a pair has no scores.
     """
     outcomes = [r for pair in pairs for r in _outcomes(pair, outcome, scale)]
     return PairBatch(rows_of_pairs(pairs).with_row_fields(outcome=np.array(outcomes, dtype=np.float32)))
@@ -73,25 +73,25 @@ def _outcomes(pair: EncodedPair, outcome: Literal["binary", "score"], scale: flo
 
 
 def minibatches(num_pairs: int, pairs_per_step: int, epoch: int, seed: int) -> list[np.ndarray]:
-    """The pairs of each optimizer step of one epoch: a fresh shuffle cut into nearly equal parts of at most `pairs_per_step`.
+    """The pairs of each optimizer step of one epoch: a new shuffle, split into nearly equal parts of at most `pairs_per_step`.
 
-    Equal parts, because a last minibatch of a few pairs would move the weights as far as a full one.
+    The parts are nearly equal because a last minibatch of a few pairs would move the weights as far as a full one.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
     return np.array_split(order, -(-num_pairs // pairs_per_step))
 
 
 def plan_minibatch(pair_tokens: np.ndarray, world_size: int, max_tokens: int) -> list[list[np.ndarray]]:
-    """Deal a minibatch out to the workers as micro-batches of at most `max_tokens` padded tokens.
+    """Split a minibatch into micro-batches of at most `max_tokens` padded tokens for each worker.
 
-    Every worker gets the same number of micro-batches, because each one is a collective under ZeRO. To that end the
-    micro-batches with most pairs are halved; workers that still have none to do get an empty one.
+    Every worker gets the same number of micro-batches, because each one is a collective under ZeRO. For this, the
+    micro-batches with most pairs are halved; if that is not enough, some workers get an empty one.
 
     Args:
         pair_tokens: int64 [P], padded tokens of each pair of the minibatch.
 
     Returns:
-        For each worker its micro-batches: indices into the minibatch, every pair exactly once over all workers.
+        The micro-batches of each worker: indices into the minibatch, every pair exactly once over all workers.
     """
     groups = micro_batches(pair_tokens, max_tokens)
     while len(groups) % world_size and max(map(len, groups)) > 1:

@@ -1,13 +1,13 @@
 """Targets and losses of the value regression: pure functions of tensors.
 
-Values of several responses lie flat behind each other: S states in all, `lengths[r] = T_r + 1` of them for response r, which
-are its `values[0..T]`. The only reward is the outcome r of the whole response, and γ = 1, so every target is a λ-return
-(Sutton & Barto, 2nd ed., eq. 12.2) of a chain whose only reward comes at its end:
+The values of several responses are in one flat tensor of S states: `lengths[r] = T_r + 1` states for response r, its
+`values[0..T]`. The only reward is the outcome r of the whole response, and γ = 1, so every target is a λ-return
+(Sutton & Barto, 2nd ed., eq. 12.2) of a chain with a single reward at its end:
 
     G_T = r        G_t = (1 − λ)·V(s_{t+1}) + λ·G_{t+1}        for t = T−1 .. 0
 
 which equals V(s_t) + Σ_l λ^l δ_{t+l} with δ_t = V(s_{t+1}) − V(s_t) and δ_T = r − V(s_T).
-A response that was cut off ends in a state that is not terminal, but its outcome was observed all the same: r is the target there too.
+The last state of a response that was cut off is not terminal, but its outcome is known: r is the target there too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Objective = Literal["td0", "td_lambda", "monte_carlo"]
 
 
 def value_targets(objective: Objective, values: Tensor, lengths: Tensor, outcomes: Tensor, decay: float) -> Tensor:
-    """Regression targets of all states, float32 [S], outside the graph.
+    """Regression targets of all states, float32 [S], without gradients.
 
     Args:
-        values: [S], the current values; only read.
+        values: [S], the current values.
         lengths: int64 [R], states of each response, at least 1.
         outcomes: [R], r of each response.
         decay: λ of `td_lambda`.
@@ -47,8 +47,8 @@ def td0_targets(values: Tensor, lengths: Tensor, outcomes: Tensor) -> Tensor:
 
 
 def td_lambda_targets(values: Tensor, lengths: Tensor, outcomes: Tensor, decay: float) -> Tensor:
-    """The λ-returns of the module's formula, computed from the last state backwards for all responses at once."""
-    device, values, lengths = values.device, values.cpu(), lengths.cpu()  # many tiny steps: the CPU takes them faster
+    """The λ-returns of the formula above, from the last state backwards, for all responses at once."""
+    device, values, lengths = values.device, values.cpu(), lengths.cpu()  # the CPU is faster for many tiny steps
     targets = monte_carlo_targets(lengths, outcomes.cpu())
     last = lengths.cumsum(0) - 1
     for distance in range(1, int(lengths.max())):
@@ -63,15 +63,15 @@ def monte_carlo_targets(lengths: Tensor, outcomes: Tensor) -> Tensor:
 
 
 def squared_error(values: Tensor, targets: Tensor) -> Tensor:
-    """½ Σ (V − G)² over states, a scalar. Divided by the states of the whole minibatch it is the regression loss."""
+    """½ Σ (V − G)² over states, a scalar. Divided by the number of states in the minibatch it is the regression loss."""
     return 0.5 * (values.float() - targets).square().sum()
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Σ −log σ(v_chosen − v_rejected) over pairs (Bradley & Terry 1952), a scalar. Divided by the pairs of the minibatch it is the term.
+    """Σ −log σ(v_chosen − v_rejected) over pairs (Bradley & Terry 1952), a scalar. The caller divides it by the number of pairs.
 
     Args:
-        chosen, rejected: [P], one value per response, last or mean.
+        chosen, rejected: [P], the last or the mean value of each response.
     """
     return -F.logsigmoid(chosen.float() - rejected.float()).sum()
 
@@ -82,7 +82,7 @@ def last_values(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def mean_values(values: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of values[1..T] of each response, [R]: the values read at its tokens."""
+    """Mean of values[1..T] of each response, [R]: the values at its tokens."""
     starts = lengths.cumsum(0) - lengths
     counted = torch.ones_like(values)
     counted[starts] = 0.0  # values[0] belongs to the prompt alone

@@ -17,7 +17,7 @@ _Z95 = 1.959964
 
 @dataclass(frozen=True)
 class HeldoutValues:
-    """Values of all states of P held-out pairs, flat; rows alternate chosen and rejected.
+    """Values of all states of P held-out pairs, flat; chosen and rejected rows alternate.
 
     Attributes:
         values: float32 [S], `values[0..T]` of each row, row after row.
@@ -31,7 +31,7 @@ class HeldoutValues:
 
     @classmethod
     def from_parts(cls, pairs: PairBatch, parts: list[tuple[np.ndarray, np.ndarray]]) -> HeldoutValues:
-        """Put together what several workers scored: indices of some pairs and the flat values of all their states, each."""
+        """Join the results of several workers; each part has the indices of some pairs and the flat values of all their states."""
         lengths = pairs.batch.state_lengths
         rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(lengths)
         for chosen, flat in parts:
@@ -51,29 +51,29 @@ class HeldoutValues:
 
     @cached_property
     def responses(self) -> list[np.ndarray]:
-        """`values[1..T]` of each row: the values read at response tokens."""
+        """`values[1..T]` of each row: the values at response tokens."""
         return [row[1:] for row in self.rows]
 
-    @property
-    def relative_position(self) -> np.ndarray:
-        """t / T of every state, float64 [S]: 0 after the prompt, 1 after the last token."""
-        return np.concatenate([np.linspace(0.0, 1.0, length) for length in self.lengths])
+    @cached_property
+    def state_outcomes(self) -> np.ndarray:
+        """r of every state, float32 [S]."""
+        return np.repeat(self.outcomes, self.lengths)
 
 
 # --------------------------------------------------------------------------------------------------------- ranking
 
 
 def ranked_right(scores: np.ndarray) -> np.ndarray:
-    """Per pair 1 where the chosen row's score is higher, 0.5 on a tie, 0 otherwise; scores [2P] alternate chosen and rejected."""
+    """For each pair 1 if the chosen row has the higher score, 0.5 on a tie, else 0; in scores [2P] chosen and rejected alternate."""
     chosen, rejected = np.asarray(scores, dtype=np.float64).reshape(-1, 2).T
     return np.where(chosen == rejected, 0.5, chosen > rejected)
 
 
 def response_scores(heldout: HeldoutValues) -> dict[str, np.ndarray]:
-    """One number per response, [2P], for each view of its values.
+    """One number per response, [2P], for each view of its values[1..T].
 
-    `mean` and `last` of values[1..T]; `p1` .. `p99`, their percentiles; `position_25` .. `position_100`, the value after
-    that percentage of the response's tokens, rounded up.
+    `mean` and `last`; the percentiles `p1` .. `p99`; `position_25` .. `position_100`, the value after this percentage of
+    the response tokens, rounded up.
     """
     rows = heldout.responses
     views = {"mean": np.array([row.mean() for row in rows]), "last": np.array([row[-1] for row in rows])}
@@ -85,13 +85,16 @@ def response_scores(heldout: HeldoutValues) -> dict[str, np.ndarray]:
 
 
 def length_matched(heldout: HeldoutValues) -> np.ndarray:
-    """Pairs whose responses differ in length by at most a tenth of the longer one, bool [P]."""
+    """True for pairs whose responses differ in length by at most a tenth of the longer one, bool [P]."""
     tokens = (heldout.lengths - 1).reshape(-1, 2)
     return np.abs(tokens[:, 0] - tokens[:, 1]) <= LENGTH_TOLERANCE * tokens.max(axis=1)
 
 
 def accuracies(heldout: HeldoutValues) -> dict[str, np.ndarray]:
-    """`ranked_right` of each pair by view: those of `response_scores`, `mean` and `last` on length-matched pairs, and the baseline `longer_wins`."""
+    """`ranked_right` of each pair, by view.
+
+    The views are those of `response_scores`, `mean` and `last` of length-matched pairs, and the baseline `longer_wins`.
+    """
     views = {name: ranked_right(scores) for name, scores in response_scores(heldout).items()}
     matched = length_matched(heldout)
     if matched.any():
@@ -113,7 +116,7 @@ def wilson_interval(right: np.ndarray) -> tuple[float, float]:
 
 
 def regression_metrics(values: np.ndarray, outcomes: np.ndarray) -> dict[str, float | None]:
-    """Mean squared error, and 1 - Var(r - V) / Var(r), which is None where all outcomes are equal; both arrays [n]."""
+    """Mean squared error, and 1 - Var(r - V) / Var(r), which is None if all outcomes are equal; both arrays are [n]."""
     error = outcomes.astype(np.float64) - values
     variance = float(np.var(outcomes, dtype=np.float64))
     return {"mse": float(np.mean(error**2)), "explained_variance": 1.0 - float(np.var(error)) / variance if variance > 0 else None}
@@ -121,14 +124,13 @@ def regression_metrics(values: np.ndarray, outcomes: np.ndarray) -> dict[str, fl
 
 def regression_by_decile(heldout: HeldoutValues) -> list[dict]:
     """`regression_metrics` of the states in each tenth of the response; the last tenth holds the terminal states."""
-    decile = np.minimum((heldout.relative_position * 10).astype(int), 9)
-    outcomes = np.repeat(heldout.outcomes, heldout.lengths)
+    position = np.concatenate([np.linspace(0.0, 1.0, length) for length in heldout.lengths])  # t / T of every state
+    decile = np.minimum((position * 10).astype(int), 9)
     bins = []
-    for d in range(10):
+    for d in np.unique(decile):
         inside = decile == d
-        if inside.any():
-            metrics = regression_metrics(heldout.values[inside], outcomes[inside])
-            bins.append({"from": d / 10, "to": (d + 1) / 10, "states": int(inside.sum())} | metrics)
+        metrics = regression_metrics(heldout.values[inside], heldout.state_outcomes[inside])
+        bins.append({"from": float(d / 10), "to": float((d + 1) / 10), "states": int(inside.sum())} | metrics)
     return bins
 
 
@@ -143,7 +145,7 @@ def binary_calibration(values: np.ndarray, outcomes: np.ndarray, bins: int = 10)
 
     Returns:
         `error`: the expected calibration error (Naeini et al. 2015), the mean of |predicted - observed| weighted by states;
-        `bins`: mean prediction, observed share and number of states of every bin that has any.
+        `bins`: mean prediction, observed share and number of states of every bin that is not empty.
     """
     predicted = np.clip((values.astype(np.float64) + 1) / 2, 0.0, 1.0)
     observed = (outcomes.astype(np.float64) + 1) / 2
@@ -151,7 +153,7 @@ def binary_calibration(values: np.ndarray, outcomes: np.ndarray, bins: int = 10)
 
 
 def score_calibration(values: np.ndarray, outcomes: np.ndarray, bins: int = 10) -> dict:
-    """Mean value against mean outcome in bins of equally many states; `error` in the unit of the outcomes. As `binary_calibration`."""
+    """Mean value against mean outcome, as in `binary_calibration`, in bins of equal numbers of states; `error` is in units of outcome."""
     ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
     return _binned(values.astype(np.float64), outcomes.astype(np.float64), ranks * bins // len(values))
 

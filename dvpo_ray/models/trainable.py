@@ -52,32 +52,32 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str | None = "CAUSAL_LM", modules_to_save: list[str] | None = None) -> PeftModel:
-    """Wrap a model with peft's low-rank adapters; only these (and `modules_to_save`) are trained."""
-    check_lora(model, lora)
-    return get_peft_model(
-        model,
-        PeftLoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=_target_modules(model, lora),
-            layers_to_transform=lora.layers,
-            modules_to_save=modules_to_save,
-            task_type=task_type,
-        ),
-    )
-
-
-def check_lora(model: PreTrainedModel, lora: LoraConfig, key: str = "lora") -> None:
-    """Refuse layers and modules that the model does not have. peft ignores a name that fits nothing if another name fits.
+def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str | None = "CAUSAL_LM", key: str = "lora") -> PeftModel:
+    """Wrap a model with peft's low-rank adapters; only these are trained.
 
     Args:
         key: config key of the adapters, for the error.
 
     Raises:
-        InputError: names the layer or the module.
+        InputError: the adapters do not fit the model; names the key.
     """
+    _check_lora(model, lora, key)
+    try:
+        adapters = PeftLoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=_target_modules(model, lora),
+            layers_to_transform=lora.layers,
+            task_type=task_type,
+        )
+        return get_peft_model(model, adapters)
+    except ValueError as error:  # anything else that peft refuses
+        raise InputError(f"{key}: {first_line(error)}") from error
+
+
+def _check_lora(model: PreTrainedModel, lora: LoraConfig, key: str) -> None:
+    """Refuse layers and modules that the model does not have. peft ignores a name that fits nothing if another name fits."""
     count = len(decoder_layers(model))
     if unknown := [layer for layer in lora.layers or [] if not 0 <= layer < count]:
         raise InputError(f"{key}.layers names layer {unknown[0]}, but the model has the decoder layers 0 to {count - 1}")
@@ -107,6 +107,23 @@ def _target_modules(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]
         return lora.target_modules
     names = {name for layer in decoder_layers(model) for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     return sorted(name.rpartition(".")[2] for name in names)
+
+
+def check_partial_training(model: ModelConfig, policy: PolicyConfig) -> None:
+    """Refuse a `policy.trainable_layers` or `policy.lora` that does not fit the policy, by its config alone.
+
+    Raises:
+        InputError: names the key.
+    """
+    if policy.trainable_layers is None and policy.lora is None:
+        return
+    config = load_model_config(model.path, model.trust_remote_code)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        if policy.trainable_layers is not None:
+            train_last_layers(skeleton, policy.trainable_layers)
+        if policy.lora is not None:
+            apply_lora(skeleton, policy.lora, key="policy.lora")
 
 
 def _merged(module: LoraLayer, adapter: str = "default") -> tuple[Callable[[], torch.Tensor], list[nn.Parameter]]:
@@ -154,42 +171,3 @@ def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) 
         else:
             with gather(parts):
                 yield clean, compute().detach()
-
-
-# ---------------------------------------------------------------------------------- checks before the start
-
-
-def check_partial_training(model: ModelConfig, policy: PolicyConfig) -> None:
-    """Refuse a `policy.trainable_layers` or `policy.lora` that does not fit the policy, by its config alone.
-
-    Raises:
-        InputError: names the key.
-    """
-    if policy.trainable_layers is None and policy.lora is None:
-        return
-    config = load_model_config(model.path, model.trust_remote_code)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-    if policy.trainable_layers is not None:
-        train_last_layers(skeleton, policy.trainable_layers)
-    if policy.lora is not None:
-        check_adapters(skeleton, policy.lora, "policy.lora", "CAUSAL_LM")
-
-
-def check_adapters(skeleton: PreTrainedModel, lora: LoraConfig, key: str, task_type: str | None) -> None:
-    """Refuse adapters that do not fit a model.
-
-    Args:
-        skeleton: the model on the meta device; it has the adapters afterwards.
-        key: config key of the adapters, for the error.
-        task_type: as in `apply_lora`.
-
-    Raises:
-        InputError: names the key.
-    """
-    check_lora(skeleton, lora, key)
-    try:
-        with torch.device("meta"):
-            apply_lora(skeleton, lora, task_type)
-    except ValueError as error:  # anything else that peft refuses
-        raise InputError(f"{key}: {first_line(error)}") from error

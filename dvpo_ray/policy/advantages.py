@@ -31,19 +31,17 @@ TruncatedHandling = Literal["bootstrap", "mask", "penalty"]
 
 @dataclass(frozen=True)
 class AdvantageResult:
-    """The advantages of a batch, and intermediate results.
+    """The advantages of a batch.
 
     Attributes:
         advantages: float32 [N], the credit for choosing each response token; 0 on prompts and outside the loss.
         loss_mask: bool [N], True on the response tokens that count in the loss.
         unwhitened: float32 [N], the advantages before the last whitening, in units of value (of whitened value in `release`).
-        kl: float32 [N], log pi - log pi_ref of every response token, also in rows outside the loss; 0 on prompts.
     """
 
     advantages: np.ndarray
     loss_mask: np.ndarray
     unwhitened: np.ndarray
-    kl: np.ndarray
 
 
 def static_q(inputs: ModeInputs) -> np.ndarray:
@@ -135,7 +133,7 @@ def compute_advantages(
     chosen = MODES[mode]
     _check_finite(batch, ("log_probs", "reference_log_probs", *chosen.reads))
 
-    token_kl = np.where(batch.response_mask, batch.by_token["log_probs"].astype(np.float64) - batch.by_token["reference_log_probs"], 0.0)
+    token_kl = batch.by_token["log_probs"].astype(np.float64) - batch.by_token["reference_log_probs"]
     in_loss = ~batch.truncated if truncated == "mask" else np.ones(batch.num_rows, dtype=bool)
     loss_mask = batch.response_mask & np.repeat(in_loss, batch.lengths)
 
@@ -154,12 +152,7 @@ def compute_advantages(
     unwhitened[loss_mask] = chosen.compute(inputs)
     whitens = chosen.whitening == "always" or (whiten and chosen.whitening == "asked")
     advantages = masked_whiten(unwhitened, loss_mask) if whitens else unwhitened
-    return AdvantageResult(
-        advantages=advantages.astype(np.float32),
-        loss_mask=loss_mask,
-        unwhitened=unwhitened.astype(np.float32),
-        kl=token_kl.astype(np.float32),
-    )
+    return AdvantageResult(advantages.astype(np.float32), loss_mask, unwhitened.astype(np.float32))
 
 
 def value_targets(batch: RaggedBatch, unwhitened: np.ndarray) -> np.ndarray:

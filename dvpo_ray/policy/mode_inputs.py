@@ -31,8 +31,8 @@ class ModeInputs:
     kl_penalty: np.ndarray
     truncation_penalty: np.ndarray
     gae_lambda: float
-    rewards: np.ndarray | None = None
-    group: np.ndarray | None = None
+    rewards: np.ndarray | None
+    group: np.ndarray
 
     @cached_property
     def position(self) -> np.ndarray:
