@@ -1,20 +1,20 @@
-"""Ragged rollout batches: flat token arrays with row offsets, and no padding anywhere.
+"""Ragged rollout batches: flat token arrays with row offsets, without padding.
 
-A row is one prompt and its response. Fields by token are aligned to the row's tokens; what a field means at position j:
+A row is one prompt and its response. Fields by token are aligned to the tokens of the row. At position j:
 
-    tokens[j]          the token itself
-    log_probs[j]       log p(tokens[j] | tokens[<j]); 0 on prompt positions
-    values[j]          the GVM's value of the state after tokens[..j], so that the T+1 values `values[0..T]` of docs/method.md
-                       are the row's positions P-1 .. P+T-1 (P prompt tokens, T response tokens)
-    advantages[j]      credit of choosing tokens[j]; 0 on prompt positions
+    tokens[j]          the token
+    log_probs[j]       log p(tokens[j] | tokens[<j]); 0 on the prompt
+    values[j]          the GVM's value of the state after tokens[..j]; the T+1 values `values[0..T]` of docs/method.md are at
+                       positions P-1 .. P+T-1 of the row (P prompt tokens, T response tokens)
+    advantages[j]      the credit for choosing tokens[j]; 0 on the prompt
 
-Fields by row hold one number for each row:
+Fields by row hold one number per row:
 
     truncated          bool, the response was cut off at the length limit and has no terminal state
-    rewards            float64, a reward model's reward of the response
-    gold               float64, the gold judge's score of the response
+    rewards            float64, the reward of the response from a reward model
+    gold               float64, the score of the response from the gold judge
 
-Arrays are numpy, so that Ray shares them between the processes of a node without a copy.
+All arrays are numpy arrays, which the processes of a node share through Ray without a copy.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 PROMPT_VERSION = -1
-"""The policy version of prompt tokens, which no policy sampled."""
+"""The policy version of prompt tokens, which are not sampled from a policy."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What a role that scores rollouts says of a batch of N tokens in R rows.
+    """The results of a role that scores rollouts, for a batch of N tokens in R rows.
 
     Attributes:
         by_token: float32 [N] arrays by name.
@@ -43,22 +43,22 @@ class Fields:
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """R rows of N tokens in all. Construction checks every shape; a batch that exists is well formed.
+    """R rows with N tokens in total. The constructor checks every shape.
 
-    A row's identity is `(steps[r], row_ids[r])` for its whole life; results never depend on the order of rows.
+    `(steps[r], row_ids[r])` identifies a row and never changes; results do not depend on the order of rows.
 
     Attributes:
         tokens: int64 [N], prompt and response of row 0, then of row 1, ...
         offsets: int64 [R + 1], row r is `tokens[offsets[r]:offsets[r + 1]]`.
-        prompt_lengths: int64 [R], at least 1 each: the first response token needs a state before it.
-        steps: int64 [R], the training step that the row was begun for.
-        row_ids: int64 [R], the row's index within that step.
+        prompt_lengths: int64 [R], at least 1 each, because the first response token needs a state before it.
+        steps: int64 [R], the training step for which the row was started.
+        row_ids: int64 [R], index of the row within that step.
         policy_versions: int64 [N], version of the weights that sampled each token; `PROMPT_VERSION` on prompts.
         by_token: float32 [N] arrays by name (`log_probs`, `reference_log_probs`, `values`, `advantages`, ...).
-        by_row: [R] arrays by name (`truncated` always; `rewards`, `gold`, ...).
+        by_row: [R] arrays by name (always `truncated`; `rewards`, `gold`, ...).
 
     Raises:
-        ValueError: a shape, an offset or a prompt length does not fit.
+        ValueError: a shape, an offset or a prompt length is wrong.
     """
 
     tokens: np.ndarray
@@ -79,12 +79,12 @@ class RaggedBatch:
             raise ValueError("the row field truncated is missing")
         for name, values in by_row.items():
             if values.shape != (rows,):
-                raise ValueError(f"{name} has shape {values.shape}, expected ({rows},): one number a row")
+                raise ValueError(f"{name} has shape {values.shape}, expected ({rows},): one number per row")
         for name, values in {"policy_versions": self.policy_versions, **self.by_token}.items():
             if values.shape != self.tokens.shape:
-                raise ValueError(f"{name} has shape {values.shape}, expected {self.tokens.shape}: one number a token")
+                raise ValueError(f"{name} has shape {values.shape}, expected {self.tokens.shape}: one number per token")
         if rows and (self.prompt_lengths.min() < 1 or (self.prompt_lengths > np.diff(self.offsets)).any()):
-            raise ValueError("every row needs at least one prompt token and no more prompt tokens than tokens")
+            raise ValueError("every row needs at least one prompt token and at most as many prompt tokens as tokens")
 
     # ------------------------------------------------------------------------------------------------ shape
 
@@ -98,17 +98,17 @@ class RaggedBatch:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, prompt and response, int64 [R]."""
+        """Number of tokens of each row, prompt and response, int64 [R]."""
         return np.diff(self.offsets)
 
     @property
     def truncated(self) -> np.ndarray:
-        """The responses that were cut off at the length limit, bool [R]."""
+        """True for responses that were cut off at the length limit, bool [R]."""
         return self.by_row["truncated"]
 
     @property
     def response_lengths(self) -> np.ndarray:
-        """Response tokens of each row, int64 [R]."""
+        """Number of response tokens of each row, int64 [R]."""
         return self.lengths - self.prompt_lengths
 
     @property
@@ -119,7 +119,7 @@ class RaggedBatch:
 
     @property
     def row_of_token(self) -> np.ndarray:
-        """The row (0..R-1) that each token belongs to, int64 [N]."""
+        """The row (0..R-1) of each token, int64 [N]."""
         return np.repeat(np.arange(self.num_rows), self.lengths)
 
     def row(self, r: int) -> slice:
@@ -163,10 +163,10 @@ class RaggedBatch:
         """Build a batch from token lists.
 
         Args:
-            row_ids: 0, 1, ... when not given.
+            row_ids: 0, 1, ... by default.
             policy_version: of all response tokens.
-            by_response_token: one value per response token; the token fields are 0 on prompts.
-            by_row: row fields.
+            by_response_token: fields by token, one value per response token; they are 0 on prompts.
+            by_row: fields by row.
         """
         rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
         count = len(rows)
@@ -190,7 +190,7 @@ class RaggedBatch:
 
     @classmethod
     def concatenate(cls, batches: Iterable[RaggedBatch]) -> RaggedBatch:
-        """All rows of several batches with the same fields, in the order given."""
+        """All rows of several batches with the same fields, in the given order."""
         batches = list(batches)
         by_token, by_row = sorted(batches[0].by_token), sorted(batches[0].by_row)
         if any(sorted(b.by_token) != by_token or sorted(b.by_row) != by_row for b in batches):
@@ -225,7 +225,7 @@ class RaggedBatch:
         )
 
     def sorted_by_id(self) -> RaggedBatch:
-        """The same rows in the order of their identities, whatever order they finished in."""
+        """The same rows, sorted by step and row id."""
         return self.select(np.lexsort((self.row_ids, self.steps)))
 
     def with_token_fields(self, **fields: np.ndarray) -> RaggedBatch:
@@ -237,23 +237,17 @@ class RaggedBatch:
         return replace(self, by_row={**self.by_row, **fields})
 
     def with_fields(self, *scores: Fields) -> RaggedBatch:
-        """The same rows with what several roles say of them."""
+        """The same rows with the results of several roles added."""
         by_token = {name: values for score in scores for name, values in score.by_token.items()}
         return self.with_token_fields(**by_token).with_row_fields(**{name: values for score in scores for name, values in score.by_row.items()})
 
     def only(self, *names: str) -> RaggedBatch:
-        """The same rows without fields by token other than these."""
+        """The same rows with only these fields by token."""
         return replace(self, by_token={name: self.by_token[name] for name in names})
 
 
 def balanced_shards(lengths: np.ndarray, num_shards: int) -> list[np.ndarray]:
-    """Split rows into shards of equal row counts and like token counts: longest first, dealt back and forth.
-
-    Raises:
-        ValueError: the rows can't be shared out evenly.
-    """
-    if len(lengths) % num_shards:
-        raise ValueError(f"{len(lengths)} rows can't be shared evenly by {num_shards} shards")
+    """Split rows into shards with equal numbers of rows and similar numbers of tokens: longest first, dealt back and forth."""
     order = np.argsort(-np.asarray(lengths), kind="stable").reshape(-1, num_shards)
     order[1::2] = order[1::2, ::-1]
     return [np.sort(order[:, shard]) for shard in range(num_shards)]

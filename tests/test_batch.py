@@ -1,4 +1,4 @@
-"""The ragged batch refuses what is malformed and loses nothing when rows are taken apart and put together."""
+"""The ragged batch refuses malformed arrays and loses nothing when rows are split and joined."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_positions_of_a_row():
 
 
 def test_rows_are_told_apart_by_step_and_row():
-    """A row that was begun in an earlier step stays the row it was."""
+    """A row that was started in an earlier step keeps its identity."""
     earlier = RaggedBatch.from_rows([[1], [1]], [[2], [3]], step=4, row_ids=[1, 0], policy_version=3)
     later = RaggedBatch.from_rows([[1], [1]], [[4], [5]], step=5, row_ids=[0, 1], policy_version=4)
     batch = RaggedBatch.concatenate([later, earlier]).sorted_by_id()
@@ -51,7 +51,7 @@ def test_what_a_role_says_is_added_by_token_and_by_row():
     scored = batch.with_fields(Fields(by_token={"values": np.arange(5.0)}), Fields(by_row={"rewards": np.array([1.0, 2.0])}))
     assert scored.by_token["values"].tolist() == [0, 1, 2, 3, 4] and scored.by_row["rewards"].tolist() == [1.0, 2.0]
     assert scored.only().by_token == {} and scored.only().by_row.keys() == {"truncated", "rewards"}
-    with pytest.raises(ValueError, match="rewards has shape .* one number a row"):
+    with pytest.raises(ValueError, match="rewards has shape .* one number per row"):
         batch.with_fields(Fields(by_row={"rewards": np.zeros(5)}))
 
 
@@ -80,9 +80,9 @@ def test_every_token_is_prompt_or_response(pairs):
         ({"prompt_lengths": np.array([0])}, "prompt token"),
         ({"row_ids": np.array([0, 1])}, "row_ids"),
         ({"steps": np.array([0, 1])}, "steps"),
-        ({"policy_versions": np.array([0])}, "policy_versions has shape .* one number a token"),
-        ({"by_token": {"values": np.zeros(3, np.float32)}}, "values has shape .* one number a token"),
-        ({"by_row": {"truncated": np.array([False]), "gold": np.zeros(2)}}, "gold has shape .* one number a row"),
+        ({"policy_versions": np.array([0])}, "policy_versions has shape .* one number per token"),
+        ({"by_token": {"values": np.zeros(3, np.float32)}}, "values has shape .* one number per token"),
+        ({"by_row": {"truncated": np.array([False]), "gold": np.zeros(2)}}, "gold has shape .* one number per row"),
         ({"by_row": {}}, "truncated is missing"),
     ],
 )
@@ -114,8 +114,3 @@ def test_shards_hold_every_row_once_and_like_numbers_of_tokens(lengths, shards):
     assert {len(part) for part in parts} == {len(lengths) // shards}
     tokens = [int(lengths[part].sum()) for part in parts]
     assert max(tokens) - min(tokens) <= lengths.max()  # dealing back and forth never drifts by more than one row
-
-
-def test_uneven_shards_are_refused():
-    with pytest.raises(ValueError, match="3 rows can't be shared evenly by 2"):
-        balanced_shards(np.array([1, 2, 3]), 2)

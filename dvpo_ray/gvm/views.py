@@ -50,11 +50,6 @@ class HeldoutValues:
         return np.split(self.values, np.cumsum(self.lengths)[:-1])
 
     @cached_property
-    def responses(self) -> list[np.ndarray]:
-        """`values[1..T]` of each row: the values at response tokens."""
-        return [row[1:] for row in self.rows]
-
-    @cached_property
     def state_outcomes(self) -> np.ndarray:
         """r of every state, float32 [S]."""
         return np.repeat(self.outcomes, self.lengths)
@@ -75,7 +70,7 @@ def response_scores(heldout: HeldoutValues) -> dict[str, np.ndarray]:
     `mean` and `last`; the percentiles `p1` .. `p99`; `position_25` .. `position_100`, the value after this percentage of
     the response tokens, rounded up.
     """
-    rows = heldout.responses
+    rows = [row[1:] for row in heldout.rows]
     views = {"mean": np.array([row.mean() for row in rows]), "last": np.array([row[-1] for row in rows])}
     percentiles = np.array([np.percentile(row, PERCENTILES) for row in rows])
     views |= {f"p{p}": percentiles[:, i] for i, p in enumerate(PERCENTILES)}

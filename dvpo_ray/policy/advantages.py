@@ -66,9 +66,7 @@ def release(inputs: ModeInputs) -> np.ndarray:
     whitening only. Without KL the result is -V_t + 0.05 * sum over l of 0.95^l * V_{t+1+l}.
     """
     whitened = masked_whiten(inputs.values, np.ones(len(inputs.values), dtype=bool))
-    is_last = np.zeros(len(whitened), dtype=bool)
-    is_last[inputs.batch.offsets[1:] - 1] = True
-    after = np.where(is_last, 0.0, whitened)[inputs.position] - inputs.truncation_penalty
+    after = np.where(inputs.is_last, 0.0, whitened[inputs.position]) - inputs.truncation_penalty
     deltas = after - whitened[inputs.position - 1] - inputs.kl_penalty
     return inputs.to_go(deltas, RELEASE_LAMBDA)
 
@@ -143,7 +141,7 @@ def compute_advantages(
         batch=rows,
         values=rows.by_token["values"].astype(np.float64) if "values" in chosen.reads else None,
         kl_penalty=kl_coefficient * token_kl[loss_mask],
-        truncation_penalty=_last_token_penalty(rows, penalty),
+        penalty=penalty,
         gae_lambda=gae_lambda,
         rewards=rows.by_row["rewards"] - penalty * rows.truncated if "rewards" in chosen.reads else None,
         group=_prompt_groups(rows, samples_per_prompt),
@@ -175,13 +173,6 @@ def _prompt_groups(batch: RaggedBatch, samples_per_prompt: int) -> np.ndarray:
     """A number for the prompt of each row, int64 [R], from 0; rows of the same step and prompt have the same number."""
     _, group = np.unique(np.stack([batch.steps, batch.row_ids // samples_per_prompt]), axis=1, return_inverse=True)
     return group.reshape(-1)
-
-
-def _last_token_penalty(batch: RaggedBatch, penalty: float) -> np.ndarray:
-    """The penalty at the last token of every cut-off response, 0 elsewhere, float64 [n]."""
-    per_token = np.zeros(batch.num_tokens, dtype=np.float64)
-    per_token[batch.offsets[1:][batch.truncated] - 1] = penalty
-    return per_token[batch.response_mask]
 
 
 def _check_finite(batch: RaggedBatch, names: tuple[str, ...]) -> None:

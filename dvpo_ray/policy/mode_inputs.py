@@ -20,7 +20,7 @@ class ModeInputs:
         batch: R rows of N tokens; n of them are response tokens.
         values: float64 [N], value of the state after each token, prompt included; None if the mode does not read values.
         kl_penalty: float64 [n], beta * kl_t of each response token.
-        truncation_penalty: float64 [n], is subtracted from the value after a token; 0 except at the last token of a penalised row.
+        penalty: is subtracted from the value after the last token of a row that was cut off.
         gae_lambda: trace decay.
         rewards: float64 [R], reward of each row, minus the penalty if the row was cut off; None if the mode does not read rewards.
         group: int64 [R], a number for the prompt of each row.
@@ -29,7 +29,7 @@ class ModeInputs:
     batch: RaggedBatch
     values: np.ndarray | None
     kl_penalty: np.ndarray
-    truncation_penalty: np.ndarray
+    penalty: float
     gae_lambda: float
     rewards: np.ndarray | None
     group: np.ndarray
@@ -53,6 +53,11 @@ class ModeInputs:
     def is_last(self) -> np.ndarray:
         """True on the last token of each row, bool [n]."""
         return np.isin(self.position, self.batch.offsets[1:] - 1)
+
+    @property
+    def truncation_penalty(self) -> np.ndarray:
+        """The penalty at the last token of each row that was cut off, 0 elsewhere, float64 [n]."""
+        return self.penalty * (self.is_last & self.per_token(self.batch.truncated))
 
     def per_token(self, per_row: np.ndarray) -> np.ndarray:
         """The number of each row, [R], repeated for each of its response tokens, float64 [n]."""
