@@ -1,4 +1,4 @@
-"""GVM artifacts that the tests make without training."""
+"""GVM artifacts for tests, made without training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dvpo_ray.gvm.model import new_value_model
 
 
 def manifest_for(model, tokenizer, **changes) -> GVMManifest:
-    """A manifest as training would write it."""
+    """A manifest like that of a training."""
     entries = {
         "base_model": "tiny",
         "num_layers": 2,
@@ -30,7 +30,7 @@ def manifest_for(model, tokenizer, **changes) -> GVMManifest:
 
 
 def make_gvm(folder: Path, base: Path, bias: float = 0.25, **changes) -> Path:
-    """An artifact on a base model, with a random head so that its values, around the bias, say something."""
+    """An artifact on a base model, with a random head, so that its values vary around the bias."""
     torch.manual_seed(1)
     model = new_value_model(str(base))
     torch.nn.init.normal_(model.score.weight, std=0.1)

@@ -1,4 +1,4 @@
-"""Compiled decoder layers compute what they compute without, whatever the shape of the rows."""
+"""Compiled decoder layers give the same results as plain ones, for rows of any shape."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_logits_and_gradients_are_those_of_the_plain_layers(tiny_model, monkeypa
     assert [name for name, _ in model.named_parameters()] == names
     counters.clear()
     compiled = [_pass(model, ids) for ids in batches]
-    assert 0 < counters["frames"]["ok"] <= 4  # compiled, and not anew for every layer or shape
+    assert 0 < counters["frames"]["ok"] <= 4  # compiled, but not again for every layer or shape
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
 
 
@@ -57,10 +57,10 @@ def test_engines_and_frozen_models_on_the_real_loop(loop_settings, tmp_path):
     train = {"train": {"steps": 2, "trackers": []}}
     compiled = {"rollout": {"backend": "vllm", "enforce_eager": False}, "scorer": {"compile": True}, "reference": {"compile": True}}
     metrics = run(loop_settings | train, tmp_path / "run", **compiled)
-    assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-4  # the engine has the learner's weights, the new ones too
+    assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-4  # the engine has the learner's weights, also the new ones
     first, second = (rollouts(tmp_path / "run", step) for step in (1, 2))
     for row in first:
-        np.testing.assert_allclose(row["reference_log_probs"], row["log_probs"], atol=1e-4)  # the same model yet
+        np.testing.assert_allclose(row["reference_log_probs"], row["log_probs"], atol=1e-4)  # still the same model
         np.testing.assert_allclose(row["values"], values_by_hand(loop_settings["gvm"]["path"], row), atol=1e-4)
     assert any(abs(a - b) > 1e-4 for row in second for a, b in zip(row["reference_log_probs"], row["log_probs"], strict=True))
 

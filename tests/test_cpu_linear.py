@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN are linear layers: same outputs, same gradients, same names."""
+"""Linear layers through oneDNN have the same outputs, gradients and names as those of torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwi
 
 @pytest.fixture
 def everywhere(monkeypatch):
-    """As on a processor where oneDNN is the faster one."""
+    """As on a processor where oneDNN is faster."""
     monkeypatch.setattr(cpu_linear, "onednn_is_faster", lambda: True)
 
 

@@ -1,4 +1,4 @@
-"""The padded forward pass gives every row what that row alone gives."""
+"""The padded forward pass gives every row the same result as the row alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GVM artifact comes back as it was saved, or is refused in one line that says why."""
+"""A GVM artifact loads as it was saved, or is refused in one line that says why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def artifact(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(artifact, tmp_path) -> Path:
-    """A copy of the artifact to be spoiled."""
+    """A copy of the artifact to damage."""
     return shutil.copytree(artifact, tmp_path / "gvm")
 
 
@@ -50,7 +50,7 @@ def refused(folder: Path, match: str, **options) -> None:
 
 
 def test_values_survive_saving(artifact):
-    """The loader gives what plain transformers gives of the same folder."""
+    """The loaded model gives the same values as plain transformers from the same folder."""
     plain = AutoModelForTokenClassification.from_pretrained(artifact, dtype=torch.float32).eval()
     model, _ = load_gvm(artifact)
     np.testing.assert_allclose(batch_values(model, BATCH, 1000), batch_values(plain, BATCH, 1000), atol=1e-6)
@@ -63,7 +63,7 @@ def test_the_loaded_model_is_frozen(artifact):
 
 
 def test_a_bfloat16_trunk_keeps_a_float32_head(artifact):
-    """Values of a bfloat16 head would be multiples of 2**-8 near 1; these are not rounded after the trunk."""
+    """A bfloat16 head would round values to multiples of 2**-8 near 1; these values are not rounded after the trunk."""
     model, _ = load_gvm(artifact, torch.bfloat16)
     values = batch_values(model, BATCH, 1000)
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
@@ -102,13 +102,6 @@ def test_unknown_version(copy, version):
     refused(copy, "format_version is .*, but this program reads version 1")
 
 
-def test_missing_version(copy):
-    content = json.loads((copy / "gvm.json").read_text())
-    del content["format_version"]
-    (copy / "gvm.json").write_text(json.dumps(content))
-    refused(copy, "format_version is null")
-
-
 @pytest.mark.parametrize("content", [b"{", b"\xff"])
 def test_unreadable_manifest(copy, content):
     (copy / "gvm.json").write_bytes(content)
@@ -122,10 +115,6 @@ def test_manifest_of_another_shape(copy):
 
 def test_another_tokenizer(artifact, tiny_chat_model):
     refused(artifact, "another tokenizer", tokenizer=AutoTokenizer.from_pretrained(tiny_chat_model))
-
-
-def test_the_same_tokenizer(artifact, tiny_model):
-    load_gvm(artifact, tokenizer=AutoTokenizer.from_pretrained(tiny_model))
 
 
 def test_another_chat_template(tiny_chat_model, tmp_path):

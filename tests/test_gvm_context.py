@@ -1,4 +1,4 @@
-"""Trajectory conditioning: who is an example for whom, where the values are, and what is refused."""
+"""Trajectory conditioning: which rows are examples, which tokens the values belong to, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from dvpo_ray.actors.frozen import ValueScorer
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
@@ -20,13 +21,17 @@ from dvpo_ray.gvm.context import (
     Origin,
     TooFewExamples,
     choose_examples,
+    rollout_values,
     with_context,
     with_peer_examples,
+    with_rollout_examples,
     without_context,
 )
 from dvpo_ray.gvm.dataset import load_gvm_data, manifest_entries
 from dvpo_ray.gvm.evaluation import evaluate_gvm
 from dvpo_ray.gvm.scoring import score_file
+from dvpo_ray.models.forward import batch_values
+from dvpo_ray.training.policy_inputs import load_inputs
 
 TWO = ContextSpec(examples=2, max_tokens=40)
 
@@ -111,7 +116,7 @@ def batches(draw, max_rows=6):
 def test_the_way_back_finds_every_original_token(batch, examples, k, rng):
     choices = np.array([rng.randrange(examples.num_rows) for _ in range(batch.num_rows * k)], dtype=np.int64).reshape(batch.num_rows, k)
     extended = with_context(batch, examples, choices)
-    expected = [r * 1000 + length - j for r, length in enumerate(batch.lengths) for j in range(length)]  # row and distance from its end
+    expected = [r * 1000 + length - j for r, length in enumerate(batch.lengths) for j in range(length)]  # row and distance to its end
     field = np.array([r * 1000 + length - j for r, length in enumerate(extended.lengths) for j in range(length)])
     assert without_context(field, extended, batch).tolist() == expected
 
@@ -120,7 +125,7 @@ def test_the_way_back_finds_every_original_token(batch, examples, k, rng):
 
 
 def peers(*rows: tuple[int, str, int], pad: int = 0) -> tuple[RaggedBatch, list[Origin]]:
-    """Rows (prompt, source, response token): the prompt's token is 100 + prompt, the response is that token and the end."""
+    """Rows (prompt, source, response token): the prompt's token is 100 + prompt, the response is its token and the end token."""
     batch = RaggedBatch.from_rows([[100 + prompt] for prompt, _, _ in rows], [[token] + [0] * pad + [2] for _, _, token in rows])
     return batch, [Origin(f"f:{r // 2 + 1}", r // 2, str(prompt), source) for r, (prompt, source, _) in enumerate(rows)]
 
@@ -143,7 +148,7 @@ def test_examples_are_by_the_same_model_and_of_other_prompts():
         examples = examples_of(extended, r)
         assert [wrote[example] for example in examples] == [source] * 2
         assert len({prompt, *(p for p, _ in examples)}) == 3
-    assert {examples_of(extended, r)[0][1] % 10 for r in range(12)} == {0, 1}  # chosen and rejected ones alike
+    assert {examples_of(extended, r)[0][1] % 10 for r in range(12)} == {0, 1}  # both chosen and rejected ones
 
 
 def test_responses_of_one_model_to_one_prompt_have_the_same_examples():
@@ -196,7 +201,7 @@ def config_of(model, train, heldout, **context) -> Config:
 
 
 def texts_before(extended: RaggedBatch, tokenizer) -> list[list[str]]:
-    """The examples before each row as text; every row begins with the BOS token."""
+    """The examples before each row as text; every example begins with the BOS token."""
     contexts = []
     for r in range(extended.num_rows):
         row = extended.tokens[extended.row(r)]
@@ -206,7 +211,7 @@ def texts_before(extended: RaggedBatch, tokenizer) -> list[list[str]]:
 
 
 def ultrafeedback(name: str, count: int) -> list[dict]:
-    """Instructions that model A and model B answer in turns better."""
+    """Instructions with answers by models A and B; each is better in turn."""
 
     def completion(model, i, score):
         return {"response": f" {name} by {model} {i}", "overall_score": score, "model": model}
@@ -215,7 +220,7 @@ def ultrafeedback(name: str, count: int) -> list[dict]:
 
 
 def test_contexts_of_raw_ultrafeedback_keep_models_and_sides_apart(tiny_model, tmp_path):
-    """Each response gets examples of its own model, from its own side of the split."""
+    """Each response gets examples from its own model and its own side of the split."""
     config = config_of(
         tiny_model, write(tmp_path / "t.jsonl", ultrafeedback("train", 6)), write(tmp_path / "h.jsonl", ultrafeedback("held", 5)), max_tokens=64
     )
@@ -289,7 +294,7 @@ def test_evaluation_reads_what_the_artifact_says_whatever_the_config(gvm, plain_
 
 
 def test_scores_are_those_of_the_rows_with_examples_of_their_model(gvm, tiny_model, tmp_path):
-    """Three rows a model and two examples, so that a row's examples are the other two, in one order or the other."""
+    """With three rows per model and two examples, the examples of a row are the other two rows, in either order."""
     rows = [{"prompt": f"Tell {i}", "response": f" a {word} day", "source_model": word} for word in ("good", "bad") for i in range(3)]
     config = config_of(tiny_model, "unused", "unused")
     assert score_file(config, gvm, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl") == 6
@@ -316,3 +321,91 @@ def test_scoring_pairs_tells_their_models_apart_and_needs_enough_rows(gvm, tiny_
     with pytest.raises(InputError, match=r"in.jsonl:1: the row needs 2 examples of source_model a, but only 1 other prompts have one"):
         score_file(config, gvm, write(tmp_path / "in.jsonl", rows[:2]), tmp_path / "none.jsonl")
     assert not (tmp_path / "none.jsonl").exists()
+
+
+# -------------------------------------------------------------------------------------- rollouts of a policy
+
+
+def rollouts(rows: int, seed: int, first_id: int = 0) -> RaggedBatch:
+    rng = np.random.default_rng(seed)
+    prompts = [[1, *rng.integers(5, 300, rng.integers(1, 6))] for _ in range(rows)]
+    responses = [rng.integers(5, 300, rng.integers(1, 12)) for _ in range(rows)]
+    return RaggedBatch.from_rows(prompts, responses, row_ids=range(first_id, first_id + rows))
+
+
+@pytest.fixture
+def scorer(gvm, tiny_model, tmp_path, monkeypatch) -> ValueScorer:
+    monkeypatch.setattr("dvpo_ray.runtime.process.redirect_process_output", lambda _: None)
+    config = Config.model_validate({"model": {"path": str(tiny_model), "dtype": "float32"}, "gvm": {"path": str(gvm)}, "seed": 3})
+    return ValueScorer(config, 0, str(tmp_path))
+
+
+def test_the_scorers_values_are_aligned_to_the_original_rows(scorer):
+    batch, examples = rollouts(5, 0), rollouts(4, 1)
+    values = scorer.score(batch, examples).by_token["values"]
+    assert values.shape == (batch.num_tokens,) and values.dtype == np.float32
+    extended = with_rollout_examples(batch, examples, TWO, seed=3)
+    for r, row in enumerate(rows_of(extended)):
+        with torch.no_grad():
+            direct = scorer.model(torch.tensor([row])).logits[0, :, 0].numpy()
+        np.testing.assert_allclose(values[batch.row(r)], direct[-batch.lengths[r] :], atol=1e-5)
+    assert not np.allclose(values, batch_values(scorer.model, batch, 1000), atol=1e-3)
+
+
+def test_a_rows_values_do_not_depend_on_its_chunk_or_the_order_of_the_examples(scorer):
+    batch, examples = rollouts(12, 0), rollouts(6, 1)
+    whole = scorer.score(batch, examples).by_token["values"]
+    shuffled = examples.select([4, 0, 5, 2, 1, 3])
+    for rows in ([7], [11, 2, 3], [0, 1, 4, 5, 6, 8, 9, 10]):
+        chunk = batch.with_token_fields(values=whole).select(rows)
+        np.testing.assert_allclose(scorer.score(chunk, shuffled).by_token["values"], chunk.by_token["values"], atol=1e-5)
+
+
+def test_no_rollout_is_its_own_example():
+    """The examples are the batch itself: two rows for each of three prompts."""
+    half = rollouts(3, 0)
+    batch = RaggedBatch.concatenate([half, rollouts(3, 0, first_id=3)])
+    extended = with_rollout_examples(batch, batch, TWO, seed=0)
+    lengths = half.lengths.sum()
+    assert extended.lengths.tolist() == [lengths] * 6  # each row after one row of each of the other two prompts
+
+
+def test_a_model_with_a_context_is_not_scored_without(scorer):
+    with pytest.raises(InputError, match=r"trained with gvm.context.examples 2 and needs examples of the policy's rollouts, but there are none"):
+        scorer.score(rollouts(2, 0))
+
+
+def test_too_few_rollouts_within_the_limit():
+    long = RaggedBatch.from_rows([[1, i] for i in range(4)], [[9] * (40 if i else 3) for i in range(4)])
+    with pytest.raises(InputError, match=r"needs 2 examples .* only 1 of 4 rollouts .* another prompt and at most 40 tokens; raise gvm.context.pool"):
+        with_rollout_examples(rollouts(1, 0), long, TWO, seed=0)
+
+
+def test_a_model_without_a_context_reads_no_examples(tiny_model, tmp_path):
+    model, manifest = load_gvm(make_gvm(tmp_path / "gvm", tiny_model))
+    batch = rollouts(3, 0)
+    values = rollout_values(model, batch, 1000, manifest.context, rollouts(4, 1), seed=0)
+    np.testing.assert_array_equal(values, batch_values(model, batch, 1000))
+
+
+def test_policy_optimisation_checks_pool_and_room_before_it_starts(gvm, tiny_model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Tell me story {i}"}) + "\n" for i in range(20)))
+
+    def inputs(pool=8, max_response_tokens=64):
+        return load_inputs(
+            Config.model_validate(
+                {
+                    "model": {"path": str(tiny_model)},
+                    "data": {"prompts": {"path": str(prompts)}, "max_prompt_tokens": 64},
+                    "rollout": {"max_response_tokens": max_response_tokens},
+                    "gvm": {"path": str(gvm), "context": {"pool": pool}},
+                }
+            )
+        )
+
+    assert inputs(pool=3, max_response_tokens=112).manifest.context == TWO  # 2 x 40 + 64 + 112 = 256
+    with pytest.raises(InputError, match=r"gvm.context.pool is 2, but .* takes 2 examples of other prompts than a row's own; set it to 3 or more"):
+        inputs(pool=2)
+    with pytest.raises(InputError, match=r"2 examples of at most 40 tokens before rows of 177 = 257 tokens, but the GVM has a context of 256"):
+        inputs(max_response_tokens=113)

@@ -1,4 +1,4 @@
-"""Views of held-out values against numbers worked out by hand, and the files that `dvpo gvm eval` writes."""
+"""Views of held-out values against hand-computed numbers, and the files that `dvpo gvm eval` writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dvpo_ray.gvm.views import (
 
 
 def heldout(*rows, outcomes=None):
-    """Rows are values[0..T], alternating chosen and rejected."""
+    """Rows are values[0..T]; chosen and rejected rows alternate."""
     lengths = np.array([len(row) for row in rows])
     outcomes = np.tile([1.0, -1.0], len(rows) // 2) if outcomes is None else np.array(outcomes)
     return HeldoutValues(np.concatenate(rows).astype(np.float32), lengths, outcomes.astype(np.float32))
@@ -42,7 +42,7 @@ def test_ties_count_half():
 
 
 def test_views_of_a_response():
-    """The value of the prompt, values[0], is in no view of the response."""
+    """No view of the response contains values[0], the value of the prompt."""
     scores = response_scores(heldout([9.0, 0.0, 1.0, 2.0, 3.0], [-9.0, 5.0]))
     assert scores["mean"].tolist() == [1.5, 5.0]
     assert scores["last"].tolist() == [3.0, 5.0]
@@ -79,7 +79,7 @@ def test_no_length_matched_pairs_no_such_view():
 
 
 def test_wilson_interval_golden_values():
-    # Wilson 1927, the usual worked example: 81 of 263 gives 0.2553 .. 0.3662 (Newcombe 1998, table I).
+    # The usual example: 81 of 263 gives 0.2553 .. 0.3662 (Newcombe 1998, table I).
     low, high = wilson_interval(np.array([1.0] * 81 + [0.0] * 182))
     assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
     # And 0 of 20: 0 .. 0.1611.
@@ -191,7 +191,7 @@ def test_evaluate_writes_json_and_plots(config, tiny_model, tmp_path):
 
 
 def test_outcomes_are_those_the_gvm_was_trained_on(config, tiny_model, tmp_path):
-    """Held-out data without scores can't measure a model of scores."""
+    """Held-out data without scores can't evaluate a model of scores."""
     gvm = make_gvm(tmp_path / "gvm", tiny_model, outcome={"kind": "score", "scale": 2.0})
     with pytest.raises(InputError, match="heldout.jsonl:1: gvm.outcome is score"):
         evaluate_gvm(config, gvm, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Pairs as ragged rows, and minibatches that reach every worker whole."""
+"""Pairs as ragged rows, and the split of minibatches over workers."""
 
 from __future__ import annotations
 
@@ -78,4 +78,4 @@ def test_every_worker_gets_as_many_micro_batches_within_the_budget(pair_tokens, 
     for group in groups:
         assert len(group) <= 1 or len(group) * pair_tokens[group].max() <= budget
     if len(pair_tokens) >= workers:
-        assert all(any(len(group) for group in part) for part in plan)  # nobody is idle while there is a pair for everyone
+        assert all(any(len(group) for group in part) for part in plan)  # no worker is idle if there are enough pairs

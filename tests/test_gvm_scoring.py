@@ -1,4 +1,4 @@
-"""`dvpo gvm score` writes, for every response, exactly the values that the model gives its tokens."""
+"""`dvpo gvm score` writes the values that the model gives to the tokens of every response."""
 
 from __future__ import annotations
 

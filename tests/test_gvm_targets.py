@@ -1,4 +1,4 @@
-"""Targets and losses of the value regression against the method's formulas, written out independently."""
+"""Targets and losses of the value regression against an independent implementation of the formulas in docs/method.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def targets(objective, rows=VALUES, outcomes=OUTCOMES, decay=0.95):
 
 
 def lambda_return(values, outcome, t, decay):
-    """METHOD's form: V(s_t) + sum over l of decay^l * delta_{t+l}."""
+    """V(s_t) + sum over l of decay^l * delta_{t+l}."""
     after = [*values[1:], outcome]
     return values[t] + sum(decay**k * (after[t + k] - values[t + k]) for k in range(len(values) - t))
 
@@ -65,12 +65,12 @@ def test_the_ends_of_lambda_are_td0_and_monte_carlo():
 
 
 def test_from_a_zero_head_the_outcome_fades_towards_the_start():
-    """METHOD §2: at 0.95 the first targets are 0.6 r ten tokens from the end and 0.006 r a hundred tokens from it."""
+    """At 0.95 the first targets are 0.6 r ten tokens before the end and 0.006 r a hundred tokens before it."""
     zero_head = [[0.0] * 201]
     result = targets("td_lambda", zero_head, [1.0])
     assert float(result[-11]) == pytest.approx(0.5987, abs=1e-4)
     assert float(result[-101]) == pytest.approx(0.00592, abs=1e-5)
-    assert float(targets("td0", zero_head, [1.0]).sum()) == 1.0  # one-step targets reach the last state alone
+    assert float(targets("td0", zero_head, [1.0]).sum()) == 1.0  # one-step targets reach only the last state
     assert (targets("monte_carlo", zero_head, [1.0]) == 1.0).all()
 
 

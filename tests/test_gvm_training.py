@@ -1,4 +1,4 @@
-"""`dvpo gvm train` on real Ray and DeepSpeed: it learns, resumes exactly, and gives one result on any number of workers."""
+"""`dvpo gvm train` on real Ray and DeepSpeed: it learns, resumes exactly, and gives the same result on any number of workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS, CHECKPOINT_EVERY = 18, 4
 
 
 def write_pairs(path: Path, count: int, seed: int) -> str:
-    """Pairs whose chosen response has good words and whose rejected one has bad words among the same filler, of any length."""
+    """Pairs with good words in the chosen and bad words in the rejected response, among the same filler, of random length."""
     rng = random.Random(seed)
 
     def text(words):
@@ -70,7 +70,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Metrics of each step without those of the clock."""
+    """Metrics of each step without timings."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name == "step" or name.startswith("gvm/")} for row in rows]
 
@@ -123,7 +123,7 @@ def test_evaluating_the_artifact_gives_the_numbers_of_training(run, settings, tm
 
 
 def interrupted(run: Path, out: Path, step: int) -> Path:
-    """The run's folder as it was when it stopped between two checkpoints."""
+    """The folder of a run that stopped between two checkpoints."""
     shutil.copytree(
         run / "checkpoints", out / "checkpoints", ignore=lambda _, names: [n for n in names if n.startswith("step_") and int(n[5:]) > step]
     )
@@ -134,7 +134,7 @@ def interrupted(run: Path, out: Path, step: int) -> Path:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run, settings, tmp_path):
-    """Its newest checkpoint is truncated, so it falls back to the one before."""
+    """The newest checkpoint is truncated, so the run resumes from the one before."""
     out = interrupted(run, tmp_path / "gvm", step=12)
     damaged = next(f for f in (out / "checkpoints" / "step_000012").rglob("*.pt"))
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -159,7 +159,7 @@ def test_a_run_is_not_resumed_with_another_length(run, settings, tmp_path):
 
 
 def test_a_run_that_diverges_is_stopped_and_leaves_no_model(ray_session, settings, tmp_path):
-    """A reward model's, which the same steps train: the line names its own section."""
+    """A reward model is trained by the same code; the line names its own config section."""
     from dvpo_ray.training.value_model import train_value_model
 
     config = Config.model_validate(settings | {"reward_model": settings["gvm"] | {"learning_rate": 1e30}})
@@ -168,11 +168,11 @@ def test_a_run_that_diverges_is_stopped_and_leaves_no_model(ray_session, setting
         train_value_model(config, config.reward_model, tmp_path / "run")
     assert not (tmp_path / "run" / "final").exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["state"] == "failed" and summary["steps"] == len(metrics(tmp_path / "run")) + 1  # the step that diverged is not written
+    assert summary["state"] == "failed" and summary["steps"] == len(metrics(tmp_path / "run")) + 1  # the diverged step is not written
 
 
 def test_two_workers_give_the_result_of_one(run, settings, tmp_path):
-    """Minibatches of 7 and 8 pairs over two workers, in micro-batches of another size, under ZeRO-2."""
+    """Minibatches of 7 and 8 pairs on two workers, with micro-batches of another size, under ZeRO-2."""
     out = tmp_path / "gvm"
     train(settings, out, num_actors=2, cpus_per_actor=1, micro_batch_tokens=120, deepspeed={"zero_stage": 2})
     for one, two in zip(metrics(run), metrics(out), strict=True):
@@ -196,7 +196,7 @@ def test_lora_under_zero_3_is_merged_into_a_plain_artifact(ray_session, settings
 
 
 def write_styles(path: Path, count: int, seed: int) -> str:
-    """Pairs of two models; every response of one is good and every response of the other is not, and no prompt tells which one answers."""
+    """Pairs of two models: all responses of one are good, all of the other bad, and the prompt does not tell which model answers."""
     rng = random.Random(seed)
     rows = []
     for i in range(count):
@@ -209,7 +209,7 @@ def write_styles(path: Path, count: int, seed: int) -> str:
 
 
 def test_with_examples_of_the_policy_the_prompts_value_is_that_policys(ray_session, settings, tmp_path):
-    """At the prompt alone only the examples can tell the two models apart; without them the outcome's variance stays unexplained."""
+    """At the prompt only the examples tell the two models apart; without them the variance of the outcome stays unexplained."""
     preferences = {"path": write_styles(tmp_path / "train.jsonl", 64, 0), "heldout_path": write_styles(tmp_path / "heldout.jsonl", 40, 1)}
     data = settings["data"] | {"preferences": preferences}
 

@@ -1,4 +1,4 @@
-"""The policy loss and the engine-learner mismatch: hand-computed numbers, gradients, and sums that add up."""
+"""The policy loss and the mismatch of engine and learner: hand-computed numbers, gradients and sums."""
 
 from __future__ import annotations
 

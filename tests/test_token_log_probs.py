@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies by blocks of rows against PyTorch's own, with their gradients and their memory."""
+"""Log-probabilities and entropies by blocks of rows against PyTorch: values, gradients and memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Partial training, and the weights that leave the learner."""
+"""Partial training, and the weights that the learner sends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dvpo_ray.config.schema import LoraConfig
-from dvpo_ray.errors import InputError
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
 
 
@@ -51,11 +50,6 @@ def test_a_layer_with_one_adapter_travels_whole(model):
     assert "model.layers.1.self_attn.k_proj.weight" in names  # fused with q_proj in an inference engine
 
 
-def test_more_layers_than_there_are(model):
-    with pytest.raises(InputError, match="policy.trainable_layers is 3, but the model has 2 decoder layers"):
-        train_last_layers(model, 3)
-
-
 def test_dropout_is_off_for_good(model):
     lora = apply_lora(model, LoraConfig(rank=2, dropout=0.5))
     disable_dropout(lora)
@@ -71,17 +65,5 @@ def test_adapters_on_chosen_layers_only(model):
     lora = apply_lora(model, LoraConfig(rank=2, layers=[1]))
     adapted = {name for name, _ in lora.named_parameters() if "lora_A" in name}
     assert adapted and all(".layers.1." in name for name in adapted)
-    assert {name.split(".lora_A")[0].rpartition(".")[2] for name in adapted} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
-
-
-def test_adapters_on_a_layer_that_is_not_there(model):
-    with pytest.raises(InputError, match="lora.layers names layer 2, but the model has the decoder layers 0 to 1"):
-        apply_lora(model, LoraConfig(rank=2, layers=[2]))
+    names = {name.split(".lora_A")[0].rpartition(".")[2] for name in adapted}
+    assert names == {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
