@@ -58,7 +58,7 @@ def test_examples_are_of_distinct_other_prompts_or_refused(prompts, pool, k, see
     if short:
         with pytest.raises(TooFewExamples) as caught:
             choose_examples(range(len(prompts)), prompts, pool, k, seed)
-        assert (caught.value.row, caught.value.available) == (short[0], len(set(pool) - {prompts[short[0]]}))
+        assert caught.value.args == (short[0], len(set(pool) - {prompts[short[0]]}))
         return
     choices = choose_examples(range(len(prompts)), prompts, pool, k, seed)
     assert choices.shape == (len(prompts), k)

@@ -20,17 +20,7 @@ from dvpo_ray.models.forward import batch_values
 
 
 class TooFewExamples(ValueError):
-    """The pool has examples for too few prompts other than the row's own.
-
-    Attributes:
-        row: index of the row.
-        available: number of other prompts in the pool.
-    """
-
-    def __init__(self, row: int, available: int) -> None:
-        super().__init__(f"row {row}: the pool has {available} other prompts")
-        self.row = row
-        self.available = available
+    """The pool has too few prompts other than the row's own. `args`: the index of the row, and the number of other prompts."""
 
 
 def choose_examples(
@@ -143,9 +133,10 @@ def with_peer_examples(batch: RaggedBatch, origins: Sequence[Origin], spec: Cont
         try:
             choices[rows] = pool[choose_examples(numbers, prompts, [origins[r].prompt for r in pool], spec.examples, seed)]
         except TooFewExamples as error:
+            row, available = error.args
             by = "without a source_model" if source is None else f"of source_model {source}"
             raise InputError(
-                f"{origins[rows[error.row]].where}: the row needs {spec.examples} examples {by}, but only {error.available} other prompts have "
+                f"{origins[rows[row]].where}: the row needs {spec.examples} examples {by}, but only {available} other prompts have "
                 f"one of at most {spec.max_tokens} tokens; add such rows, or train the GVM with lower gvm.context.examples or higher "
                 "gvm.context.max_tokens"
             ) from error
@@ -182,8 +173,9 @@ def with_rollout_examples(batch: RaggedBatch, examples: RaggedBatch, spec: Conte
     try:
         choices = choose_examples(batch.row_ids, _prompt_keys(batch), _prompt_keys(pool), spec.examples, seed)
     except TooFewExamples as error:
+        _, available = error.args
         raise InputError(
-            f"the value model needs {spec.examples} examples before a row, but only {error.available} of {examples.num_rows} rollouts of the "
+            f"the value model needs {spec.examples} examples before a row, but only {available} of {examples.num_rows} rollouts of the "
             f"current policy have another prompt and at most {spec.max_tokens} tokens; raise gvm.context.pool, lower "
             "rollout.max_response_tokens, or train the GVM with higher gvm.context.max_tokens"
         ) from error

@@ -129,8 +129,7 @@ def _axes(file: Path, title: str, x: str, y: str) -> Iterator[Axes]:
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
     yield axes
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    axes.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
 

@@ -58,18 +58,15 @@ def build_pairs(pairs: Sequence[EncodedPair], outcome: Literal["binary", "score"
     Raises:
         InputError: `outcome` is `score` and a pair has no scores.
     """
-    outcomes = [r for pair in pairs for r in _outcomes(pair, outcome, scale)]
+    outcomes: list[float] = []
+    for pair in pairs:
+        scores = (pair.chosen_score, pair.rejected_score)
+        if outcome == "score" and None in scores:
+            raise InputError(
+                f"{pair.where}: gvm.outcome is score, but the row has no chosen_score and rejected_score; add them or set gvm.outcome=binary"
+            )
+        outcomes += (1.0, -1.0) if outcome == "binary" else (scale * score for score in scores)
     return PairBatch(rows_of_pairs(pairs).with_row_fields(outcome=np.array(outcomes, dtype=np.float32)))
-
-
-def _outcomes(pair: EncodedPair, outcome: Literal["binary", "score"], scale: float) -> list[float]:
-    if outcome == "binary":
-        return [1.0, -1.0]
-    if pair.chosen_score is None or pair.rejected_score is None:
-        raise InputError(
-            f"{pair.where}: gvm.outcome is score, but the row has no chosen_score and rejected_score; add them or set gvm.outcome=binary"
-        )
-    return [scale * pair.chosen_score, scale * pair.rejected_score]
 
 
 def minibatches(num_pairs: int, pairs_per_step: int, epoch: int, seed: int) -> list[np.ndarray]:
