@@ -405,7 +405,8 @@ def test_policy_optimisation_checks_pool_and_room_before_it_starts(gvm, tiny_mod
         )
 
     assert inputs(pool=3, max_response_tokens=112).manifest.context == TWO  # 2 x 40 + 64 + 112 = 256
-    with pytest.raises(InputError, match=r"gvm.context.pool is 2, but .* takes 2 examples of other prompts than a row's own; set it to 3 or more"):
+    told = r"gvm.context.pool is 2, but .* takes 2 examples, none of them of the row's own prompt; set it to 3 or more"
+    with pytest.raises(InputError, match=told):
         inputs(pool=2)
     with pytest.raises(InputError, match=r"2 examples of at most 40 tokens before rows of 177 = 257 tokens, but the GVM has a context of 256"):
         inputs(max_response_tokens=113)
