@@ -8,29 +8,31 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NoReturn
 
 from dvpo_ray import __version__
-from dvpo_ray.commands import bench, doctor, dpo, experiment, gvm, plan, quickstart, report, rm, sft, train
-from dvpo_ray.commands import eval as evaluate
+from dvpo_ray.commands import bench, experiment, plan, quickstart, results, train
+from dvpo_ray.commands.common import Command, add_commands, group
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.monitoring.logs import quiet_libraries
 from dvpo_ray.runtime.termination import Termination
 
-COMMANDS: dict[str, ModuleType] = {
-    "quickstart": quickstart,
-    "sft": sft,
-    "gvm": gvm,
-    "rm": rm,
-    "dpo": dpo,
-    "train": train,
-    "eval": evaluate,
-    "plan": plan,
-    "bench": bench,
-    "experiment": experiment,
-    "report": report,
-    "doctor": doctor,
+COMMANDS: dict[str, Command] = {
+    "quickstart": quickstart.QUICKSTART,
+    "sft": train.SFT,
+    "gvm": group(
+        "train, evaluate or apply a Global Value Model",
+        {"train": train.GVM, "eval": results.GVM_EVAL, "score": results.GVM_SCORE},
+    ),
+    "rm": group("train a Bradley-Terry reward model for the baselines", {"train": train.REWARD_MODEL}),
+    "dpo": train.DPO,
+    "train": train.TRAIN,
+    "eval": results.EVAL,
+    "plan": plan.PLAN,
+    "bench": Command(bench.HELP, bench.EXAMPLE, bench.add_arguments, bench.run),
+    "experiment": Command(experiment.HELP, experiment.EXAMPLE, experiment.add_arguments, experiment.run),
+    "report": results.REPORT,
+    "doctor": plan.DOCTOR,
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -40,19 +42,15 @@ EXIT_TERMINATED = 143
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 2 bad input or a missing resource, 130 interrupted, 143 ended by SIGTERM.
 
-    Every other exception is a defect and keeps its traceback.
+    Every other exception is a bug and keeps its traceback.
     """
     termination = Termination()
     try:
         args = parse_arguments(argv)
         quiet_libraries()
         return args.run(args)
-    except (InputError, ResourceError) as error:
-        # Ray wraps an actor's error in one of the same class whose text is a traceback; the original is its `cause`.
-        print(f"dvpo: {_one_line(getattr(error, 'cause', None) or error)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except OSError as error:
-        print(f"dvpo: {_system_refusal(error)}", file=sys.stderr)
+    except (InputError, ResourceError, OSError) as error:
+        print("dvpo:", *_refusal(error).split(), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("dvpo: ended by SIGTERM" if termination.received else "dvpo: interrupted", file=sys.stderr)
@@ -65,10 +63,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The parsed command line; `run` in it is the command's function.
 
     Raises:
-        InputError: argparse's complaint, in one line.
+        InputError: argparse's error, in one line.
     """
     args, rest = build_parser().parse_known_args(argv)
-    # argparse takes the overrides before the first option only; those after it arrive here.
+    # argparse takes only the overrides before the first option; the others arrive in `rest`.
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
     unknown = [text for text in rest if text not in overrides]
     if unknown or (overrides and not hasattr(args, "overrides")):
@@ -82,26 +80,22 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(prog="dvpo", description="RLHF with a pretrained, frozen value model.", epilog="dvpo quickstart")
     parser.add_argument("--version", action="version", version=f"dvpo {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=f"{module.HELP}.", epilog=module.EXAMPLE)
-        command.set_defaults(run=module.run)
-        module.add_arguments(command)
+    add_commands(parser, COMMANDS)
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with whole option names, an example at the end of every help, and errors of one line."""
+    """argparse that takes whole option names only, shows an example at the end of every help, and raises errors of one line."""
 
     def __init__(self, *args, epilog: str, **kwargs) -> None:
         super().__init__(*args, epilog=f"example:\n  {epilog}", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self.set_defaults(parser=self)  # of the command that is chosen; the innermost one's default wins
+        self.set_defaults(parser=self)  # the innermost parser wins, which is that of the chosen command
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
 
     def unknown_argument(self, argument: str) -> str:
-        """The complaint about an argument that this command does not know, with the nearest option."""
+        """The error about an argument that this command does not know, with the nearest option."""
         option = argument.partition("=")[0]
         nearest = difflib.get_close_matches(option, self._option_string_actions, n=1) if option.startswith("-") else []
         if nearest:
@@ -110,18 +104,17 @@ class _Parser(argparse.ArgumentParser):
         return f"unknown argument {argument}{hint}; see `{self.prog} --help`"
 
 
-def _system_refusal(error: OSError) -> str:
-    """What the system said about a path, in words.
+def _refusal(error: Exception) -> str:
+    """What is wrong and what to do about it.
 
     Raises:
-        OSError: the error itself, where it is about no path, so that nobody's input is to blame.
+        OSError: the error itself, when it names no path: then it is a bug, and nobody's input is to blame.
     """
+    if not isinstance(error, OSError):
+        # Ray wraps an actor's error in one of the same class whose text is a traceback; the original is its `cause`.
+        return str(getattr(error, "cause", None) or error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume"
     if not isinstance(error.filename, str | os.PathLike) or error.strerror is None:
         raise error
     return f"{error.filename}: the system refuses it: {error.strerror}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -236,11 +236,9 @@ def test_a_folder_with_files_is_kept(command, backend, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("out", "reason"),
     [
-        ("file/run", "nothing can be written there: a file is in the way at file; give another place"),
-        ("file", ""),
+        ("file/run", "cannot be a folder, because file is a file; give another place"),
+        ("file", "already there"),
         ("x" * 300, "File name too long"),
-        ("deep/" + "y" * 300, "File name too long"),
-        ("/proc/run", "No such file or directory"),
     ],
 )
 @pytest.mark.parametrize(

@@ -7,10 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dvpo_ray.commands.common import add_config_arguments, dated_folder, load
-from dvpo_ray.commands.gvm import missing_pairs
-from dvpo_ray.commands.paths import check_new_folder
-from dvpo_ray.commands.train import check_train_config
+from dvpo_ray.commands.common import add_config_arguments, check_new_folder, dated_folder, load
+from dvpo_ray.commands.train import check_train_config, missing_pairs
 from dvpo_ray.config import Config, override_config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import SAME_UPDATE, check_equal

@@ -1,31 +1,63 @@
-"""What the commands share: the config arguments, the run folder, and the print of a plan."""
+"""What the commands share: their form, the config arguments, the print of a plan, and checks of what they would write."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
-from dvpo_ray.commands.paths import check_writable_folder
 from dvpo_ray.config import Config, dump_config, load_config
-from dvpo_ray.config.schema import TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, total_resources
-from dvpo_ray.training.run_folder import check_new
+
+
+@dataclass
+class Command:
+    """One command of `dvpo`.
+
+    Attributes:
+        help: one line.
+        example: a whole command line, shown at the end of the help.
+        add_arguments: adds the command's arguments to its parser.
+        run: does the work and returns the exit status; None for a group of commands.
+    """
+
+    help: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int] | None = None
+
+
+def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command]) -> None:
+    """Add commands by their names; `run` of the parsed arguments is the chosen command's function."""
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=f"{command.help}.", epilog=command.example)
+        subparser.set_defaults(run=command.run)
+        command.add_arguments(subparser)
+
+
+def group(help: str, commands: Mapping[str, Command]) -> Command:
+    """A command that has subcommands; its example is that of the first one."""
+    return Command(help, next(iter(commands.values())).example, partial(add_commands, commands=commands))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its overrides."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file, for example cluster_configs/local-cpu.yaml")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings that replace those of the file; the value is YAML")
+    add_overrides(parser, "the file")
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
-    """CONFIG, overrides, and the options of commands that make a run folder."""
-    add_config_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help=f"run folder, new or empty (default: `out` of the config, else {folder})")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the run folder from its last whole checkpoint")
+def add_overrides(parser: argparse.ArgumentParser, replaced: str) -> None:
+    """Overrides of the settings of `replaced`."""
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=f"settings that replace those of {replaced}; the value is YAML")
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
 
 
@@ -34,37 +66,53 @@ def load(args: argparse.Namespace) -> Config:
     return load_config(args.config, args.overrides)
 
 
-def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = "") -> Path:
-    """The run folder: `--out`, else `out` of the config, else `runs/<name><suffix>-<time>`.
-
-    Raises:
-        InputError: the folder holds another run's files and `--resume` isn't given, nothing can be written there, or there is nothing to resume.
-    """
-    named = args.out or (Path(config.out) if config.out else None)
-    if args.resume:
-        if named is None:
-            raise InputError("--resume needs the run folder to continue: --out DIR")
-        if not named.is_dir():
-            raise InputError(f"{named}: no run folder to resume")
-        return named
-    folder = named or dated_folder(config, suffix)
-    check_new(folder)
-    check_writable_folder(folder)
-    return folder
-
-
 def dated_folder(config: Config, suffix: str = "") -> Path:
-    """`runs/<name><suffix>-<time>`, the folder of what has no other."""
+    """`runs/<name><suffix>-<time>`, the default folder of results."""
     return Path("runs") / f"{config.name}{suffix}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def rows_per_optimizer_step(stage: TRLStageConfig, row: str) -> list[str]:
-    """The batch arithmetic of a stage that a trainer of TRL runs; `row` is what its rows are."""
-    rows = stage.batch_size * stage.gradient_accumulation_steps
-    return [
-        f"{row}s per optimizer step".ljust(25) + f"{rows} = {stage.batch_size} x {stage.gradient_accumulation_steps} accumulated",
-        f"optimizer steps          {stage.epochs:g} epochs x training {row}s / {rows}",
-    ]
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check_new_folder(folder: Path, what: str) -> None:
+    """Refuse a folder for results that is not empty or cannot be written to.
+
+    Args:
+        what: the results, for the message.
+
+    Raises:
+        InputError: names the folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already there and not empty, and {what} would take its place; give another --out")
+    check_writable_folder(folder)
+
+
+def check_new_file(file: Path, option: str) -> None:
+    """Refuse a file for results that exists, or whose folder cannot be written to.
+
+    Raises:
+        InputError: names the file and the option that chose it.
+    """
+    if file.exists():
+        raise InputError(f"{file}: already there, and {option} would take its place; give another file, or remove that one")
+    check_writable_folder(file.parent)
+
+
+def check_writable_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to; nothing is made.
+
+    Raises:
+        InputError: names the folder, and what is in the way.
+    """
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():
+        raise InputError(f"{folder}: cannot be a folder, because {there} is a file; give another place")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{folder}: you may not write to {there}; give another place")
+
+
+# -------------------------------------------------------------------------------------------------------------- plan
 
 
 def print_plan(config: Config, arithmetic: Iterable[str], bundles: Iterable[Bundle], notes: Iterable[str]) -> None:
@@ -78,13 +126,11 @@ def print_plan(config: Config, arithmetic: Iterable[str], bundles: Iterable[Bund
 
 def _placement_lines(bundles: list[Bundle]) -> list[str]:
     if not bundles:
-        return ["this process, on its GPU where there is one"]
-    roles = dict.fromkeys(bundle.role for bundle in bundles)
-    lines = [_role_line([bundle for bundle in bundles if bundle.role == role]) for role in roles]
+        return ["this process, on its GPU if there is one"]
+    counts = {bundle.role: bundle.index + 1 for bundle in bundles}
+    firsts = [bundle for bundle in bundles if bundle.index == 0]
     cpus, gpus = total_resources(bundles)
-    return [*lines, f"{'total':<12} {cpus:g} CPUs, {gpus:g} GPUs"]
-
-
-def _role_line(bundles: list[Bundle]) -> str:
-    one = bundles[0]
-    return f"{one.role:<12} {len(bundles)} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs)"
+    return [
+        *(f"{one.role:<12} {counts[one.role]} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs)" for one in firsts),
+        f"{'total':<12} {cpus:g} CPUs, {gpus:g} GPUs",
+    ]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from dvpo_ray.commands.common import add_config_arguments
-from dvpo_ray.commands.paths import check_writable_folder
+from dvpo_ray.commands.common import add_config_arguments, check_writable_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config.options import whole_number
 from dvpo_ray.experiments.registry import STUDIES
