@@ -18,21 +18,21 @@ from dvpo_ray.monitoring.logs import quiet_libraries
 from dvpo_ray.runtime.termination import Termination
 
 COMMANDS: dict[str, Command] = {
-    "quickstart": quickstart.QUICKSTART,
+    "quickstart": quickstart.quickstart,
     "sft": train.SFT,
     "gvm": group(
         "train, evaluate or apply a Global Value Model",
-        {"train": train.GVM, "eval": results.GVM_EVAL, "score": results.GVM_SCORE},
+        {"train": train.GVM, "eval": results.evaluate_gvm, "score": results.score},
     ),
     "rm": group("train a Bradley-Terry reward model for the baselines", {"train": train.REWARD_MODEL}),
     "dpo": train.DPO,
     "train": train.TRAIN,
-    "eval": results.EVAL,
-    "plan": plan.PLAN,
+    "eval": results.evaluate,
+    "plan": plan.plan,
     "bench": Command(bench.HELP, bench.EXAMPLE, bench.add_arguments, bench.run),
     "experiment": Command(experiment.HELP, experiment.EXAMPLE, experiment.add_arguments, experiment.run),
-    "report": results.REPORT,
-    "doctor": plan.DOCTOR,
+    "report": results.report,
+    "doctor": plan.doctor,
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
         quiet_libraries()
-        return args.run(args)
+        return args.run(args) or 0
     except (InputError, ResourceError, OSError) as error:
         print("dvpo:", *_refusal(error).split(), file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(prog="dvpo", description="RLHF with a pretrained, frozen value model.", epilog="dvpo quickstart")
     parser.add_argument("--version", action="version", version=f"dvpo {__version__}")
-    add_commands(parser, COMMANDS)
+    add_commands(COMMANDS, parser)
     return parser
 
 

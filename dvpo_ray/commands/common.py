@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable, Iterable, Mapping
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -23,45 +24,62 @@ class Command:
         help: one line.
         example: a whole command line, shown at the end of the help.
         add_arguments: adds the command's arguments to its parser.
-        run: does the work and returns the exit status; None for a group of commands.
+        run: does the work. It returns the exit status where that may be another than 0. A group of commands has none.
     """
 
     help: str
     example: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int] | None = None
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int | None] | None = None
 
 
-def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command]) -> None:
-    """Add commands by their names; `run` of the parsed arguments is the chosen command's function."""
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, command in commands.items():
-        subparser = subparsers.add_parser(name, help=command.help, description=f"{command.help}.", epilog=command.example)
-        subparser.set_defaults(run=command.run)
-        command.add_arguments(subparser)
+Argument = tuple[str, dict]
+"""Name and settings of an argument, as `add_argument` takes them."""
+
+
+def argument(name: str, **settings) -> Argument:
+    return name, settings
+
+
+def overrides(replaced: str) -> Argument:
+    """KEY=VALUE of the settings of `replaced`."""
+    return argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=f"settings that replace those of {replaced}; the value is YAML")
+
+
+CONFIG = (argument("config", metavar="CONFIG", help="YAML file, for example cluster_configs/local-cpu.yaml"), overrides("the file"))
+DRY_RUN = argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
+
+
+def command(help: str, example: str, *arguments: Argument) -> Callable[[Callable], Command]:
+    """A decorator that makes a function the work of a command with these arguments."""
+    return partial(Command, help, example, partial(_add_arguments, arguments))
 
 
 def group(help: str, commands: Mapping[str, Command]) -> Command:
-    """A command that has subcommands; its example is that of the first one."""
-    return Command(help, next(iter(commands.values())).example, partial(add_commands, commands=commands))
+    """A command that has subcommands. Its example is that of the first one."""
+    return Command(help, next(iter(commands.values())).example, partial(add_commands, commands))
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_commands(commands: Mapping[str, Command], parser: ArgumentParser) -> None:
+    """Add commands by their names. `run` of the parsed arguments is the chosen command's function."""
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, one in commands.items():
+        subparser = subparsers.add_parser(name, help=one.help, description=f"{one.help}.", epilog=one.example)
+        subparser.set_defaults(run=one.run)
+        one.add_arguments(subparser)
+
+
+def _add_arguments(arguments: Iterable[Argument], parser: ArgumentParser) -> None:
+    for name, settings in arguments:
+        parser.add_argument(name, **settings)
+
+
+def add_config_arguments(parser: ArgumentParser) -> None:
     """CONFIG and its overrides."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, for example cluster_configs/local-cpu.yaml")
-    add_overrides(parser, "the file")
+    _add_arguments(CONFIG, parser)
 
 
-def add_overrides(parser: argparse.ArgumentParser, replaced: str) -> None:
-    """Overrides of the settings of `replaced`."""
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=f"settings that replace those of {replaced}; the value is YAML")
-
-
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
-
-
-def load(args: argparse.Namespace) -> Config:
+def load(args: Namespace) -> Config:
     """The config that the command line names."""
     return load_config(args.config, args.overrides)
 
@@ -115,22 +133,22 @@ def check_writable_folder(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- plan
 
 
-def print_plan(config: Config, arithmetic: Iterable[str], bundles: Iterable[Bundle], notes: Iterable[str]) -> None:
+def print_plan(config: Config, arithmetic: Mapping[str, str], bundles: Sequence[Bundle], notes: Iterable[str]) -> None:
     """Print a plan that is itself a config file: the resolved YAML, then the rest as comments."""
     print(dump_config(config))
-    print("# batch arithmetic", *arithmetic, sep="\n#   ")
-    print("# placement", *_placement_lines(list(bundles)), sep="\n#   ")
+    print("# batch arithmetic", *(f"{name:<25}{numbers}" for name, numbers in arithmetic.items()), sep="\n#   ")
+    print("# placement", *_placement_lines(bundles), sep="\n#   ")
     for note in notes:
         print(f"# note: {note}")
 
 
-def _placement_lines(bundles: list[Bundle]) -> list[str]:
+def _placement_lines(bundles: Sequence[Bundle]) -> list[str]:
     if not bundles:
         return ["this process, on its GPU if there is one"]
-    counts = {bundle.role: bundle.index + 1 for bundle in bundles}
-    firsts = [bundle for bundle in bundles if bundle.index == 0]
+    actors = Counter(bundle.role for bundle in bundles)
+    first = [bundle for bundle in bundles if bundle.index == 0]
     cpus, gpus = total_resources(bundles)
     return [
-        *(f"{one.role:<12} {counts[one.role]} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs)" for one in firsts),
+        *(f"{one.role:<12} {actors[one.role]} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs)" for one in first),
         f"{'total':<12} {cpus:g} CPUs, {gpus:g} GPUs",
     ]

@@ -1,27 +1,28 @@
-"""What is known before a run: `dvpo plan` predicts memory, fit and time, `dvpo doctor` checks the machine."""
+"""What can be known before a run: `dvpo plan` predicts memory, fit and time; `dvpo doctor` checks the machine."""
 
 from __future__ import annotations
 
-import argparse
 import json
+from argparse import Namespace
 from pathlib import Path
 
-from dvpo_ray.commands.common import Command, add_config_arguments, check_new_file, load
+from dvpo_ray.commands.common import CONFIG, argument, check_new_file, command, load
 from dvpo_ray.config.inputs import not_made_yet, plan_inputs, policy_misfits, problems
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.options import finite_number
 from dvpo_ray.errors import InputError
 
 
-def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-    parser.add_argument("--device", metavar="NAME", help="GPU that the run will have, for example a100-80gb (default: this machine's)")
-    parser.add_argument("--calibrate", action="store_true", help="measure the speed of this machine on two layers of the model, in seconds")
-    parser.add_argument("--node-memory-gib", metavar="GIB", type=finite_number(above=0), help="host memory of a node (default: this machine's)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON, to a new file")
-
-
-def _plan(args: argparse.Namespace) -> int:
+@command(
+    "predict memory and step time of a run, and whether it fits, without loading weights",
+    "dvpo plan cluster_configs/single-node-8gpu.yaml --device a100-80gb --node-memory-gib 1000",
+    *CONFIG,
+    argument("--device", metavar="NAME", help="GPU that the run will have, for example a100-80gb (default: this machine's)"),
+    argument("--calibrate", action="store_true", help="measure the speed of this machine on two layers of the model, in seconds"),
+    argument("--node-memory-gib", metavar="GIB", type=finite_number(above=0), help="host memory of a node (default: this machine's)"),
+    argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON, to a new file"),
+)
+def plan(args: Namespace) -> None:
     config = load(args)
     if args.calibrate and args.device is not None:
         raise InputError(f"--calibrate measures this machine and --device {args.device} names another; give one of them")
@@ -41,22 +42,11 @@ def _plan(args: argparse.Namespace) -> int:
     if args.json is not None:
         with whole_file(args.json) as file:
             json.dump({**plan.as_json(), "notes": notes}, file, indent=2)
-    return 0
 
 
-PLAN = Command(
-    "predict memory and step time of a run, and whether it fits, without loading weights",
-    "dvpo plan cluster_configs/single-node-8gpu.yaml --device a100-80gb --node-memory-gib 1000",
-    _add_plan_arguments,
-    _plan,
-)
-
-
-def _doctor(args: argparse.Namespace) -> int:
+@command("check that this machine has what a run needs, and say how to fix the rest", "dvpo doctor")
+def doctor(args: Namespace) -> int:
     from dvpo_ray.runtime.doctor import print_report, run_checks
 
     print("importing every library in its own process, about half a minute ...", flush=True)
     return print_report(run_checks())
-
-
-DOCTOR = Command("check that this machine has what a run needs, and say how to fix the rest", "dvpo doctor", lambda parser: None, _doctor)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
-from dvpo_ray.commands.common import Command, add_config_arguments, check_new_file, check_new_folder, dated_folder, load
+from dvpo_ray.commands.common import CONFIG, argument, check_new_file, check_new_folder, command, dated_folder, load
 from dvpo_ray.config import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
-# -------------------------------------------------------------------------------------------------------------- eval
 
-
-def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-    parser.add_argument("--policy", metavar="MODEL", help="checkpoint folder or hub name (default: model.path of the config)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="new folder for the judged responses (default: runs/<name>-eval-<time>)")
-
-
-def _eval(args: argparse.Namespace) -> int:
+@command(
+    "judge a policy's responses to the held-out prompts",
+    "dvpo eval cluster_configs/local-cpu.yaml --policy runs/first/final --out runs/first-eval",
+    *CONFIG,
+    argument("--policy", metavar="MODEL", help="checkpoint folder or hub name (default: model.path of the config)"),
+    argument("--out", metavar="DIR", type=Path, help="new folder for the judged responses (default: runs/<name>-eval-<time>)"),
+)
+def evaluate(args: Namespace) -> None:
     config = load(args)
     if config.data.prompts is None:
         raise InputError(f"{args.config}: data.prompts.path is not set; give the prompts to evaluate on")
@@ -32,44 +31,25 @@ def _eval(args: argparse.Namespace) -> int:
     from dvpo_ray.training.evaluate import evaluate_policy
 
     print(json.dumps(evaluate_policy(config, args.policy or config.model.path, out), indent=2))
-    return 0
 
 
-EVAL = Command(
-    "judge a policy's responses to the held-out prompts",
-    "dvpo eval cluster_configs/local-cpu.yaml --policy runs/first/final --out runs/first-eval",
-    _add_eval_arguments,
-    _eval,
-)
+GVM = argument("--gvm", metavar="DIR", type=Path, help="GVM folder (default: gvm.path of the config)")
 
 
-# --------------------------------------------------------------------------------------------------------------- gvm
-
-
-def _add_gvm_arguments(parser: argparse.ArgumentParser) -> None:
-    add_config_arguments(parser)
-    parser.add_argument("--gvm", metavar="DIR", type=Path, help="GVM folder (default: gvm.path of the config)")
-
-
-def _add_gvm_eval_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_gvm_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="new folder for the JSON and the plots (default: runs/<name>-gvm-eval-<time>)")
-
-
-def _add_gvm_score_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_gvm_arguments(parser)
-    parser.add_argument("--input", metavar="FILE", type=Path, required=True, help="rows with a prompt and responses")
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="new JSONL file, one object per row")
-
-
-def _load_with_gvm(args: argparse.Namespace) -> tuple[Config, Path]:
+def _load_with_gvm(args: Namespace) -> tuple[Config, Path]:
     config = load(args)
     if args.gvm is None and config.gvm.path is None:
         raise InputError(f"{args.config}: which value model? give --gvm DIR or set gvm.path")
     return config, args.gvm or Path(config.gvm.path)
 
 
-def _gvm_eval(args: argparse.Namespace) -> int:
+@command(
+    "measure a value model on held-out pairs",
+    "dvpo gvm eval cluster_configs/local-cpu.yaml --gvm runs/gvm/final --out runs/gvm-eval",
+    *(*CONFIG, GVM),
+    argument("--out", metavar="DIR", type=Path, help="new folder for the JSON and the plots (default: runs/<name>-gvm-eval-<time>)"),
+)
+def evaluate_gvm(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     out = args.out or dated_folder(config, "-gvm-eval")
     check_new_folder(out, "the evaluation")
@@ -77,48 +57,33 @@ def _gvm_eval(args: argparse.Namespace) -> int:
     from dvpo_ray.gvm.evaluation import evaluate_gvm
 
     print(json.dumps(evaluate_gvm(config, gvm, out), indent=2))
-    return 0
 
 
-def _gvm_score(args: argparse.Namespace) -> int:
+@command(
+    "write the values of every response of a file",
+    "dvpo gvm score cluster_configs/local-cpu.yaml --gvm runs/gvm/final --input pairs.jsonl --output values.jsonl",
+    *(*CONFIG, GVM),
+    argument("--input", metavar="FILE", type=Path, required=True, help="rows with a prompt and responses"),
+    argument("--output", metavar="FILE", type=Path, required=True, help="new JSONL file, one object per row"),
+)
+def score(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     check_new_file(args.output, "--output")
 
     from dvpo_ray.gvm.scoring import score_file
 
     print(f"{args.output}: {score_file(config, gvm, args.input, args.output)} rows")
-    return 0
 
 
-GVM_EVAL = Command(
-    "measure a value model on held-out pairs",
-    "dvpo gvm eval cluster_configs/local-cpu.yaml --gvm runs/gvm/final --out runs/gvm-eval",
-    _add_gvm_eval_arguments,
-    _gvm_eval,
+@command(
+    "write report.html of a run folder",
+    "dvpo report runs/first",
+    argument("run_folder", metavar="RUN", type=Path, help="run folder of `dvpo train`"),
 )
-GVM_SCORE = Command(
-    "write the values of every response of a file",
-    "dvpo gvm score cluster_configs/local-cpu.yaml --gvm runs/gvm/final --input pairs.jsonl --output values.jsonl",
-    _add_gvm_score_arguments,
-    _gvm_score,
-)
-
-
-# ------------------------------------------------------------------------------------------------------------ report
-
-
-def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder of `dvpo train`")
-
-
-def _report(args: argparse.Namespace) -> int:
+def report(args: Namespace) -> None:
     if not args.run_folder.is_dir():
         raise InputError(f"{args.run_folder}: no such run folder")
 
     from dvpo_ray.monitoring.report import write_report
 
     print(write_report(args.run_folder, lambda note: print(f"dvpo: warning: {note}", file=sys.stderr)))
-    return 0
-
-
-REPORT = Command("write report.html of a run folder", "dvpo report runs/first", _add_report_arguments, _report)

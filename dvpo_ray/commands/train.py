@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dvpo_ray.commands.common import (
-    Command,
-    add_config_arguments,
-    add_dry_run,
-    check_writable_folder,
-    dated_folder,
-    load,
-    print_plan,
-)
+from dvpo_ray.commands.common import CONFIG, DRY_RUN, Command, argument, check_writable_folder, command, dated_folder, load, print_plan
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
@@ -37,20 +29,24 @@ class Training:
         suffix: of the default run folder, `runs/<name><suffix>-<time>`.
         missing: the settings that the config lacks, one line each with what to give.
         notes: what else the dry run should mention, one line each.
-        arithmetic: lines about the batches. Raises InputError when the batches don't work out.
+        arithmetic: numbers of the batches by name. Raises InputError when they don't work out.
+        train: trains in a run folder and returns the path of the result. Its last argument is `--resume`.
         placement: of the actors; empty when the command trains in its own process.
-        train: trains in a run folder and returns the path of the result; `resume` continues the run in that folder.
     """
 
     suffix: str
     missing: Callable[[Config], list[str]]
     notes: Callable[[Config], list[str]]
-    arithmetic: Callable[[Config], list[str]]
-    placement: Callable[[Config], list[Bundle]]
+    arithmetic: Callable[[Config], dict[str, str]]
     train: Callable[[Config, Path, bool], Path]
+    placement: Callable[[Config], list[Bundle]] = lambda config: []
 
     def command(self, help: str, example: str) -> Command:
-        return Command(help, example, self._add_arguments, self._run)
+        """The command, with its options and its dry run."""
+        folder = f"run folder, new or empty (default: `out` of the config, else runs/<name>{self.suffix}-<time>)"
+        resume = "continue the run in the run folder from its last whole checkpoint"
+        out = argument("--out", metavar="DIR", type=Path, help=folder)
+        return command(help, example, *CONFIG, out, argument("--resume", action="store_true", help=resume), DRY_RUN)(self._run)
 
     def check(self, path: str, config: Config) -> None:
         """Refuse a config that can't be trained with, before anything is loaded.
@@ -76,31 +72,23 @@ class Training:
         check_local_cluster(config, bundles)
         print_plan(config, self.arithmetic(config), bundles, notes)
 
-    def _add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        default = f"runs/<name>{self.suffix}-<time>"
-        add_config_arguments(parser)
-        parser.add_argument("--out", metavar="DIR", type=Path, help=f"run folder, new or empty (default: `out` of the config, else {default})")
-        parser.add_argument("--resume", action="store_true", help="continue the run in the run folder from its last whole checkpoint")
-        add_dry_run(parser)
-
-    def _run(self, args: argparse.Namespace) -> int:
+    def _run(self, args: Namespace) -> None:
         config = load(args)
         if args.dry_run:
             self.print_plan(config, [*self.missing(config), *self.notes(config)])
-            return 0
+            return
         self.check(args.config, config)
-        print(self.train(config, choose_run_folder(args, config, self.suffix), args.resume))
-        return 0
+        print(self.train(config, choose_run_folder(args.out, config, self.suffix, args.resume), args.resume))
 
 
-def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = "") -> Path:
+def choose_run_folder(out: Path | None, config: Config, suffix: str = "", resume: bool = False) -> Path:
     """The run folder: `--out`, else `out` of the config, else `runs/<name><suffix>-<time>`.
 
     Raises:
-        InputError: the folder holds another run's files and `--resume` is not given, it cannot be written to, or there is nothing to resume.
+        InputError: the folder holds another run's files, it cannot be written to, or there is nothing in it to resume.
     """
-    named = args.out or (Path(config.out) if config.out else None)
-    if args.resume:
+    named = out or (Path(config.out) if config.out else None)
+    if resume:
         if named is None:
             raise InputError("--resume needs the run folder to continue: --out DIR")
         if not named.is_dir():
@@ -112,6 +100,12 @@ def choose_run_folder(args: argparse.Namespace, config: Config, suffix: str = ""
     return folder
 
 
+def _longest_row(prompt: int, response: int, examples: int = 0, example: int = 0) -> str:
+    """How many tokens a row has at most; `examples` of `example` tokens each stand before the prompt."""
+    added = f" + {examples} x {example} examples" if examples else ""
+    return f"{prompt + response + examples * example} tokens = {prompt} prompt + {response} response{added}"
+
+
 # -------------------------------------------------------------------------------------------------------- sft and dpo
 
 
@@ -120,23 +114,13 @@ def missing_pairs(config: Config) -> list[str]:
     return ["data.preferences.path is not set; give the preference pairs to train on"] if config.data.preferences is None else []
 
 
-def _missing_answers(config: Config) -> list[str]:
-    return ["data.sft is not set; give the instruction-answer rows to train on"] if config.data.sft is None else []
-
-
-def _rows_per_optimizer_step(stage: TRLStageConfig, row: str) -> list[str]:
+def _optimizer_steps(stage: TRLStageConfig, row: str) -> dict[str, str]:
     """The batches of a stage that a trainer of TRL runs; `row` is what its rows are."""
     rows = stage.batch_size * stage.gradient_accumulation_steps
-    return [
-        f"{row}s per optimizer step".ljust(25) + f"{rows} = {stage.batch_size} x {stage.gradient_accumulation_steps} accumulated",
-        f"optimizer steps          {stage.epochs:g} epochs x training {row}s / {rows}",
-    ]
-
-
-def _longest(prompt: int, response: int, examples: int = 0, example: int = 0) -> str:
-    """The line about the longest row; all counts but `examples` are tokens."""
-    added = f" + {examples} x {example} examples" if examples else ""
-    return f"longest row              {prompt + response + examples * example} tokens = {prompt} prompt + {response} response{added}"
+    return {
+        f"{row}s per optimizer step": f"{rows} = {stage.batch_size} x {stage.gradient_accumulation_steps} accumulated",
+        "optimizer steps": f"{stage.epochs:g} epochs x training {row}s / {rows}",
+    }
 
 
 def _train_sft(config: Config, out: Path, resume: bool) -> Path:
@@ -153,13 +137,9 @@ def _train_dpo(config: Config, out: Path, resume: bool) -> Path:
 
 SFT = Training(
     suffix="-sft",
-    missing=_missing_answers,
+    missing=lambda config: [] if config.data.sft else ["data.sft is not set; give the instruction-answer rows to train on"],
     notes=lambda config: problems(sft_inputs(config)),
-    arithmetic=lambda config: [
-        *_rows_per_optimizer_step(config.sft, "row"),
-        f"longest row              {config.sft.max_tokens} tokens",
-    ],
-    placement=lambda config: [],
+    arithmetic=lambda config: _optimizer_steps(config.sft, "row") | {"longest row": f"{config.sft.max_tokens} tokens"},
     train=_train_sft,
 ).command(
     "fine-tune a model on instruction-answer rows, as the start of the method",
@@ -170,11 +150,9 @@ DPO = Training(
     suffix="-dpo",
     missing=missing_pairs,
     notes=lambda config: problems(preference_inputs(config, "dpo")),
-    arithmetic=lambda config: [
-        *_rows_per_optimizer_step(config.dpo, "pair"),
-        _longest(config.data.max_prompt_tokens, config.data.max_response_tokens),
-    ],
-    placement=lambda config: [],
+    arithmetic=lambda config: (
+        _optimizer_steps(config.dpo, "pair") | {"longest row": _longest_row(config.data.max_prompt_tokens, config.data.max_response_tokens)}
+    ),
     train=_train_dpo,
 ).command(
     "fine-tune a model on preference pairs by DPO, as a baseline",
@@ -188,17 +166,17 @@ DPO = Training(
 def _value_model_training(section: str, suffix: str) -> Training:
     """The training of `config.gvm` or `config.reward_model`, whichever section is named."""
 
-    def arithmetic(config: Config) -> list[str]:
+    def arithmetic(config: Config) -> dict[str, str]:
         trained = getattr(config, section)
-        longest = [config.data.max_prompt_tokens, config.data.max_response_tokens]
+        lengths = [config.data.max_prompt_tokens, config.data.max_response_tokens]
         if isinstance(trained, GVMConfig):
-            longest += [trained.context.examples, trained.context.max_tokens]
+            lengths += [trained.context.examples, trained.context.max_tokens]
         pairs_per_worker = math.ceil(trained.pairs_per_step / trained.num_actors)
-        return [
-            f"pairs per step           {trained.pairs_per_step}, at most {pairs_per_worker} on each of {trained.num_actors} workers",
-            f"optimizer steps          {trained.epochs:g} epochs x training pairs / {trained.pairs_per_step}",
-            f"{_longest(*longest)}; micro-batches of {trained.micro_batch_tokens} padded tokens",
-        ]
+        return {
+            "pairs per step": f"{trained.pairs_per_step}, at most {pairs_per_worker} on each of {trained.num_actors} workers",
+            "optimizer steps": f"{trained.epochs:g} epochs x training pairs / {trained.pairs_per_step}",
+            "longest row": f"{_longest_row(*lengths)}; micro-batches of {trained.micro_batch_tokens} padded tokens",
+        }
 
     def train(config: Config, out: Path, resume: bool) -> Path:
         from dvpo_ray.training.value_model import train_value_model
@@ -210,8 +188,8 @@ def _value_model_training(section: str, suffix: str) -> Training:
         missing=missing_pairs,
         notes=lambda config: [*problems(preference_inputs(config, section)), *value_model_misfits(config, section)],
         arithmetic=arithmetic,
-        placement=lambda config: plan_training_placement(getattr(config, section)),
         train=train,
+        placement=lambda config: plan_training_placement(getattr(config, section)),
     )
 
 
@@ -240,19 +218,18 @@ def _missing_for_policy(config: Config) -> list[str]:
     return missing
 
 
-def _policy_arithmetic(config: Config) -> list[str]:
+def _policy_arithmetic(config: Config) -> dict[str, str]:
     plan, batch = derive_batch(config), config.batch
-    return [
-        f"samples per step         {plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} "
-        f"x samples_per_prompt {batch.samples_per_prompt}",
-        f"samples per engine       {plan.max_samples_per_engine} at most, over {config.rollout.num_actors} engines",
-        f"samples per worker       {plan.samples_per_worker}, over {config.policy.num_actors} learner workers",
-        f"rows per minibatch       {plan.rows_per_minibatch}, {plan.rows_per_worker_minibatch} on each worker",
-        f"optimizer steps          {plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
+    return {
+        "samples per step": f"{plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
+        "samples per engine": f"{plan.max_samples_per_engine} at most, over {config.rollout.num_actors} engines",
+        "samples per worker": f"{plan.samples_per_worker}, over {config.policy.num_actors} learner workers",
+        "rows per minibatch": f"{plan.rows_per_minibatch}, {plan.rows_per_worker_minibatch} on each worker",
+        "optimizer steps": f"{plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
         f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {config.train.steps} steps",
-        _longest(config.data.max_prompt_tokens, config.rollout.max_response_tokens),
-        f"samples in the run       {plan.total_samples} on {plan.total_prompts} prompts",
-    ]
+        "longest row": _longest_row(config.data.max_prompt_tokens, config.rollout.max_response_tokens),
+        "samples in the run": f"{plan.total_samples} on {plan.total_prompts} prompts",
+    }
 
 
 def _train_policy(config: Config, out: Path, resume: bool) -> Path:
@@ -266,8 +243,8 @@ POLICY = Training(
     missing=_missing_for_policy,
     notes=lambda config: [*problems(policy_inputs(config)), *policy_misfits(config), *training_notes(config)],
     arithmetic=_policy_arithmetic,
-    placement=plan_placement,
     train=_train_policy,
+    placement=plan_placement,
 )
 TRAIN = POLICY.command(
     "optimise the policy with a frozen Global Value Model, or by a baseline (algorithm=ppo)",
