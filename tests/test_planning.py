@@ -14,20 +14,21 @@ from dvpo_ray import cli
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.models.loading import load_policy
 from dvpo_ray.planning.architecture import Architecture, critic_plan, policy_plan, value_plan
-from dvpo_ray.planning.devices import Device, calibrate, choose_device
-from dvpo_ray.planning.fit import PROCESS_BYTES, in_host_memory, on_gpus
 from dvpo_ray.planning.memory import (
+    GIB,
     ActorMemory,
+    RolePlan,
     communication_buffers,
     logit_bytes,
+    predict_roles,
     rows_together,
     scoring_activations,
     trained_state,
     training_activations,
 )
 from dvpo_ray.planning.placement import Bundle
-from dvpo_ray.planning.plan import GIB, RolePlan, predict_roles
-from dvpo_ray.planning.times import forward_flops, logit_flops, stage_seconds
+from dvpo_ray.planning.report import PROCESS_BYTES, in_host_memory, on_gpus
+from dvpo_ray.planning.times import Device, calibrate, choose_device, forward_flops, logit_flops, stage_seconds
 
 # A Llama of 2 layers: hidden 8, MLP 12, 2 heads of 4 with 1 of keys and values, 10 words, untied. By hand:
 #   a layer   q 8*8, k and v 8*4 each, o 8*8, MLP 3 * 8*12 = 480; two norms of 8

@@ -32,8 +32,8 @@ def plan(args: Namespace) -> None:
         raise InputError(problem)
 
     from dvpo_ray.files import whole_file
-    from dvpo_ray.planning.devices import calibrate, choose_device
     from dvpo_ray.planning.report import make_plan
+    from dvpo_ray.planning.times import calibrate, choose_device
 
     device = calibrate(config) if args.calibrate else choose_device(config, args.device)
     plan = make_plan(config, device, args.node_memory_gib)

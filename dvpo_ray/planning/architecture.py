@@ -1,4 +1,4 @@
-"""The numbers of a model that its config.json decides, read off a model without weights."""
+"""The sizes of a model that follow from its config.json, counted on a model without weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
 
@@ -23,13 +22,13 @@ ZERO3_WHOLE_BELOW = 100_000
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of one model, in elements where nothing else is said.
+    """Sizes of one model, in elements unless something else is said.
 
     Attributes:
         parameters: all, tied ones once.
         trained: those that get gradients.
         kept_whole: those of tensors that ZeRO 3 does not cut.
-        layer_matrices: weights of the decoder layers that every token is multiplied with.
+        layer_matrices: weights of the decoder layers that are multiplied with every token.
         layers: decoder layers.
         trained_layers: decoder layers from the first one that the backward pass reaches.
         hidden: size of a hidden state.
@@ -67,33 +66,31 @@ class ModelPlan:
     policy: object | None = None
 
     def build(self) -> PreTrainedModel:
-        """The model on the current device, with nothing chosen to be trained yet."""
+        """The model on the current device, without adapters; `trainable_layers` are applied."""
         auto = AutoModelForTokenClassification if self.has_value_head else AutoModelForCausalLM
-        return auto.from_config(self.model_config, dtype=torch_dtype(self.settings.dtype), attn_implementation=self.settings.attention)
+        model = auto.from_config(self.model_config, dtype=torch_dtype(self.settings.dtype), attn_implementation=self.settings.attention)
+        if self.policy is not None and self.policy.trainable_layers is not None:
+            train_last_layers(model, self.policy.trainable_layers)
+        return model
 
     def architecture(self) -> Architecture:
         """Count a model on the meta device, which has shapes and no memory."""
         with torch.device("meta"):
             model = self.build()
-            if self.policy is not None and self.policy.trainable_layers is not None:
-                train_last_layers(model, self.policy.trainable_layers)
-            whole = list(model.parameters())
-            parameters, layers = sum(p.numel() for p in whole), list(decoder_layers(model))
+            layers = list(decoder_layers(model))
             matrices = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
-            reached = _layers_reached(layers)
             if self.policy is not None and self.policy.lora is not None:
                 model = apply_lora(model, self.policy.lora)
-                reached = _layers_reached(layers)
-                parameters = sum(p.numel() for p in model.parameters())
+        parameters, trained = list(model.parameters()), [any(p.requires_grad for p in layer.parameters()) for layer in layers]
         text = self.model_config.get_text_config()
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return Architecture(
-            parameters=parameters,
-            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            kept_whole=sum(p.numel() for p in model.parameters() if p.numel() < ZERO3_WHOLE_BELOW),
+            parameters=sum(p.numel() for p in parameters),
+            trained=sum(p.numel() for p in parameters if p.requires_grad),
+            kept_whole=sum(p.numel() for p in parameters if p.numel() < ZERO3_WHOLE_BELOW),
             layer_matrices=matrices,
             layers=len(layers),
-            trained_layers=reached,
+            trained_layers=len(layers) - trained.index(True) if any(trained) else 0,
             hidden=text.hidden_size,
             attention_width=text.num_attention_heads * head_size,
             cache_per_token=2 * len(layers) * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
@@ -103,20 +100,18 @@ class ModelPlan:
     def saved_bytes(self, rows: int, length: int) -> int:
         """Bytes that a forward pass over so many rows keeps for the backward pass, logits left out.
 
-        The model runs on tensors without memory, so the count is that of the real operators on a CPU. Adapters are not laid on:
-        their input is kept either way, and what they add is a few columns.
+        The model runs on tensors without memory, so the count is that of the real operators on a CPU. Adapters are left out:
+        their input is kept either way, and they add only a few columns.
         """
         with FakeTensorMode():
             model = self.build().train()
-            if self.policy is not None and self.policy.trainable_layers is not None:
-                train_last_layers(model, self.policy.trainable_layers)
             weights = {p.untyped_storage()._cdata for p in model.parameters()}
             kept: dict[int, torch.Tensor] = {}
 
             def keep(tensor: torch.Tensor) -> torch.Tensor:
                 storage = tensor.untyped_storage()._cdata
                 if storage not in weights:
-                    kept[storage] = tensor  # the reference keeps the storage's address from being used again
+                    kept[storage] = tensor  # while it is referred to, no other storage gets its address
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -126,22 +121,16 @@ class ModelPlan:
         return size
 
 
-def _layers_reached(layers: list[nn.Module]) -> int:
-    """Layers from the first with a trained parameter to the last."""
-    first = next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), len(layers))
-    return len(layers) - first
-
-
 def policy_plan(config: Config, *, trained: bool) -> ModelPlan:
     """The policy as the learner trains it, or its frozen copies."""
     return ModelPlan(_read("model.path", config.model.path, config), False, config.model, config.policy if trained else None)
 
 
 def value_plan(config: Config, name: Literal["gvm", "reward_model"]) -> ModelPlan:
-    """The GVM or the reward model: its artifact where that is there already, else what the config would train.
+    """The GVM or the reward model: its artifact if that exists, else what the config would train.
 
     Raises:
-        InputError: the artifact's folder has no config.json, or there are fewer layers than `num_layers`.
+        InputError: the artifact's folder has no config.json, or the model has fewer layers than `num_layers`.
     """
     section: PreferenceTraining = getattr(config, name)
     if is_made(section.path):
@@ -154,17 +143,17 @@ def value_plan(config: Config, name: Literal["gvm", "reward_model"]) -> ModelPla
 
 
 def critic_plan(config: Config) -> ModelPlan:
-    """PPO's critic: it starts from the reward model or from the policy, and is trained whole."""
+    """PPO's critic. It starts from the reward model or from the policy, and is trained whole."""
     if config.critic.init == "reward_model":
         return value_plan(config, "reward_model")
     return ModelPlan(_read("model.path", config.model.path, config), True, config.model)
 
 
 def _read(key: str, path: str, config: Config) -> PretrainedConfig:
-    """A config.json with one label, so that a value head has the size it has in training.
+    """A config.json with one label, as in training: the size of a value head.
 
     Raises:
-        InputError: there is none; names the key.
+        InputError: there is no config.json; names the key.
     """
     try:
         return load_model_config(path, config.model.trust_remote_code, num_labels=1)

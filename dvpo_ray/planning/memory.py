@@ -1,23 +1,28 @@
-"""What the memory of an actor is spent on, and the bytes of each role before it exists, by arithmetic on shapes."""
+"""Memory of each role before it exists: arithmetic on the config and on the config.json of its models."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from dvpo_ray.config.schema import DeepSpeedConfig
+from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.schema import Config, DeepSpeedConfig
+from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.token_log_probs import LOGITS_AT_ONCE
-from dvpo_ray.planning.architecture import Architecture
+from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
+from dvpo_ray.planning.placement import choose_transport
 
+GIB = 2**30
 MASTER, MOMENTS, FULL = 4, 8, 4
 """Bytes of an element in float32: of master weights, of Adam's two moments, of gradients."""
 ZERO3_STEP_ELEMENTS = 10**9
 """Elements whose gradients ZeRO 3 turns into float32 at a time, DeepSpeed's `sub_group_size`."""
 REDUCE_BUCKET_ELEMENTS, ZERO3_LIVE_ELEMENTS = 5 * 10**8, 10**9
-"""DeepSpeed's `reduce_bucket_size`, and the elements that ZeRO 3 has gathered at most, its `stage3_max_live_parameters`."""
+"""DeepSpeed's `reduce_bucket_size`, and the most elements that ZeRO 3 has gathered, its `stage3_max_live_parameters`."""
 BLOCK_LOGIT_BYTES = 12
-"""Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, and the probabilities."""
+"""Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, the probabilities."""
 SAMPLING_LOGIT_BYTES = 12
-"""Of each float32 logit of the sequences that an engine decodes together: the logit, its log-softmax, and a copy to sample from."""
+"""Of each float32 logit of the sequences that an engine decodes together: the logit, its log-softmax, a copy to sample from."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,10 @@ class ActorMemory:
     """Bytes of one actor, or of all actors of a role or of a run.
 
     Attributes:
-        parameters, gradients, optimizer, cache: tensors that outlive a micro-batch, in device and in host memory together; gradients at their
-            largest in the step.
-        activations: peak of the step above model state and cache: what forward and backward passes keep, logits, and the buffers of
-            communication; None where it could not be measured.
+        parameters, gradients, optimizer, cache: tensors that outlive a micro-batch, in device and host memory together;
+            gradients at their largest in the step.
+        activations: peak of the step above model state and cache: what forward and backward passes keep, logits, and
+            communication buffers. None when it could not be measured.
         offloaded: the part of parameters, gradients and optimizer that is in host memory while a GPU computes.
     """
 
@@ -46,7 +51,7 @@ class ActorMemory:
 
     @property
     def peak(self) -> int:
-        """Model state on the device that computes, and activations; the cache is left out, as its size is a setting."""
+        """Model state on the device that computes, and activations. The cache is left out: its size is a setting."""
         return self.model_state - self.offloaded + (self.activations or 0)
 
     def __add__(self, other: ActorMemory) -> ActorMemory:
@@ -54,11 +59,34 @@ class ActorMemory:
         return ActorMemory(**{name: None if None in (mine[name], theirs[name]) else mine[name] + theirs[name] for name in mine})
 
 
-def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig, ranks: int) -> ActorMemory:
-    """Parameters, gradients and optimizer on one rank, by DeepSpeed's ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054, §3).
+@dataclass(frozen=True)
+class RolePlan:
+    """One role before it exists.
 
-    Beyond the paper's arithmetic, as DeepSpeed does it: master weights are kept for float32 models too from stage 1 on; in its step
-    the optimizer holds a float32 copy of lower gradients; ZeRO 3 keeps small parameters whole on every rank beside their shards.
+    Attributes:
+        model: the sizes of its model.
+        actors: how many there are.
+        per_actor: memory of one of them.
+    """
+
+    model: Architecture
+    actors: int
+    per_actor: ActorMemory
+
+    @property
+    def memory(self) -> ActorMemory:
+        """Of all actors together."""
+        return sum([self.per_actor] * self.actors, ActorMemory())
+
+
+# ---------------------------------------------------------------------------------------------------------- formulas
+
+
+def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig, ranks: int) -> ActorMemory:
+    """Parameters, gradients and optimizer on one rank, by ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054, §3).
+
+    DeepSpeed does more than the paper's arithmetic: from stage 1 on it keeps master weights for float32 models too. In its
+    step the optimizer holds a float32 copy of lower gradients. ZeRO 3 keeps small parameters whole on every rank.
 
     Args:
         element_bytes: of the model's dtype.
@@ -90,7 +118,7 @@ def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedC
 
 
 def logit_bytes(logits: int, element_bytes: int, *, gradients: bool, on_gpu: bool) -> int:
-    """Bytes of logits at their peak: the model's, their gradients where there are some, and the block of rows that is worked on."""
+    """Bytes of logits at their peak: the model's, their gradients if there are any, and the block of rows that is worked on."""
     block = min(logits, LOGITS_AT_ONCE["cuda" if on_gpu else "cpu"])
     return (2 if gradients else 1) * element_bytes * logits + BLOCK_LOGIT_BYTES * block
 
@@ -107,9 +135,9 @@ def training_activations(
         length: tokens of a row, prompt and response.
         responses: response tokens of a row, which get logits.
     """
-    one_layer = saved // model.layers
     kept = rows * length * model.hidden * element_bytes * model.trained_layers if checkpointing else saved
-    return kept + max(one_layer, logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=True, on_gpu=on_gpu))
+    logits = logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=True, on_gpu=on_gpu)
+    return kept + max(saved // model.layers, logits)
 
 
 def scoring_activations(saved: int, model: Architecture, element_bytes: int, rows: int, responses: int, *, on_gpu: bool) -> int:
@@ -118,9 +146,9 @@ def scoring_activations(saved: int, model: Architecture, element_bytes: int, row
 
 
 def communication_buffers(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig) -> int:
-    """Buffers that DeepSpeed takes on a GPU beside the activations: a bucket of gradients from ZeRO 1 on, and with ZeRO 3 whole weights.
+    """DeepSpeed's buffers on a GPU: a bucket of gradients from ZeRO 1 on, and whole weights with ZeRO 3.
 
-    On a CPU they are reserved only, and never touched beyond what is used of them.
+    On a CPU they are only reserved: memory that is not used is never touched.
     """
     if deepspeed.zero_stage == 0:
         return 0
@@ -131,3 +159,80 @@ def communication_buffers(model: Architecture, element_bytes: int, deepspeed: De
 def rows_together(tokens: int, length: int) -> int:
     """Rows of a micro-batch of at most so many tokens."""
     return max(1, tokens // length)
+
+
+# ------------------------------------------------------------------------------------------------------------- roles
+
+
+def predict_roles(config: Config, gpu_memory_gib: float | None = None) -> dict[str, RolePlan]:
+    """Memory of every role of a config's algorithm, by the names that placement and metrics use.
+
+    Args:
+        gpu_memory_gib: of the GPU that rollout engines run on. Without it their cache on a GPU is unknown, and given as 0.
+
+    Raises:
+        InputError: a model's config.json is missing or of an unknown architecture.
+    """
+    algorithm, predict = ALGORITHMS[config.algorithm], _Prediction(config)
+    frozen, scorer = policy_plan(config, trained=False), value_plan(config, algorithm.section)
+    roles = {
+        "rollout": predict.engine(frozen.architecture(), gpu_memory_gib),
+        algorithm.scorer: predict.frozen(scorer, config.scorer, copies=1 + len(config.scorer.ensemble)),
+        "reference": predict.frozen(frozen, config.reference, responses=config.rollout.max_response_tokens),
+        "learner": predict.trained(policy_plan(config, trained=True), config.policy, config.batch.micro_batch_tokens),
+    }
+    if algorithm.has_critic:
+        roles["critic"] = predict.trained(critic_plan(config), config.critic, config.critic.micro_batch_tokens)
+    return roles
+
+
+class _Prediction:
+    """Memory of roles, by what all roles of a step have in common."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.batch = derive_batch(config)
+        self.length = self.batch.max_tokens_per_row
+        self.responses = config.rollout.max_response_tokens
+        self.element_bytes = torch_dtype(config.model.dtype).itemsize
+
+    def trained(self, plan: ModelPlan, role, micro_batch_tokens: int) -> RolePlan:
+        model, deepspeed, on_gpu = plan.architecture(), role.deepspeed, role.gpus_per_actor > 0
+        minibatch = self.batch.samples_per_step // (role.num_actors * self.config.batch.minibatches_per_epoch)
+        rows = min(rows_together(micro_batch_tokens, self.length), max(1, minibatch))
+        sizes = model, self.element_bytes, rows, self.length, self.responses
+        saved = plan.saved_bytes(rows, self.length)
+        activations = training_activations(saved, *sizes, checkpointing=deepspeed.gradient_checkpointing, on_gpu=on_gpu)
+        if on_gpu:
+            activations += communication_buffers(model, self.element_bytes, deepspeed)
+        state = trained_state(model, self.element_bytes, deepspeed, role.num_actors)
+        return RolePlan(model, role.num_actors, replace(state, activations=activations))
+
+    def frozen(self, plan: ModelPlan, role, *, responses: int = 0, copies: int = 1) -> RolePlan:
+        """A frozen model with logits for so many tokens of a row, or several of its size that score one after the other."""
+        model, on_gpu = plan.architecture(), role.gpus_per_actor > 0
+        chunk = min(self.config.rollout.rollouts_per_chunk, self.batch.samples_per_step)
+        rows = min(rows_together(role.micro_batch_tokens, self.length), chunk)
+        activations = scoring_activations(plan.saved_bytes(rows, self.length), model, self.element_bytes, rows, responses, on_gpu=on_gpu)
+        return RolePlan(model, role.num_actors, ActorMemory(copies * model.parameters * self.element_bytes, activations=activations))
+
+    def engine(self, model: Architecture, gpu_memory_gib: float | None) -> RolePlan:
+        """A rollout engine with all of its tensor-parallel shards."""
+        rollout = self.config.rollout
+        parameters = model.parameters * self.element_bytes
+        together = min(rollout.max_concurrent_sequences, self.batch.max_samples_per_engine)
+        # New weights arrive in buckets beside the engine's own; with CUDA IPC the engine reads the learner's.
+        bucket = min(parameters, round(self.config.weight_sync.bucket_mib * 2**20))
+        arriving = 0 if choose_transport(self.config) == "ipc" else bucket
+        if rollout.backend == "transformers":  # it keeps the logits of every step, and the cache lives as long as the batch
+            kept = together * self.length * model.cache_per_token * self.element_bytes + together * self.responses * model.vocabulary * 4
+            return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=kept + arriving))
+        sampling = together * model.vocabulary * SAMPLING_LOGIT_BYTES
+        if rollout.gpus_per_actor == 0:
+            cache = rollout.kv_cache_gib * GIB
+        elif gpu_memory_gib is None:
+            cache = 0
+        else:
+            granted = rollout.gpu_memory_utilization * gpu_memory_gib * GIB * rollout.tensor_parallel_size
+            cache = max(0, round(granted - parameters - sampling))
+        return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=sampling + arriving, cache=cache))

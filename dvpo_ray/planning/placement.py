@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections import Counter
@@ -21,7 +20,7 @@ class Bundle:
     Attributes:
         role: `rollout`, `scorer`, `reward_model`, `reference`, `learner`, `critic`, `experience`, `gvm_trainer` or
             `rm_trainer`.
-        index: number of the actor within its role, from 0.
+        index: of the actor within its role, from 0.
         cpus: Ray CPUs.
         gpus: Ray GPUs; below 1 the actor shares a GPU.
     """
@@ -35,17 +34,17 @@ class Bundle:
 def plan_placement(config: Config) -> list[Bundle]:
     """Bundles of policy optimisation, role by role.
 
-    A rollout engine reserves the GPUs of all its tensor-parallel shards. The experience builder only waits and
-    adds, so it reserves nothing.
+    A rollout engine reserves the GPUs of all its tensor-parallel shards. The experience builder only waits and adds, so it
+    reserves nothing.
 
     Raises:
         InputError: an actor would get more than one GPU but not a whole number of them, which Ray can't give.
     """
     algorithm = ALGORITHMS[config.algorithm]
-    roles = ["rollout", algorithm.scorer, "reference", "learner", *(["critic"] if algorithm.has_critic else [])]
-    shards = {"rollout": config.rollout.tensor_parallel_size}
-    bundles = [_bundles(role, ROLE_SECTIONS[role], getattr(config, ROLE_SECTIONS[role]), shards.get(role, 1)) for role in roles]
-    return [*itertools.chain(*bundles), Bundle("experience", 0, cpus=0.0, gpus=0.0)]
+    bundles = _bundles("rollout", "rollout", config.rollout, config.rollout.tensor_parallel_size)
+    for role in (algorithm.scorer, "reference", "learner", *(["critic"] if algorithm.has_critic else [])):
+        bundles += _bundles(role, ROLE_SECTIONS[role], getattr(config, ROLE_SECTIONS[role]))
+    return [*bundles, Bundle("experience", 0, cpus=0.0, gpus=0.0)]
 
 
 def plan_training_placement(settings: PreferenceTraining) -> list[Bundle]:
@@ -58,7 +57,7 @@ def plan_training_placement(settings: PreferenceTraining) -> list[Bundle]:
 
 
 def choose_transport(config: Config) -> str:
-    """`object_store`, `nccl` or `ipc`: what `weight_sync.transport: auto` stands for with this placement."""
+    """`object_store`, `nccl` or `ipc`: what `weight_sync.transport: auto` means with this placement."""
     if config.weight_sync.transport != "auto":
         return config.weight_sync.transport
     gpus = (config.rollout.gpus_per_actor, config.policy.gpus_per_actor)
@@ -68,7 +67,7 @@ def choose_transport(config: Config) -> str:
 
 
 def check_local_cluster(config: Config, bundles: Iterable[Bundle]) -> None:
-    """Refuse actors that would not fit the local cluster as the config sizes it; what a cluster at an address has is known only there.
+    """Refuse actors that would not fit the local cluster of the config. What a cluster at an address has is known only there.
 
     Raises:
         InputError: `ray.num_cpus` or `ray.num_gpus` is below what the actors reserve together.
@@ -78,17 +77,12 @@ def check_local_cluster(config: Config, bundles: Iterable[Bundle]) -> None:
     bundles = list(bundles)
     for name, there, wanted in zip(("cpus", "gpus"), (config.ray.num_cpus, config.ray.num_gpus), total_resources(bundles), strict=True):
         if there is not None and wanted > there:
-            shares = ", ".join(f"{role} {count} x {amount:g}" for (role, amount), count in _counted(bundles, name).items())
+            counts = Counter((bundle.role, getattr(bundle, name)) for bundle in bundles)
+            shares = ", ".join(f"{role} {count} x {amount:g}" for (role, amount), count in counts.items() if amount)
             raise InputError(
                 f"ray.num_{name} is {there}, but the actors reserve {wanted:g} {name.upper()[:-1]}s ({shares}); "
                 f"set it to {math.ceil(wanted)} or more, or lower their {name}_per_actor"
             )
-
-
-def _counted(bundles: Iterable[Bundle], resource: str) -> Counter[tuple[str, float]]:
-    """How many actors of each role reserve how much of a resource."""
-    reserved = ((bundle.role, getattr(bundle, resource)) for bundle in bundles)
-    return Counter((role, amount) for role, amount in reserved if amount)
 
 
 def wanted_gpus(config: Config, bundles: Iterable[Bundle]) -> dict[str, float]:
@@ -98,7 +92,7 @@ def wanted_gpus(config: Config, bundles: Iterable[Bundle]) -> dict[str, float]:
 
 
 def total_resources(bundles: Iterable[Bundle]) -> tuple[float, float]:
-    """CPUs and GPUs that all bundles reserve together; fractions of a GPU add up exactly to a whole one."""
+    """CPUs and GPUs that all bundles reserve together. Fractions of a GPU add up exactly to a whole one."""
     bundles = list(bundles)
     return math.fsum(bundle.cpus for bundle in bundles), round(math.fsum(bundle.gpus for bundle in bundles), 4)
 
