@@ -59,9 +59,7 @@ def library(name: str) -> Library:
 
 def test_sound_libraries_pass_with_their_versions(fake_libraries):
     checks = by_name(doctor.run_checks())
-    assert {name: checks[name].status for name in ("PyTorch", "transformers", "vLLM", "Ray", "DeepSpeed")} == dict.fromkeys(
-        ("PyTorch", "transformers", "vLLM", "Ray", "DeepSpeed"), "ok"
-    )
+    assert {checks[name].status for name in ("PyTorch", "transformers", "vLLM", "Ray", "DeepSpeed")} == {"ok"}
     assert checks["PyTorch"].found == "2.99"
     assert checks["vLLM"].found == "0.99 for cpu"
     assert all(check.advice for check in checks.values() if check.status != "ok")
@@ -119,7 +117,7 @@ def test_gpus_that_pytorch_cannot_use_are_a_failure():
 @pytest.mark.parametrize(("gib", "status"), [(32, "ok"), (6, "warn"), (1, "fail")])
 def test_memory(gib, status):
     check = doctor.check_memory(gib * GIB)
-    assert check.status == status and bool(check.advice) == (status != "ok")
+    assert check.status == status
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -145,18 +143,12 @@ def test_shared_memory_that_is_small_or_absent_is_a_warning(monkeypatch, tmp_pat
 def test_open_files():
     assert doctor.check_open_files(1024).status == "warn"
     assert doctor.check_open_files(65535).status == "ok"
-    assert doctor.check_open_files(resource.RLIM_INFINITY) == Check("open files", "ok", "no limit")
-
-
-def test_threads():
-    assert doctor.check_threads(None, None).status == "ok"
-    assert "OMP_NUM_THREADS" in doctor.check_threads(str(10 * os.cpu_count()), None).advice
-    assert "PASSIVE" in doctor.check_threads("1", "active").advice
+    assert doctor.check_open_files(resource.RLIM_INFINITY)[:3] == ("open files", "ok", "no limit")
 
 
 def test_cores_respect_a_container_quota(monkeypatch):
     monkeypatch.setattr(doctor, "read_cgroup", lambda name: "50000 100000" if name == "cpu.max" else "")
-    assert doctor.usable_cores() == 0.5 and doctor.check_cpus().status == "warn"
+    assert doctor.usable_cores() == 0.5 and doctor.check_cpus(0.5).status == "warn"
     monkeypatch.setattr(doctor, "read_cgroup", lambda name: "max 100000")
     assert doctor.usable_cores() == len(os.sched_getaffinity(0))
 
@@ -167,19 +159,14 @@ def test_memory_respects_a_container_limit(monkeypatch):
     assert doctor.available_memory_bytes() == GIB // 8 + GIB // 16
 
 
-def test_python_that_is_too_old_is_a_failure(monkeypatch):
-    assert doctor.check_python().status == "ok"
-    monkeypatch.setattr(sys, "version_info", (3, 10, 1, "final", 0))
-    assert doctor.check_python().status == "fail"
-
-
 def test_report_counts_and_returns_the_exit_status():
     lines: list[str] = []
-    sound, warning = Check("Python", "ok", "3.11"), Check("memory", "warn", "6 GiB", "buy some")
+    sound, warning = Check("Python", "ok", "3.11", "use 3.11"), Check("memory", "warn", "6 GiB", "buy some")
     assert doctor.print_report([sound, warning], lines.append) == 0
     assert doctor.print_report([sound, Check("vLLM", "fail", "crashed", "repair it")], lines.append) == 2
     text = "\n".join(lines)
     assert "FAIL  vLLM    crashed" in text and "-> repair it" in text and "1 failed, 0 with a warning, 1 ok" in text
+    assert "use 3.11" not in text  # advice is for what is not well
 
 
 def test_doctor_itself_needs_only_the_standard_library():

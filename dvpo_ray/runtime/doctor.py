@@ -1,7 +1,7 @@
 """`dvpo doctor`: what this machine has of what a run needs, and what to do about what is missing.
 
-The libraries are imported in processes of their own, so that one that crashes or hangs is a finding like any other. This
-module needs nothing but the standard library.
+Each library is imported in its own process, so a library that crashes or hangs is a finding like any other. This module
+needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -34,14 +33,8 @@ RAY_DISK_LIMIT = 0.95
 REPAIR = "run launch/install.sh; it repairs what is broken"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the report.
-
-    Attributes:
-        found: what is there, or what went wrong.
-        advice: what to do about it; empty when all is well.
-    """
+class Check(NamedTuple):
+    """One line of the report: what was found, and what to do about it unless all is well."""
 
     name: str
     status: Status
@@ -49,14 +42,8 @@ class Check:
     advice: str = ""
 
 
-@dataclass(frozen=True)
-class Library:
-    """A library that a run needs.
-
-    Attributes:
-        probe: Python statements that import it and put what they learn into the dict `facts`.
-        advice: what to do when they fail.
-    """
+class Library(NamedTuple):
+    """A library that a run needs. Its probe imports it and puts what it learns into the dict `facts`."""
 
     name: str
     probe: str
@@ -73,13 +60,13 @@ LIBRARIES = (
     Library(
         "transformers",
         "import transformers\nfrom transformers import AutoModelForCausalLM\nfacts['version'] = transformers.__version__",
-        "run launch/install.sh; beside PyTorch for CPU it also removes torchvision, whose CUDA build breaks this import",
+        "run launch/install.sh; beside PyTorch for CPU it removes torchvision, whose CUDA build breaks this import",
     ),
     Library(
         "vLLM",
         "import vllm\nfrom vllm import LLM\nfrom vllm.platforms import current_platform\n"
         "facts['version'] = vllm.__version__\nfacts['device'] = current_platform.device_type\n"
-        "if facts['device'] == 'cpu':\n"  # vLLM only warns when its kernels don't load, and fails when they are first used
+        "if facts['device'] == 'cpu':\n"  # when its kernels don't load, vLLM only warns, and fails at their first use
         "    import torch\n"
         "    current_platform.import_kernels()\n"
         "    kernels = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('_C::')]\n"
@@ -96,16 +83,15 @@ LIBRARIES = (
 
 
 def run_checks() -> list[Check]:
-    """Examine the machine and the Python environment; takes about as long as importing the libraries."""
+    """Examine the machine and the Python environment. This takes about as long as importing the libraries."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         results = list(pool.map(import_library, LIBRARIES))
     torch_facts = results[0][1]
     return [
-        check_python(),
+        Check("Python", "ok", f"{platform.python_version()} in {sys.prefix}"),
         *(check for check, _ in results),
         check_gpus(torch_facts.get("gpus", []), listed_gpus()),
-        check_cpus(),
-        check_threads(os.environ.get("OMP_NUM_THREADS"), os.environ.get("OMP_WAIT_POLICY")),
+        check_cpus(usable_cores()),
         check_memory(available_memory_bytes()),
         check_shared_memory(Path("/dev/shm")),
         check_disk("disk, this folder", Path.cwd()),
@@ -124,18 +110,15 @@ def print_report(checks: Sequence[Check], say: Callable[[str], None] = print) ->
     for check in checks:
         mark = check.status if check.status == "ok" else check.status.upper()
         say(f"{mark:<5} {check.name:<{width}}  {check.found}")
-        if check.advice:
+        if check.status != "ok":
             say(f"{'':<5} {'':<{width}}  -> {check.advice}")
     failed, warned = (sum(check.status == status for check in checks) for status in ("fail", "warn"))
     say(f"\n{failed} failed, {warned} with a warning, {len(checks) - failed - warned} ok")
     return 2 if failed else 0
 
 
-# ------------------------------------------------------------------------------------------------------- libraries
-
-
 def import_library(library: Library, timeout_seconds: float = IMPORT_TIMEOUT_SECONDS) -> tuple[Check, dict]:
-    """Import a library in a process of its own.
+    """Import a library in its own process.
 
     Returns:
         The check, and the facts that the probe found (empty when it failed).
@@ -143,14 +126,13 @@ def import_library(library: Library, timeout_seconds: float = IMPORT_TIMEOUT_SEC
     marker = "dvpo-doctor-facts:"
     code = f"import json\nfacts = {{}}\n{library.probe}\nprint('\\n{marker}' + json.dumps(facts), flush=True)\n"
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-c", code]
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, errors="replace", timeout=timeout_seconds, env=environment, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_seconds, env=environment)
     except subprocess.TimeoutExpired:
         return Check(library.name, "fail", f"still importing after {timeout_seconds:g} seconds", library.advice), {}
     facts = [line.removeprefix(marker) for line in done.stdout.splitlines() if line.startswith(marker)]
-    if not facts:  # a crash while the process ends, after the facts, is no concern of a run
+    if not facts:  # a crash while the process ends, after the facts, does not matter to a run
         return Check(library.name, "fail", describe_failure(done.returncode, done.stderr), library.advice), {}
     found = json.loads(facts[-1])
     device = f" for {found['device']}" if found.get("device") else ""
@@ -163,25 +145,21 @@ def describe_failure(returncode: int, stderr: str) -> str:
         return "crashed (SIGILL): this build uses instructions that this CPU doesn't have"
     if returncode < 0:
         return f"crashed ({signal.Signals(-returncode).name})"
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"ended with exit status {returncode} and said nothing"
+    lines = stderr.strip().splitlines()
+    return lines[-1][:300] if lines else f"ended with exit status {returncode} and wrote nothing"
 
 
-def check_python() -> Check:
-    """The interpreter and where it lives."""
-    found = f"{platform.python_version()} in {sys.prefix}"
-    if (3, 11) <= sys.version_info[:2] <= (3, 12):
-        return Check("Python", "ok", found)
-    return Check("Python", "fail", found, "use Python 3.11 or 3.12: PYTHON=/path/to/python3.12 launch/install.sh")
+def graded(amount: float, enough: float, least: float = 0.0) -> Status:
+    return "ok" if amount >= enough else "warn" if amount >= least else "fail"
 
 
-# --------------------------------------------------------------------------------------------------------- devices
+# ----------------------------------------------------------------------------------------------------- GPUs and CPUs
 
 
 def listed_gpus() -> list[str]:
-    """GPUs by the driver's own account; empty where there is no driver."""
+    """The GPUs that the driver lists; empty when there is no driver."""
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
@@ -195,44 +173,38 @@ def check_gpus(usable: Sequence[tuple[str, int]], listed: Sequence[str]) -> Chec
         listed: lines of `nvidia-smi -L`.
     """
     if usable:
-        found = ", ".join(f"{name} ({memory / GIB:.0f} GiB)" for name, memory in usable)
-        return Check("GPUs", "ok", f"{len(usable)}: {found}")
+        return Check("GPUs", "ok", f"{len(usable)}: " + ", ".join(f"{name} ({memory / GIB:.0f} GiB)" for name, memory in usable))
     if listed:
         advice = "run launch/install.sh gpu if PyTorch above is a +cpu build; else update the NVIDIA driver, or unset CUDA_VISIBLE_DEVICES"
         return Check("GPUs", "fail", f"nvidia-smi lists {len(listed)}, PyTorch can use none", advice)
     return Check("GPUs", "ok", "none; runs use the CPU (cluster_configs/local-cpu.yaml)")
 
 
-def check_cpus() -> Check:
-    """CPU cores that this process may use."""
-    cores = usable_cores()
-    if cores >= 2:
-        return Check("CPU cores", "ok", f"{cores:g}")
-    return Check("CPU cores", "warn", f"{cores:g}", "give the machine or the container at least 2 cores; with fewer, roles wait for each other")
+def check_cpus(cores: float) -> Check:
+    advice = "give the machine or the container at least 2 cores; with fewer, roles wait for each other"
+    return Check("CPU cores", graded(cores, 2), f"{cores:g}", advice)
 
 
 def usable_cores() -> float:
-    """Cores in this process's affinity mask, or the container's quota where that is less."""
+    """Cores that this process may use, or the container's quota if that is less."""
     cores = float(len(os.sched_getaffinity(0)))
     quota, _, period = read_cgroup("cpu.max").partition(" ")
     return min(cores, int(quota) / int(period)) if quota.isdigit() and period.isdigit() else cores
 
 
-def check_threads(omp_threads: str | None, wait_policy: str | None) -> Check:
-    """OpenMP's variables in the environment. The actors set their own; these act on everything else."""
-    found = f"OMP_NUM_THREADS {omp_threads or 'not set'}, OMP_WAIT_POLICY {wait_policy or 'not set'}"
-    if omp_threads and omp_threads.isdigit() and int(omp_threads) > usable_cores():
-        return Check("threads", "warn", found, f"unset OMP_NUM_THREADS, or set it to {usable_cores():.0f} at most")
-    if wait_policy and wait_policy.upper() == "ACTIVE":
-        return Check("threads", "warn", found, "set OMP_WAIT_POLICY=PASSIVE: threads that spin slow the other processes down")
-    return Check("threads", "ok", found)
+def read_cgroup(name: str) -> str:
+    """A file of the container's control group (version 2); empty when there is none."""
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text().strip()
+    except OSError:
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------ memory and disk
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be had without swapping, or what is left of the container's limit where that is less."""
+    """Memory that is available without swapping, or what is left of the container's limit if that is less."""
     kib = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
     available = kib["MemAvailable"] * 1024
     limit, used = read_cgroup("memory.max"), read_cgroup("memory.current")
@@ -243,35 +215,24 @@ def available_memory_bytes() -> int:
     return min(available, int(limit) - int(used) + cached)
 
 
-def read_cgroup(name: str) -> str:
-    """A file of the container's control group (version 2); empty where there is none."""
-    try:
-        return (Path("/sys/fs/cgroup") / name).read_text().strip()
-    except OSError:
-        return ""
-
-
 def check_memory(available_bytes: int) -> Check:
-    """Memory for the models: the quickstart takes up to `MEMORY_GIB`."""
+    """Memory for the models."""
     gib = available_bytes / GIB
-    if gib >= MEMORY_GIB:
-        return Check("memory", "ok", f"{gib:.1f} GiB available")
     advice = f"end other programs or use a larger machine; the quickstart takes up to {MEMORY_GIB:.0f} GiB"
-    return Check("memory", "warn" if gib >= LEAST_MEMORY_GIB else "fail", f"{gib:.1f} GiB available", advice)
+    return Check("memory", graded(gib, MEMORY_GIB, LEAST_MEMORY_GIB), f"{gib:.1f} GiB available", advice)
 
 
 def check_shared_memory(folder: Path) -> Check:
     """Shared memory, in which Ray keeps the objects that actors exchange."""
     advice = "in Docker: docker run --shm-size=8g; elsewhere: mount -o remount,size=8G /dev/shm. Without it Ray uses the disk"
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return Check("shared memory", "warn", f"{folder} can't be written", advice)
+    if not os.access(folder, os.W_OK):
+        return Check("shared memory", "warn", f"{folder} can't be written to", advice)
     gib = shutil.disk_usage(folder).free / GIB
-    found = f"{gib:.1f} GiB free in {folder}"
-    return Check("shared memory", "ok", found) if gib >= SHARED_MEMORY_GIB else Check("shared memory", "warn", found, advice)
+    return Check("shared memory", graded(gib, SHARED_MEMORY_GIB), f"{gib:.1f} GiB free in {folder}", advice)
 
 
 def ray_temporary_folder() -> Path:
-    """The folder under which Ray keeps its sessions, logs and spilled objects."""
+    """The folder in which Ray keeps its sessions, logs and spilled objects."""
     return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
 
 
@@ -280,20 +241,15 @@ def check_disk(name: str, folder: Path) -> Check:
     usage = shutil.disk_usage(folder)
     gib, share = usage.free / GIB, usage.used / (usage.used + usage.free)
     found = f"{gib:.0f} GiB free in {folder}"
-    if gib < LEAST_DISK_GIB:
-        return Check(name, "fail", found, "free some space; a run's checkpoints and Ray's logs don't fit")
-    if share > RAY_DISK_LIMIT and folder == ray_temporary_folder():
-        return Check(
-            name, "warn", f"{found}, {share:.0%} full", "Ray stops making objects at 95 %: free some space, or set RAY_TMPDIR to another disk"
-        )
-    if gib < DISK_GIB:
-        return Check(name, "warn", found, f"free some space; {DISK_GIB:.0f} GiB take a small run's checkpoints")
-    return Check(name, "ok", found)
+    if gib >= LEAST_DISK_GIB and share > RAY_DISK_LIMIT and folder == ray_temporary_folder():
+        advice = "Ray stops making objects at 95 %: free some space, or set RAY_TMPDIR to another disk"
+        return Check(name, "warn", f"{found}, {share:.0%} full", advice)
+    advice = f"free some space; the checkpoints and logs of a small run take up to {DISK_GIB:.0f} GiB"
+    return Check(name, graded(gib, DISK_GIB, LEAST_DISK_GIB), found, advice)
 
 
 def check_open_files(limit: int) -> Check:
     """The limit of open files; every Ray process opens some hundred."""
-    found = "no limit" if limit == resource.RLIM_INFINITY else f"{limit} at most"
-    if limit == resource.RLIM_INFINITY or limit >= OPEN_FILES:
-        return Check("open files", "ok", found)
-    return Check("open files", "warn", found, "ulimit -n 65535 before the start; with many actors Ray needs more than this")
+    unlimited = limit == resource.RLIM_INFINITY
+    advice = "run ulimit -n 65535 before the start; with many actors Ray needs more than this"
+    return Check("open files", graded(OPEN_FILES if unlimited else limit, OPEN_FILES), "no limit" if unlimited else f"{limit} at most", advice)
