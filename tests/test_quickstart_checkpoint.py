@@ -86,14 +86,6 @@ def test_a_model_with_wrong_weights_is_not_kept(tmp_path, monkeypatch, offline, 
     assert leftovers(tmp_path) == []
 
 
-def test_of_two_processes_the_faster_one_wins(tmp_path):
-    for name in ("made", "there"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(name)
-    checkpoint.publish(tmp_path / "made", tmp_path / "there")
-    assert (tmp_path / "there" / "config.json").read_text() == "there"
-
-
 def test_no_hub_and_no_wheel_is_one_line(tmp_path, monkeypatch, offline):
     monkeypatch.setattr(checkpoint.importlib.util, "find_spec", lambda name: None)
 

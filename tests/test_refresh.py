@@ -94,7 +94,6 @@ def test_a_label_is_a_preference_or_scores(row, label):
         ({"id": "x"}, "labels.jsonl: neither `preferred` nor `score_a` and `score_b`; give one of them"),
         ({"id": "x", "preferred": "A"}, 'labels.jsonl: `preferred` is "A"; give "a", "b" or "tie"'),
         ({"id": "x", "score_a": 1.0}, "labels.jsonl: `score_a` and `score_b` must both be finite numbers"),
-        ({"id": "x", "score_a": True, "score_b": 0.0}, "labels.jsonl: `score_a` and `score_b` must both be finite numbers"),
         ({"id": "x", "preferred": "a", "score_a": 0.0, "score_b": 1.0}, 'labels.jsonl: `preferred` is "a", but the scores say "b"'),
         ([], "labels.jsonl: expected an object with the `id` of a pair"),
     ],

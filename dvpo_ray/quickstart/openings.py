@@ -1,8 +1,8 @@
-"""Prompts that a model makes up itself: openings sampled from nothing but its beginning-of-text token.
+"""Prompts that a model makes itself: openings, sampled after nothing but its beginning-of-text token.
 
     python -m dvpo_ray.quickstart.openings MODEL --tokens 16 --count 2000 --out prompts.jsonl
 
-For models that only continue text (such as the TinyStories ones) this is a prompt set of their own distribution.
+For a model that only continues text (such as the TinyStories ones) these are prompts from its own distribution.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dvpo_ray.files import whole_file
 
 
 def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> list[str]:
-    """Distinct openings that encode to exactly `tokens` tokens beside the beginning-of-text token.
+    """Distinct openings that encode to exactly `tokens` tokens after the beginning-of-text token.
 
     Args:
-        count: openings sampled; fewer remain, since repeated and unfaithful ones are left out.
+        count: openings sampled. Repeated ones, and those that encode to other tokens, are left out.
 
     Raises:
         InputError: the tokenizer has no beginning-of-text token.
@@ -46,12 +46,9 @@ def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> list
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dvpo_ray.quickstart.openings", description="Sample openings of texts as prompts.")
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
-    parser.add_argument(
-        "--tokens", type=whole_number(at_least=1), default=16, help="length of an opening, without the beginning-of-text token (default 16)"
-    )
-    parser.add_argument(
-        "--count", type=whole_number(at_least=1), default=2000, help="openings sampled, before repeated ones are left out (default 2000)"
-    )
+    positive = whole_number(at_least=1)
+    parser.add_argument("--tokens", type=positive, default=16, help="length without the beginning-of-text token (default 16)")
+    parser.add_argument("--count", type=positive, default=2000, help="openings sampled, before some are left out (default 2000)")
     parser.add_argument("--seed", type=whole_number(at_least=0), default=0)
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSONL file of prompts")
     args = parser.parse_args(argv)

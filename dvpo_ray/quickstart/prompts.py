@@ -1,7 +1,7 @@
 """The quickstart's prompts: openings of everyday sentences, made from word lists.
 
-`python -m dvpo_ray.quickstart.prompts FOLDER` writes `prompts.train.jsonl` and `prompts.heldout.jsonl`; the shipped files were
-made so. None of the openings says how the sentence goes on, so that the model's own continuations are of every mood.
+`python -m dvpo_ray.quickstart.prompts FOLDER` writes `prompts.train.jsonl` and `prompts.heldout.jsonl`, as it wrote the shipped
+files. No opening says how the sentence goes on, so the model's own continuations are of every mood.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ TEMPLATES = {
 
 
 def all_prompts() -> list[str]:
-    """Every prompt of the word lists, distinct, in a shuffled order that never changes."""
+    """All prompts of the word lists, without repetition, shuffled in the same order each time."""
     prompts = []
     for template, words in TEMPLATES.items():
         prompts += [template.format(**dict(zip(words, choice, strict=True))) for choice in itertools.product(*words.values())]
@@ -80,7 +80,7 @@ def all_prompts() -> list[str]:
 
 
 def write_prompts(folder: Path) -> tuple[Path, Path]:
-    """Write the training and the held-out prompts, no prompt in both; returns the two files."""
+    """Write the training and the held-out prompts, no prompt in both. Returns the two files."""
     prompts = all_prompts()
     files = (folder / "prompts.train.jsonl", folder / "prompts.heldout.jsonl")
     for file, part in zip(files, (prompts[HELDOUT_PROMPTS:], prompts[:HELDOUT_PROMPTS]), strict=True):

@@ -1,4 +1,4 @@
-"""`dvpo quickstart`: a real language model gets better by DVPO, on two cores and in minutes.
+"""`dvpo quickstart`: DVPO makes a real language model better, on two cores and in minutes.
 
 checkpoint → preference pairs (shipped) → Global Value Model → policy optimisation → gold before and after → report.html
 """
@@ -9,6 +9,9 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
 
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.evaluation.gain import read_evaluation
@@ -25,14 +28,14 @@ FOLDER = Path(__file__).parent
 CONFIG = FOLDER / "config.yaml"
 DATA = FOLDER / "data"
 SHOWN_PROMPTS = 4
-"""Prompts whose responses before and after are printed side by side; report.html has all of them."""
+"""Prompts whose responses before and after are printed side by side. report.html has all of them."""
 
 
 def quickstart_config(overrides: Sequence[str] = (), checkpoint: str | Path | None = None) -> Config:
     """The quickstart's settings with the shipped data in place.
 
     Args:
-        overrides: `key.sub=value` each; they win over everything else.
+        overrides: `key.sub=value` each; they replace everything else.
         checkpoint: folder of SmolLM2-135M-Instruct; its hub name when not given.
 
     Raises:
@@ -50,7 +53,7 @@ def quickstart_config(overrides: Sequence[str] = (), checkpoint: str | Path | No
 
 
 def quickstart(out: Path, overrides: Sequence[str] = ()) -> Path:
-    """Run everything in one Ray session and return the path of report.html.
+    """Run all stages in one Ray session and return the path of report.html.
 
     Args:
         out: run folder of the policy optimisation; the GVM's run folder is its `gvm/`.
@@ -63,19 +66,18 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Path:
     config = quickstart_config(overrides)
     with RunConsole() as console, PeakMemory() as memory:
         console.header("DVPO quickstart", _facts(config, out))
-        if not _names_model(overrides):
+        if not any(override.startswith("model.path=") for override in overrides):
             config = quickstart_config(overrides, smollm2_checkpoint(say=console.say))
         with connect(config.ray):
             gvm = train_value_model(config, config.gvm, out / "gvm", console=console)
-            train(_with_gvm(config, gvm, out), console=console)
-    _complete_summary(out, started, memory.peak_gib)
+            value_model = config.gvm.model_copy(update={"path": str(gvm)})
+            train(config.model_copy(update={"gvm": value_model, "out": str(out)}), console=console)
+    # Time and memory of the whole quickstart replace those of its last stage.
+    whole = {"duration_seconds": round(time.time() - started, 1), "peak_memory_gib": round(memory.peak_gib, 3)}
+    write_summary(out, _summary(out) | whole)
     report = write_report(out)
     print_result(out, report)
     return report
-
-
-def _names_model(overrides: Sequence[str]) -> bool:
-    return any(override.startswith("model.path=") for override in overrides)
 
 
 def _facts(config: Config, out: Path) -> dict[str, object]:
@@ -87,14 +89,8 @@ def _facts(config: Config, out: Path) -> dict[str, object]:
     }
 
 
-def _with_gvm(config: Config, gvm: Path, out: Path) -> Config:
-    return config.model_copy(update={"gvm": config.gvm.model_copy(update={"path": str(gvm)}), "out": str(out)})
-
-
-def _complete_summary(out: Path, started: float, peak_gib: float) -> None:
-    """Time and memory of the whole quickstart, in place of those of its last stage."""
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    write_summary(out, summary | {"duration_seconds": round(time.time() - started, 1), "peak_memory_gib": round(peak_gib, 3)})
+def _summary(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------------ result
@@ -102,9 +98,7 @@ def _complete_summary(out: Path, started: float, peak_gib: float) -> None:
 
 def print_result(out: Path, report: Path) -> None:
     """The gold scores before and after, some responses side by side, and where everything is."""
-    from rich.console import Console
-
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    summary = _summary(out)
     console = Console(highlight=False)
     console.print(samples_table(out, summary["steps"]))
     console.print(gold_table(summary["gold"]))
@@ -113,10 +107,8 @@ def print_result(out: Path, report: Path) -> None:
     console.print(f"report: {report}\nmodel:  {out / 'final'}", soft_wrap=True)
 
 
-def gold_table(gold: dict):
+def gold_table(gold: dict) -> Table:
     """Mean gold score before and after, and the gain, each with its 95 % interval."""
-    from rich.table import Table
-
     table = Table("", "gold score", "95 % interval", title=f"VADER, {gold['prompts']} held-out prompts")
     for name in ("before", "after"):
         table.add_row(name, f"{gold[name]['mean']:+.3f}", interval(gold[name]["ci95"]))
@@ -124,10 +116,8 @@ def gold_table(gold: dict):
     return table
 
 
-def samples_table(out: Path, last_step: int):
+def samples_table(out: Path, last_step: int) -> Table:
     """The same held-out prompts answered before and after training, each response with its gold score."""
-    from rich.table import Table
-
     table = Table("prompt", "before", "after", title="Some held-out prompts", show_lines=True)
     before, after = read_evaluation(out, 0), read_evaluation(out, last_step)
     for first, last in list(zip(before, after, strict=True))[:SHOWN_PROMPTS]:

@@ -1,10 +1,10 @@
-"""Preference pairs of a model's own making: it answers prompts, a gold judge scores the answers.
+"""Preference pairs from a model's own samples: it answers prompts, and a gold judge scores the answers.
 
     python -m dvpo_ray.quickstart.self_preferences CONFIG [KEY=VALUE ...] --out FOLDER [--samples 8] [--pairs 2]
 
-samples responses with the engine of `rollout` to the prompts of `data.prompts`, scores them with `evaluation.judge`, and
-writes `preferences.train.jsonl` and `preferences.heldout.jsonl`, which `data.preferences` reads. A Global Value Model
-trained on such pairs knows the texts that the policy writes, and needs no other data.
+samples responses to the prompts of `data.prompts` with the engine of `rollout`, scores them with `evaluation.judge`, and writes
+`preferences.train.jsonl` and `preferences.heldout.jsonl`, which `data.preferences` reads. A Global Value Model trained on such
+pairs knows the texts that the policy writes, and needs no other data.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ import numpy as np
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.config.options import finite_number, whole_number
 from dvpo_ray.errors import InputError, ResourceError
-from dvpo_ray.evaluation.judges import Judge, make_judge
+from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.monitoring.console import RunConsole, Stage
 
-if TYPE_CHECKING:  # torch comes with these, and reads its environment when it is imported; see `main`
+if TYPE_CHECKING:  # importing these imports torch, which reads its environment then; see `main`
     from dvpo_ray.data.prompts import Prompt
-    from dvpo_ray.refresh.samples import Sample
 
 
 class Sampler:
-    """The model of a config, answering prompts and judged.
+    """The model of a config, answering prompts.
 
     Attributes:
         inexact: samples left out because their text does not give their token ids again (such as half a character).
     """
 
-    def __init__(self, config: Config, judge: Judge) -> None:
+    def __init__(self, config: Config) -> None:
         from dvpo_ray.actors.rollout_engine import make_backend
         from dvpo_ray.data.encoding import Encoder
         from dvpo_ray.models.loading import context_tokens, load_tokenizer
@@ -48,23 +47,22 @@ class Sampler:
         tokenizer = load_tokenizer(model.path, model.trust_remote_code)
         context = context_tokens(model.path, model.trust_remote_code)
         self.encoder = Encoder(tokenizer, data, model.chat_template, context)
-        self.judge = judge
         self.inexact = 0
         longest = data.max_prompt_tokens + config.rollout.max_response_tokens
         self._backend = make_backend(config, frozenset(self.encoder.stop_token_ids), "object_store", longest)
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int, progress: Stage) -> list[tuple[Prompt, list[Sample]]]:
-        """Sample and judge `samples` responses to each prompt; a prompt that the settings drop is left out.
+    def sample(self, prompts: Sequence[Prompt], samples: int, seed: int, progress: Stage) -> list[tuple[Prompt, list[tuple[str, bool]]]]:
+        """Sample responses to each prompt: text and whether it is truncated. A prompt that the settings drop is left out.
 
         Args:
+            samples: for each prompt.
             progress: advanced with every response.
         """
         from dvpo_ray.refresh.samples import exact_text
 
         encoded = [(prompt, ids) for prompt in prompts if (ids := self.encoder.encode_prompt(prompt)) is not None]
-        requests = [ids for _, ids in encoded for _ in range(samples)]
         exact: list[list[tuple[str, bool]]] = [[] for _ in encoded]
-        for response in self._backend.generate(requests, seed):
+        for response in self._backend.generate([ids for _, ids in encoded for _ in range(samples)], seed):
             progress.advance()
             row = response.index // samples
             text = exact_text(self.encoder, encoded[row][0], response.token_ids, response.truncated)
@@ -72,14 +70,8 @@ class Sampler:
                 self.inexact += 1
             else:
                 exact[row].append((text, response.truncated))
-        return [(prompt, self._judged(prompt, texts)) for (prompt, _), texts in zip(encoded, exact, strict=True)]
-
-    def _judged(self, prompt: Prompt, texts: list[tuple[str, bool]]) -> list[Sample]:
-        from dvpo_ray.refresh.samples import Sample
-
-        texts = sorted(texts)  # engines finish in any order; the file does not depend on it
-        scores = self.judge.score([prompt.text] * len(texts), [text for text, _ in texts]) if texts else np.zeros(0)
-        return [Sample(text, truncated, float(score)) for (text, truncated), score in zip(texts, scores, strict=True)]
+        # Engines finish in any order; the file does not depend on it.
+        return [(prompt, sorted(texts)) for (prompt, _), texts in zip(encoded, exact, strict=True)]
 
 
 def write_self_preferences(config: Config, folder: Path, samples: int, pairs: int, min_score_gap: float, console: RunConsole) -> None:
@@ -95,51 +87,46 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
         raise InputError("evaluation.judge is none; name a judge that scores the samples, such as vader")
     from dvpo_ray.data.prompts import load_prompts
     from dvpo_ray.refresh.pairs import preference_rows
+    from dvpo_ray.refresh.samples import judged
 
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
-    sampler = Sampler(config, judge)
+    sampler = Sampler(config)
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, prompts) in enumerate((("train", sets.train), ("heldout", sets.heldout)), start=config.seed):
         with console.stage(f"{split} samples", total=len(prompts) * samples) as progress:
-            judged = sampler.sample(prompts, samples, seed, progress)
-        rows = list(preference_rows(judged, pairs, min_score_gap))
+            answered = [(prompt, judged(prompt, texts, judge)) for prompt, texts in sampler.sample(prompts, samples, seed, progress)]
+        rows = list(preference_rows(answered, pairs, min_score_gap))
         path = folder / f"preferences.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        scores = [sample.score for _, answered in judged for sample in answered]
+        scores = [sample.score for _, answers in answered for sample in answers]
         mean = f"mean gold {np.mean(scores):.3f}" if scores else "no sample was usable"
         console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts; {len(scores)} samples, {mean}")
     console.say(f"{sampler.inexact} samples left out: their text does not give their tokens again")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    about = "Make preference pairs of a model's own samples."
+    about = "Make preference pairs from a model's own samples."
     parser = argparse.ArgumentParser(prog="python -m dvpo_ray.quickstart.self_preferences", description=about)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the model, data.prompts, rollout and evaluation.judge")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings that replace those of the file")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the two files")
     parser.add_argument("--samples", type=whole_number(at_least=2), default=8, help="responses to each prompt (default 8)")
-    parser.add_argument("--pairs", type=whole_number(at_least=1), default=2, help="pairs of each prompt at most (default 2)")
-    parser.add_argument(
-        "--min-score-gap", type=finite_number(at_least=0), default=0.05, help="leave out pairs whose scores are closer (default 0.05)"
-    )
+    parser.add_argument("--pairs", type=whole_number(at_least=1), default=2, help="most pairs of each prompt (default 2)")
+    gap = "leave out pairs whose scores are closer (default 0.05)"
+    parser.add_argument("--min-score-gap", type=finite_number(at_least=0), default=0.05, help=gap)
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
-        _set_environment(config)
+        from dvpo_ray.runtime.process import environment
+
+        for name, value in environment(config.rollout).items():  # libraries read it when they are first imported
+            os.environ.setdefault(name, value)
         with RunConsole() as console:
             write_self_preferences(config, args.out, args.samples, args.pairs, args.min_score_gap, console)
     except (InputError, ResourceError) as error:
         print(f"self_preferences: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _set_environment(config: Config) -> None:
-    """The environment of a rollout engine, in this process: libraries read it when they are first imported."""
-    from dvpo_ray.runtime.process import environment
-
-    for name, value in environment(config.rollout).items():
-        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ A pair, in `to_label.jsonl` and in a request `{"pairs": [...]}`:
 
     {"id": "0f3a...", "prompt": text or messages, "response_a": text, "response_b": text}
 
-Its label, in `labels.jsonl` and in an answer `{"labels": [...]}`: who is better, or a score for each, or both:
+Its label, in `labels.jsonl` and in an answer `{"labels": [...]}`: which is better, or a score for each, or both:
 
     {"id": "0f3a...", "preferred": "a" | "b" | "tie"}
     {"id": "0f3a...", "score_a": number, "score_b": number}
 
-`labels.jsonl` is the memory of both sources: a pair that it answers is not asked again, so an interrupted run loses no label.
+`labels.jsonl` keeps the labels of both sources. A pair that has its label there is not asked again, so an interrupted run loses none.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CandidatePair:
 
     @cached_property
     def id(self) -> str:
-        """Follows from the texts alone, so that a label fits wherever the same pair is sampled again."""
+        """A hash of the texts alone, so that a label fits wherever the same pair is sampled again."""
         return hashlib.sha256(json.dumps([self.prompt.content, self.a.text, self.b.text]).encode()).hexdigest()[:16]
 
     def as_row(self) -> dict:
@@ -59,7 +59,7 @@ class CandidatePair:
 
 @dataclass(frozen=True)
 class Label:
-    """What a labeller says of a pair: `a`, `b` or `tie`, and the scores where there are any."""
+    """What a labeller says of a pair: `a`, `b` or `tie`, and the scores if there are any."""
 
     preferred: str
     scores: tuple[float, float] | None = None
@@ -106,7 +106,7 @@ def parse_label(row: object, where: str) -> tuple[str, Label]:
         if preferred is None:
             raise InputError(f"{where}: neither `preferred` nor `score_a` and `score_b`; give one of them")
         return row["id"], Label(preferred)
-    if not all(isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score) for score in scores):
+    if not all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores):
         raise InputError(f"{where}: `score_a` and `score_b` must both be finite numbers")
     better = "tie" if scores[0] == scores[1] else "a" if scores[0] > scores[1] else "b"
     if preferred not in (None, better):
@@ -118,37 +118,33 @@ def parse_label(row: object, where: str) -> tuple[str, Label]:
 
 
 def labels_from_file(pairs: Sequence[CandidatePair], folder: Path, settings: RefreshConfig, say: Say) -> dict[str, Label]:
-    """Write the pairs to `to_label.jsonl` and wait until `labels.jsonl` beside it answers each of them.
+    """Write the pairs to `to_label.jsonl` and wait until `labels.jsonl` beside it has a label for each of them.
 
     Raises:
-        InputError: a label that is none. ResourceError: `timeout_seconds` have passed.
+        InputError: a bad label. ResourceError: `timeout_seconds` have passed.
     """
     questions, answers = folder / "to_label.jsonl", folder / "labels.jsonl"
     with whole_file(questions) as file:
         file.writelines(json.dumps(pair.as_row(), ensure_ascii=False) + "\n" for pair in pairs)
+    say(f"waiting for labels: answer {questions} in {answers}")
     deadline = time.monotonic() + settings.timeout_seconds
-    told = False
-    while True:
-        labels = _read_labels(answers)
-        missing = sum(pair.id not in labels for pair in pairs)
-        if not missing:
-            return labels
+    labels = _read_labels(answers)
+    while missing := sum(pair.id not in labels for pair in pairs):
         if time.monotonic() >= deadline:
             raise ResourceError(
                 f"{answers}: {missing} of {len(pairs)} pairs of {questions.name} have no label after {settings.timeout_seconds:g} seconds "
                 "(gvm.refresh.timeout_seconds); label them and go on with --resume"
             )
-        if not told:
-            say(f"waiting for labels: answer {questions} in {answers}")
-            told = True
-        time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+        time.sleep(POLL_SECONDS)
+        labels = _read_labels(answers)
+    return labels
 
 
 def labels_from_endpoint(pairs: Sequence[CandidatePair], folder: Path, settings: RefreshConfig, say: Say) -> dict[str, Label]:
     """Post the pairs to `settings.url`, some at a time, and keep the answers in `labels.jsonl`.
 
     Raises:
-        InputError: the endpoint refuses a request, or its answer is no label for each pair. ResourceError: it cannot be reached.
+        InputError: the endpoint refuses a request, or its answer lacks a label. ResourceError: it cannot be reached.
     """
     kept = folder / "labels.jsonl"
     labels = _read_labels(kept)
@@ -186,7 +182,7 @@ def _answer(settings: RefreshConfig, pairs: list[dict]) -> list:
 
 
 def _post(settings: RefreshConfig, body: bytes) -> bytes:
-    """The answer to a POST. What may pass by itself (no connection, a time limit, 429, 5xx) is tried again."""
+    """The answer to a POST. It is sent again after an error that may pass: no connection, a time limit, 429 or 5xx."""
     request = urllib.request.Request(settings.url, body, {"Content-Type": "application/json"}, method="POST")
     problem = ""
     for attempt in range(settings.retries + 1):

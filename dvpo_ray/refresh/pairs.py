@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from dvpo_ray.config.schema import DataConfig
@@ -25,7 +26,7 @@ def pair_up(samples: Sequence[Sample], pairs: int, min_score_gap: float) -> list
 
     Args:
         samples: responses to one prompt.
-        pairs: at most so many pairs; no sample is in two of them.
+        pairs: most pairs to make; no sample is in two of them.
         min_score_gap: pairs whose scores are closer than this, or equal, are left out.
 
     Returns:
@@ -37,20 +38,15 @@ def pair_up(samples: Sequence[Sample], pairs: int, min_score_gap: float) -> list
 
 
 def pair_row(prompt: Prompt, chosen: Sample, rejected: Sample) -> dict:
-    """A pair as a row of a preference file; responses to messages are messages."""
+    """A pair as a row of a preference file. Responses to messages are messages."""
 
     def content(text: str) -> str | list[dict[str, str]]:
         return text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
 
-    scored = chosen.score is not None and rejected.score is not None
-    return {
-        "prompt": prompt.content,
-        "chosen": content(chosen.text),
-        "rejected": content(rejected.text),
-        **({"chosen_score": round(chosen.score, 4), "rejected_score": round(rejected.score, 4)} if scored else {}),
-        "chosen_truncated": chosen.truncated,
-        "rejected_truncated": rejected.truncated,
-    }
+    row = {"prompt": prompt.content, "chosen": content(chosen.text), "rejected": content(rejected.text)}
+    if chosen.score is not None and rejected.score is not None:
+        row |= {"chosen_score": round(chosen.score, 4), "rejected_score": round(rejected.score, 4)}
+    return row | {"chosen_truncated": chosen.truncated, "rejected_truncated": rejected.truncated}
 
 
 def preference_rows(judged: Sequence[tuple[Prompt, list[Sample]]], pairs: int, min_score_gap: float) -> Iterator[dict]:
@@ -63,16 +59,16 @@ def preference_rows(judged: Sequence[tuple[Prompt, list[Sample]]], pairs: int, m
 def write_pairs(
     folder: Path, rows: Sequence[dict], source: str, heldout_fraction: float, old: Sequence[PreferencePair], share: float, seed: int
 ) -> None:
-    """Write the three files of a refresh: its new pairs by side of the split, and the new training pairs with old ones.
+    """Write the three files of a refresh: new pairs to train on, new pairs to hold out, and the former mixed with old pairs.
 
     Args:
         rows: of a preference file, all by the current policy.
-        source: what the policy is called in their `source_model`.
-        old: pairs to draw from; those of a prompt that is held out now are left out.
+        source: their `source_model`, a name of the policy.
+        old: pairs to draw from; those whose prompt is held out are left out.
         share: old pairs for each new one.
 
     Raises:
-        InputError: too few pairs or prompts to train on some and to hold out others.
+        InputError: too few pairs or prompts to train on some and hold out others.
     """
     pairs = [parse_pair(row | {"source_model": source}, str(folder)) for row in rows]
     try:
@@ -91,7 +87,7 @@ def write_pairs(
 
 
 def old_pairs(data: DataConfig, earlier: Iterable[Path]) -> list[PreferencePair]:
-    """The training pairs of `data.preferences`, where set, and those that earlier refreshes collected in their folders."""
+    """The training pairs of `data.preferences` if it is set, and those that earlier refreshes collected in their folders."""
     pairs = load_preferences(data.preferences, data.on_bad_row).train if data.preferences is not None else []
     for folder in earlier:
         path = str(folder / NEW)
@@ -101,15 +97,4 @@ def old_pairs(data: DataConfig, earlier: Iterable[Path]) -> list[PreferencePair]
 
 def as_row(pair: PreferencePair) -> dict:
     """A pair as a row that the readers of `dvpo_ray.data` read back to an equal one."""
-    row = {
-        "prompt": pair.prompt,
-        "chosen": pair.chosen,
-        "rejected": pair.rejected,
-        "chosen_score": pair.chosen_score,
-        "rejected_score": pair.rejected_score,
-        "chosen_truncated": pair.chosen_truncated,
-        "rejected_truncated": pair.rejected_truncated,
-        "source_model": pair.source_model,
-        "rejected_model": pair.rejected_model,
-    }
-    return {name: value for name, value in row.items() if value is not None}
+    return {name: value for name, value in asdict(pair).items() if name != "where" and value is not None}

@@ -22,7 +22,7 @@ class Sample:
     Attributes:
         text: the response; encoded after its prompt it gives the sampled token ids again.
         truncated: the length limit ended it.
-        score: by the gold judge; None where nobody has scored it.
+        score: by the gold judge; None when nobody has scored it.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Sample:
 
 
 def exact_text(encoder: Encoder, prompt: Prompt, token_ids: list[int], truncated: bool) -> str | None:
-    """Text of a sampled response; None where it is blank, or would not give the sampled tokens again after its prompt."""
+    """Text of a sampled response; None when it is blank, or when its text after its prompt would not give the sampled tokens again."""
     text = encoder.decode(token_ids)
     answer = encoder.encode_answer(prompt.content, text, prompt.where, truncated) if text.strip() else None
     return text if answer is not None and answer[1] == token_ids else None
@@ -40,7 +40,7 @@ def exact_text(encoder: Encoder, prompt: Prompt, token_ids: list[int], truncated
 def usable_samples(
     batch: RaggedBatch, prompts: Sequence[Prompt], samples_per_prompt: int, encoder: Encoder, judge: Judge | None
 ) -> list[list[Sample]]:
-    """The different responses to each prompt whose text gives their tokens again, scored by the judge where there is one.
+    """The different responses to each prompt whose text gives their tokens again, scored if there is a judge.
 
     Args:
         batch: rows in the order of their ids; row i answers prompt i // samples_per_prompt.
@@ -52,14 +52,13 @@ def usable_samples(
         text = exact_text(encoder, prompts[p], batch.tokens[batch.response(r)].tolist(), truncated)
         if text is not None:
             answers[p].setdefault(text, truncated)
-    return [_scored(prompt, texts, judge) for prompt, texts in zip(prompts, answers, strict=True)]
+    return [judged(prompt, list(texts.items()), judge) for prompt, texts in zip(prompts, answers, strict=True)]
 
 
-def _scored(prompt: Prompt, texts: dict[str, bool], judge: Judge | None) -> list[Sample]:
-    if judge is None or not texts:
-        return [Sample(text, truncated) for text, truncated in texts.items()]
-    scores = judge.score([prompt.text] * len(texts), list(texts)).tolist()
-    return [Sample(text, truncated, score) for (text, truncated), score in zip(texts.items(), scores, strict=True)]
+def judged(prompt: Prompt, answers: Sequence[tuple[str, bool]], judge: Judge | None) -> list[Sample]:
+    """Text and `truncated` of each answer as a sample, scored if there is a judge."""
+    scores = judge.score([prompt.text] * len(answers), [text for text, _ in answers]).tolist() if judge and answers else [None] * len(answers)
+    return [Sample(text, truncated, score) for (text, truncated), score in zip(answers, scores, strict=True)]
 
 
 def write_samples(path: Path, prompts: Sequence[Prompt], samples: Sequence[list[Sample]]) -> None:
