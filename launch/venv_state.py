@@ -1,7 +1,7 @@
-"""What state a virtual environment is in, for install.sh. It runs inside that environment and imports the standard library only.
+"""The state of a virtual environment, for install.sh. It runs in that environment and imports only the standard library.
 
 venv_state.py ready KEY EXTRA...    exit 0 if the last install with this KEY is complete, has these extras and is undamaged
-venv_state.py mode                  print the mode (cpu or gpu) of the last complete install; nothing when there was none
+venv_state.py mode                  print the mode (cpu or gpu) of the last complete install; nothing if there is none
 venv_state.py extras                print the extras of the last complete install
 venv_state.py repair MODE           make damaged packages look absent, so that the installer puts them back
 venv_state.py record KEY MODE EXTRA...   write down that an install is complete
@@ -9,21 +9,21 @@ venv_state.py record KEY MODE EXTRA...   write down that an install is complete
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 import sys
 import sysconfig
+from importlib.metadata import PathDistribution, distributions
 from pathlib import Path
 
 STAMP = Path(sys.prefix) / "dvpo-install.json"
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CPU_STRAYS = {"torchvision", "torchaudio", "torchcodec"}
-"""Their builds on PyPI are for CUDA; beside PyTorch for CPU they break `import transformers`."""
+"""Their builds on PyPI are for CUDA. Beside PyTorch for CPU they break `import transformers`."""
 
 
 def read_stamp() -> dict:
-    """The record of the last complete install; empty when there is none or it can't be read."""
+    """The record of the last complete install; empty if there is none or it can't be read."""
     try:
         return json.loads(STAMP.read_text())
     except (OSError, ValueError):
@@ -31,41 +31,30 @@ def read_stamp() -> dict:
 
 
 def package_versions() -> dict[str, str]:
-    """Version of every whole package by name."""
-    return {d.name: d.version for d in importlib.metadata.distributions(path=[str(SITE_PACKAGES)]) if d.metadata["Name"]}
+    """Version of every package by name."""
+    return {d.name: d.version for d in distributions(path=[str(SITE_PACKAGES)]) if d.metadata["Name"]}
 
 
-def damage(info: Path) -> str | None:
-    """What is wrong with the package of a dist-info folder: its metadata or one of its files is missing or cut short."""
+def is_damaged(info: Path) -> bool:
+    """Whether the package of a dist-info folder lacks its metadata, or a file, or has a file of another size."""
     try:
-        distribution = importlib.metadata.PathDistribution(info)
-        files = distribution.files
-        if not distribution.metadata["Name"] or files is None:
-            return "no metadata"
-    except (OSError, ValueError) as error:
-        return str(error)
-    for file in files:
-        if file.suffix == ".pyc":
-            continue
-        path = SITE_PACKAGES / file
-        if not path.exists():
-            return f"{file} is missing"
-        if file.size is not None and path.stat().st_size != file.size:
-            return f"{file} has another size"
-    return None
+        distribution = PathDistribution(info)
+        if not distribution.metadata["Name"] or not distribution.files:
+            return True
+        sizes = [(file.size, (SITE_PACKAGES / file).stat().st_size) for file in distribution.files if file.suffix != ".pyc"]
+    except (OSError, ValueError):
+        return True
+    return any(recorded not in (None, size) for recorded, size in sizes)
 
 
-def damaged_packages() -> dict[Path, str]:
-    """Dist-info folders whose packages are damaged, with the reason."""
+def faults(mode: str) -> list[Path]:
+    """Dist-info folders of packages that are damaged, or that break this mode."""
     infos = sorted(SITE_PACKAGES.glob("*.dist-info"))
-    return {info: reason for info in infos if (reason := damage(info)) is not None}
+    return [info for info in infos if is_damaged(info) or (mode == "cpu" and package_of(info) in CPU_STRAYS)]
 
 
-def strays(mode: str) -> list[Path]:
-    """Dist-info folders of packages that break this mode."""
-    if mode != "cpu":
-        return []
-    return [info for info in SITE_PACKAGES.glob("*.dist-info") if info.name.split("-")[0].lower() in CPU_STRAYS]
+def package_of(info: Path) -> str:
+    return info.name.split("-")[0].lower()
 
 
 def is_ready(key: str, extras: list[str]) -> bool:
@@ -73,24 +62,22 @@ def is_ready(key: str, extras: list[str]) -> bool:
     stamp = read_stamp()
     if stamp.get("key") != key or not set(extras) <= set(stamp["extras"]):
         return False
-    return stamp["packages"].items() <= package_versions().items() and not strays(stamp["mode"]) and not damaged_packages()
+    return stamp["packages"].items() <= package_versions().items() and not faults(stamp["mode"])
 
 
 def repair(mode: str) -> None:
-    """Remove strays, leftovers of interrupted installs, and the records of damaged packages.
+    """Remove leftovers of interrupted installs, packages that break this mode, and the records of damaged packages.
 
-    A package without its record counts as absent: the installer then lays its files down again, over those that are there.
+    A package without its record counts as absent: the installer writes its files again, over those that are there.
     """
     for leftover in SITE_PACKAGES.glob("~*"):
         print(f"removing {leftover.name}, left by an interrupted install")
         shutil.rmtree(leftover)
-    for info in strays(mode):
-        print(f"removing {info.name}: it does not belong beside PyTorch for CPU")
-        shutil.rmtree(SITE_PACKAGES / info.name.split("-")[0], ignore_errors=True)
+    for info in faults(mode):
+        print(f"removing {info.name.removesuffix('.dist-info')}, which is damaged or breaks the {mode} build")
         shutil.rmtree(info)
-    for info, reason in damaged_packages().items():
-        print(f"reinstalling {info.name.removesuffix('.dist-info')}: {reason}")
-        shutil.rmtree(info)
+        if package_of(info) in CPU_STRAYS:
+            shutil.rmtree(SITE_PACKAGES / package_of(info), ignore_errors=True)
 
 
 def record(key: str, mode: str, extras: list[str]) -> None:

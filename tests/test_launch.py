@@ -52,7 +52,7 @@ def test_scripts_parse(script):
     ("arguments", "environment", "said"),
     [
         (["gpus"], {}, "unknown argument gpus"),
-        (["cpu"], {"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python is no Python 3.11 or 3.12"),
+        (["cpu"], {"PYTHON": "/no/such/python"}, "PYTHON=/no/such/python is not a Python 3.11 or 3.12"),
     ],
 )
 def test_install_refuses_in_one_line(tmp_path, arguments, environment, said):
