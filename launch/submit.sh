@@ -3,10 +3,10 @@
 #
 #   launch/submit.sh CONFIG [KEY=VALUE ...] [--out DIR] [--resume]
 #
-# The cluster: the head of this machine, or the one at RAY_API_SERVER_ADDRESS (http://host:8265). The job runs in the folder
-# it is submitted from, so this folder and the run folder lie on a file system that the cluster's nodes share.
+# The cluster is that of the head on this machine, or of the head at RAY_API_SERVER_ADDRESS (http://host:8265). The job runs in
+# the folder it is submitted from, so that folder and the run folder must be on a file system that the cluster's nodes share.
 # The token of a cluster that asks for one: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
-# Ctrl-C ends the following, not the job: `ray job stop ID` does that.
+# Ctrl-C stops the output only. `ray job stop ID` stops the job.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=${DVPO_VENV:-$root/.venv}/bin
@@ -18,7 +18,7 @@ fail() {
     exit 2
 }
 
-# HTTP status of a request to the head that needs its token; 000 when nobody answers. Python's own client: curl may be absent.
+# HTTP status of a request to the head that needs its token; 000 when nobody answers. By Python, because curl may be absent.
 ask_head() {
     "$bin/python" - "$address/api/jobs/" <<'PYTHON'
 import os, sys, urllib.error, urllib.request
@@ -42,7 +42,7 @@ PYTHON
 (($#)) || fail "which config? usage: launch/submit.sh CONFIG [KEY=VALUE ...] [--out DIR] [--resume]"
 [[ $1 != -h && $1 != --help ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 [[ -x $bin/dvpo && -x $bin/ray ]] || fail "$bin/dvpo is not there; run launch/install.sh first"
-"$bin/dvpo" train "$@" --dry-run >/dev/null # a wrong config or override ends here, with its one line and exit status 2
+"$bin/dvpo" train "$@" --dry-run >/dev/null # a wrong config or override ends here, with one line and exit status 2
 
 read -r status has_token <<<"$(ask_head)"
 case $status in
@@ -52,10 +52,10 @@ case $status in
     403) fail "the Ray head at $address refuses this token; RAY_AUTH_TOKEN or ~/.ray/auth_token must be the head's" ;;
     *) fail "$address answers with HTTP status $status; RAY_API_SERVER_ADDRESS must be the address of Ray's dashboard" ;;
 esac
-# A head asks for the token by itself where it has one; its clients send it only in this mode.
+# A head that has a token asks for it by itself. Its clients send the token only in this mode.
 [[ -z $has_token ]] || export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 
 # shellcheck disable=SC2016 # expanded by the job's shell
 job='cd "$0" && PATH=$1:$PATH && exec dvpo train "${@:2}"'
-export RAY_API_SERVER_ADDRESS=$address # with its http://, or Ray takes it for the address of something else
+export RAY_API_SERVER_ADDRESS=$address # with http://; else Ray takes it for an address of another kind
 exec "$bin/ray" job submit -- bash -c "$job" "$PWD" "$bin" "$@"
