@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dvpo_ray.commands.common import add_config_arguments, check_new_folder, dated_folder, load
+from dvpo_ray.commands.common import add_config_arguments, check_new_output, dated_folder, load
 from dvpo_ray.commands.train import check_train_config, missing_pairs
 from dvpo_ray.config import Config, override_config
 from dvpo_ray.config.algorithms import ALGORITHMS
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> int:
     config = load(args)
     out = args.out or dated_folder(config, "-bench")
-    check_new_folder(out, "the results")
+    check_new_output(out, "the results")
     results = args.benchmark(args, config, out)
 
     from dvpo_ray.files import whole_file
@@ -162,7 +162,7 @@ def _ledger(args: argparse.Namespace) -> int:
         raise InputError("--tokenizer is for --random-weights CONFIG_JSON; without it the tokenizer is the model's own")
     settings = settings_by_algorithm(args.set, args.algorithms)
     out = args.out or dated_folder(config, "-ledger")
-    check_new_folder(out, "the results")
+    check_new_output(out, "the results")
 
     from dvpo_ray.bench.ledger import bench_ledger, config_for
 

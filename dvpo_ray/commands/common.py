@@ -92,42 +92,31 @@ def dated_folder(config: Config, suffix: str = "") -> Path:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def check_new_folder(folder: Path, what: str) -> None:
-    """Refuse a folder for results that is not empty or cannot be written to.
+def check_new_output(path: Path, what: str) -> None:
+    """Refuse a file or folder for results that exists, unless it is an empty folder, and a place that cannot be written to.
 
     Args:
         what: the results, for the message.
 
     Raises:
-        InputError: names the folder.
+        InputError: names the path.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already there and not empty, and {what} would take its place; give another --out")
-    check_writable_folder(folder)
-
-
-def check_new_file(file: Path, option: str) -> None:
-    """Refuse a file for results that exists, or whose folder cannot be written to.
-
-    Raises:
-        InputError: names the file and the option that chose it.
-    """
-    if file.exists():
-        raise InputError(f"{file}: already there, and {option} would take its place; give another file, or remove that one")
-    check_writable_folder(file.parent)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"{path}: already there, and {what} would take its place; give another path")
+    check_writable_folder(path)
 
 
 def check_writable_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to; nothing is made.
+    """Refuse a place where nothing can be written. Nothing is made.
 
     Raises:
-        InputError: names the folder, and what is in the way.
+        InputError: names the place, and what is in the way.
     """
     there = next(part for part in (folder, *folder.parents) if part.exists())
     if not there.is_dir():
-        raise InputError(f"{folder}: cannot be a folder, because {there} is a file; give another place")
+        raise InputError(f"{folder}: nothing can be written there: {there} is a file; give another path")
     if not os.access(there, os.W_OK):
-        raise InputError(f"{folder}: you may not write to {there}; give another place")
+        raise InputError(f"{folder}: you may not write to {there}; give another path")
 
 
 # -------------------------------------------------------------------------------------------------------------- plan

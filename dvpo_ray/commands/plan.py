@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from dvpo_ray.commands.common import CONFIG, argument, check_new_file, command, load
+from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, load
 from dvpo_ray.config.inputs import not_made_yet, plan_inputs, policy_misfits, problems
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.options import finite_number
@@ -27,7 +27,7 @@ def plan(args: Namespace) -> None:
     if args.calibrate and args.device is not None:
         raise InputError(f"--calibrate measures this machine and --device {args.device} names another; give one of them")
     if args.json is not None:
-        check_new_file(args.json, "--json")
+        check_new_output(args.json, "--json")
     for problem in [*problems(plan_inputs(config)), *policy_misfits(config)]:
         raise InputError(problem)
 

@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from dvpo_ray.commands.common import CONFIG, argument, check_new_file, check_new_folder, command, dated_folder, load
+from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, dated_folder, load
 from dvpo_ray.config import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import check_local_cluster, plan_placement
@@ -25,7 +25,7 @@ def evaluate(args: Namespace) -> None:
     if config.data.prompts is None:
         raise InputError(f"{args.config}: data.prompts.path is not set; give the prompts to evaluate on")
     out = args.out or dated_folder(config, "-eval")
-    check_new_folder(out, "the evaluation")
+    check_new_output(out, "the evaluation")
     check_local_cluster(config, (bundle for bundle in plan_placement(config) if bundle.role == "rollout"))
 
     from dvpo_ray.training.evaluate import evaluate_policy
@@ -52,7 +52,7 @@ def _load_with_gvm(args: Namespace) -> tuple[Config, Path]:
 def evaluate_gvm(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     out = args.out or dated_folder(config, "-gvm-eval")
-    check_new_folder(out, "the evaluation")
+    check_new_output(out, "the evaluation")
 
     from dvpo_ray.gvm.evaluation import evaluate_gvm
 
@@ -68,7 +68,7 @@ def evaluate_gvm(args: Namespace) -> None:
 )
 def score(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
-    check_new_file(args.output, "--output")
+    check_new_output(args.output, "--output")
 
     from dvpo_ray.gvm.scoring import score_file
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from dvpo_ray.config.inputs import is_made, value_model_start
 from dvpo_ray.config.schema import Config, ModelConfig, PreferenceTraining
-from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.model import keep_first_layers
 from dvpo_ray.models.loading import load_model_config, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, decoder_layers, train_last_layers
@@ -83,7 +82,8 @@ class ModelPlan:
                 model = apply_lora(model, self.policy.lora)
         parameters, trained = list(model.parameters()), [any(p.requires_grad for p in layer.parameters()) for layer in layers]
         text = self.model_config.get_text_config()
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = text.num_attention_heads
+        head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
         return Architecture(
             parameters=sum(p.numel() for p in parameters),
             trained=sum(p.numel() for p in parameters if p.requires_grad),
@@ -92,8 +92,8 @@ class ModelPlan:
             layers=len(layers),
             trained_layers=len(layers) - trained.index(True) if any(trained) else 0,
             hidden=text.hidden_size,
-            attention_width=text.num_attention_heads * head_size,
-            cache_per_token=2 * len(layers) * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head_size,
+            attention_width=heads * head_size,
+            cache_per_token=2 * len(layers) * (getattr(text, "num_key_value_heads", None) or heads) * head_size,
             vocabulary=0 if self.has_value_head else text.vocab_size,
         )
 
@@ -123,39 +123,30 @@ class ModelPlan:
 
 def policy_plan(config: Config, *, trained: bool) -> ModelPlan:
     """The policy as the learner trains it, or its frozen copies."""
-    return ModelPlan(_read("model.path", config.model.path, config), False, config.model, config.policy if trained else None)
+    return _plan(config.model.path, config, has_value_head=False, policy=config.policy if trained else None)
 
 
 def value_plan(config: Config, name: Literal["gvm", "reward_model"]) -> ModelPlan:
     """The GVM or the reward model: its artifact if that exists, else what the config would train.
 
     Raises:
-        InputError: the artifact's folder has no config.json, or the model has fewer layers than `num_layers`.
+        InputError: there is no config.json, or the model has fewer layers than `num_layers`.
     """
     section: PreferenceTraining = getattr(config, name)
     if is_made(section.path):
-        return ModelPlan(_read(f"{name}.path", section.path, config), True, config.model)
-    key, path = value_model_start(config, name)
-    model_config = _read(key, path, config)
+        return _plan(section.path, config)
+    _, start = value_model_start(config, name)
+    plan = _plan(start, config)
     if section.num_layers is not None:
-        keep_first_layers(model_config, section.num_layers, path, key=f"{name}.num_layers")
-    return ModelPlan(model_config, True, config.model)
+        keep_first_layers(plan.model_config, section.num_layers, start, key=f"{name}.num_layers")
+    return plan
 
 
 def critic_plan(config: Config) -> ModelPlan:
     """PPO's critic. It starts from the reward model or from the policy, and is trained whole."""
-    if config.critic.init == "reward_model":
-        return value_plan(config, "reward_model")
-    return ModelPlan(_read("model.path", config.model.path, config), True, config.model)
+    return value_plan(config, "reward_model") if config.critic.init == "reward_model" else _plan(config.model.path, config)
 
 
-def _read(key: str, path: str, config: Config) -> PretrainedConfig:
-    """A config.json with one label, as in training: the size of a value head.
-
-    Raises:
-        InputError: there is no config.json; names the key.
-    """
-    try:
-        return load_model_config(path, config.model.trust_remote_code, num_labels=1)
-    except InputError as error:
-        raise InputError(f"{key} {error}") from error
+def _plan(path: str, config: Config, has_value_head: bool = True, policy: object | None = None) -> ModelPlan:
+    one_label = load_model_config(path, config.model.trust_remote_code, num_labels=1)  # as in training: the size of a value head
+    return ModelPlan(one_label, has_value_head, config.model, policy)

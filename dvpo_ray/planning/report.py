@@ -164,7 +164,7 @@ def make_plan(config: Config, device: Device, node_memory_gib: float | None = No
     roles = predict_roles(config, device.memory_gib)
     seconds = stage_seconds(config, {name: role.model for name, role in roles.items()}, device)
     host = node_memory_gib if node_memory_gib is not None else psutil.virtual_memory().total / GIB
-    gpus = on_gpus(bundles, roles, device.memory_gib) if device.is_gpu else []
+    gpus = on_gpus(bundles, roles, device.memory_gib) if device.memory_gib is not None else []
     return Plan(config, device, roles, seconds, [*gpus, in_host_memory(bundles, roles, host)])
 
 

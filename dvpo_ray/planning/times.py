@@ -52,10 +52,6 @@ class Device:
     bytes_per_second: float
     measured: bool = False
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.memory_gib is not None
-
 
 # -------------------------------------------------------------------------------------------------------------- step
 
@@ -158,24 +154,16 @@ class _Step:
 # ----------------------------------------------------------------------------------------------------------- devices
 
 
-def _gpu(memory_gib: float, peak_tflops: float, peak_gb_per_second: float, name: str) -> Device:
-    flops = COMPUTE_SHARE * peak_tflops * 1e12
-    return Device(name, memory_gib, flops, flops, BANDWIDTH_SHARE * peak_gb_per_second * 1e9)
-
-
 # The makers' figures: usable GiB, dense bfloat16 TFLOP/s, GB/s of memory.
 GPUS = {
-    name: _gpu(*figures, name)
-    for name, figures in {
-        "h200": (139.8, 989, 4800),
-        "h100-80gb": (79.1, 989, 3350),
-        "a100-80gb": (79.2, 312, 2039),
-        "a100-40gb": (39.4, 312, 1555),
-        "l40s": (44.4, 362, 864),
-        "a10g": (22.0, 70, 600),
-        "l4": (22.0, 121, 300),
-        "rtx-4090": (23.5, 165, 1008),
-    }.items()
+    "h200": (139.8, 989, 4800),
+    "h100-80gb": (79.1, 989, 3350),
+    "a100-80gb": (79.2, 312, 2039),
+    "a100-40gb": (39.4, 312, 1555),
+    "l40s": (44.4, 362, 864),
+    "a10g": (22.0, 70, 600),
+    "l4": (22.0, 121, 300),
+    "rtx-4090": (23.5, 165, 1008),
 }
 
 
@@ -196,15 +184,21 @@ def choose_device(config: Config, name: str | None) -> Device:
         flops = CPU_FLOPS_PER_THREAD * config.policy.threads
         return Device("cpu", None, flops, flops, CPU_BYTES_PER_SECOND)
     if name is not None:
-        return GPUS[name]
+        return _gpu(name)
     if not torch.cuda.is_available():
         raise ResourceError(f"the config computes on GPUs and this machine has none; name one with --device: {gpus}")
     here = torch.cuda.get_device_properties(0)
     memory_gib, words = here.total_memory / GIB, here.name.lower().replace(" ", "-")
-    known = [gpu for gpu in GPUS.values() if gpu.name.removesuffix("-80gb").removesuffix("-40gb") in words]
+    known = [gpu for gpu in GPUS if gpu.removesuffix("-80gb").removesuffix("-40gb") in words]
     if not known:
         raise ResourceError(f"{here.name}: its speed is not in the table; measure it with --calibrate, or name a GPU like it with --device")
-    return replace(min(known, key=lambda gpu: abs(gpu.memory_gib - memory_gib)), memory_gib=memory_gib)
+    return replace(_gpu(min(known, key=lambda gpu: abs(GPUS[gpu][0] - memory_gib))), memory_gib=memory_gib)
+
+
+def _gpu(name: str) -> Device:
+    memory_gib, peak_tflops, peak_gb_per_second = GPUS[name]
+    flops = COMPUTE_SHARE * peak_tflops * 1e12
+    return Device(name, memory_gib, flops, flops, BANDWIDTH_SHARE * peak_gb_per_second * 1e9)
 
 
 def calibrate(config: Config) -> Device:
@@ -218,18 +212,10 @@ def calibrate(config: Config) -> Device:
         raise ResourceError("--calibrate measures this machine, but the config computes on GPUs and there is none here; name one with --device")
     plan = policy_plan(config, trained=False)
     keep_first_layers(plan.model_config, min(2, plan.model_config.get_text_config().num_hidden_layers), "")
-    device = default_device() if on_gpu else torch.device("cpu")
-    threads = torch.get_num_threads()
+    sizes, device = plan.architecture(), default_device() if on_gpu else torch.device("cpu")
     torch.set_num_threads(config.policy.threads)
-    try:
-        with torch.device(device):
-            model = plan.build().base_model.train()
-        return _measured(plan.architecture(), model, config, device)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _measured(sizes: Architecture, model: torch.nn.Module, config: Config, device: torch.device) -> Device:
+    with torch.device(device):
+        model = plan.build().base_model.train()
     length = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     rows = rows_together(min(2048, config.batch.micro_batch_tokens), length)
     ids = torch.zeros(rows, length, dtype=torch.long, device=device)
@@ -241,7 +227,7 @@ def _measured(sizes: Architecture, model: torch.nn.Module, config: Config, devic
     training = _seconds(lambda: forward(ids).sum().backward())
     with torch.inference_mode():
         scoring, decoding = _seconds(lambda: forward(ids)), _seconds(lambda: forward(ids[:1, :1]))
-    name, memory = ("cpu", None) if device.type == "cpu" else ("this GPU", torch.cuda.get_device_properties(0).total_memory / GIB)
+    name, memory = ("this GPU", torch.cuda.get_device_properties(0).total_memory / GIB) if on_gpu else ("cpu", None)
     read = sizes.layer_matrices * next(model.parameters()).element_size()
     return Device(name, memory, 3 * flops / training, flops / scoring, read / decoding, measured=True)
 
