@@ -365,7 +365,8 @@ def test_columns_stay_apart_whatever_the_size(run_plan):
         (["--device", ""], "dvpo: --device '': not known; expected cpu or one of h200,"),
         (["--device", "cpu", "policy.gpus_per_actor=1"], "dvpo: --device is cpu, but policy.gpus_per_actor is 1; name a GPU: h200,"),
         (["--device", "l4", "--calibrate"], "dvpo: --calibrate measures this machine and --device l4 names another"),
-        (["--node-memory-gib", "0"], "dvpo: argument --node-memory-gib: '0' is not a finite number above 0"),
+        (["--node-memory-gib", "0"], "dvpo: argument --node-memory-gib: '0' is "),
+        (["--node-memory-gib", "nan"], "dvpo: argument --node-memory-gib: 'nan' is "),
         (["batch.prompts_per_step=7", "batch.minibatches_per_epoch=2"], "dvpo: batch.prompts_per_step 7"),
     ],
 )

@@ -12,7 +12,6 @@ from dvpo_ray.cli import main
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.data.prompts import load_prompts
-from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.planning.placement import plan_placement, total_resources
 from dvpo_ray.quickstart.prompts import HELDOUT_PROMPTS, all_prompts, write_prompts
@@ -37,10 +36,6 @@ def test_shipped_pairs_are_split_by_prompt_and_labelled_by_the_gold_judge():
         scores = judge.score([pair.prompt] * 2, [pair.chosen, pair.rejected])
         assert scores == pytest.approx([pair.chosen_score, pair.rejected_score], abs=1e-4)
         assert scores[0] > scores[1]
-
-
-def test_shipped_data_is_small():
-    assert sum(file.stat().st_size for file in DATA.glob("*.jsonl")) < 2_000_000
 
 
 def test_settings_fit_two_cores():
@@ -146,8 +141,3 @@ def test_the_whole_quickstart_on_a_tiny_model(tiny_model, tmp_path, capsys):
     assert abs(first["kl/reference_mean"]) < 1e-4 < abs(second["kl/reference_mean"])  # the engine did get the trained layer
     assert max(row["mismatch/log_prob_abs_max"] for row in (first, second)) < 1e-3
     assert "gold score" in capsys.readouterr().out
-
-
-def test_quickstart_config_names_the_bad_key():
-    with pytest.raises(InputError, match="trian.steps"):
-        quickstart_config(["trian.steps=3"])

@@ -32,11 +32,11 @@ def plan(args: Namespace) -> None:
         raise InputError(problem)
 
     from dvpo_ray.files import whole_file
-    from dvpo_ray.planning.report import make_plan
+    from dvpo_ray.planning.report import Plan
     from dvpo_ray.planning.times import calibrate, choose_device
 
     device = calibrate(config) if args.calibrate else choose_device(config, args.device)
-    plan = make_plan(config, device, args.node_memory_gib)
+    plan = Plan(config, device, args.node_memory_gib)
     notes = [note for note in (not_made_yet(config), *training_notes(config)) if note is not None]
     print(*plan.lines(), *(f"note: {note}" for note in notes), sep="\n")
     if args.json is not None:

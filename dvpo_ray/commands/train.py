@@ -51,11 +51,8 @@ class Training:
     def check(self, path: str, config: Config) -> None:
         """Refuse a config that can't be trained with, before anything is loaded.
 
-        Args:
-            path: of the config file, for the message.
-
         Raises:
-            InputError: impossible arithmetic or placement, or a missing setting.
+            InputError: impossible arithmetic or placement, or a setting that the file at `path` lacks.
         """
         self.arithmetic(config)
         for problem in self.missing(config):

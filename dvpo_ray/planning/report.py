@@ -74,23 +74,30 @@ def in_host_memory(bundles: Iterable[Bundle], roles: Mapping[str, RolePlan], nod
 # -------------------------------------------------------------------------------------------------------------- plan
 
 
-@dataclass(frozen=True)
 class Plan:
-    """What a run will take.
+    """Memory, fit and time of a config's run.
 
-    Attributes:
+    Args:
         config: of the run.
         device: that the times are for.
-        roles: memory by role.
-        seconds: of a step by stage, and of the `step`.
-        places: GPUs, then the host memory.
+        node_memory_gib: host memory of a node; of this machine when not given. All actors are assumed to be on one node.
+
+    Raises:
+        InputError: a model's config.json is missing, rows are longer than the policy's context, or placement or batch don't work out.
     """
 
-    config: Config
-    device: Device
-    roles: dict[str, RolePlan]
-    seconds: dict[str, float]
-    places: list[Place]
+    def __init__(self, config: Config, device: Device, node_memory_gib: float | None = None) -> None:
+        model = policy_plan(config, trained=False).model_config.get_text_config()
+        too_long = too_long_rows(config, getattr(model, "max_position_embeddings", None))
+        if too_long is not None:
+            raise InputError(too_long)
+        self.config, self.device = config, device
+        bundles = plan_placement(config)
+        self.roles = predict_roles(config, device.memory_gib)
+        self.seconds = stage_seconds(config, {name: role.model for name, role in self.roles.items()}, device)
+        host = node_memory_gib if node_memory_gib is not None else psutil.virtual_memory().total / GIB
+        gpus = on_gpus(bundles, self.roles, device.memory_gib) if device.memory_gib is not None else []
+        self.places = [*gpus, in_host_memory(bundles, self.roles, host)]
 
     def lines(self) -> list[str]:
         """The plan for people."""
@@ -145,27 +152,6 @@ class Plan:
             f"seconds of a step with responses of full length, at least; {device.name}, {speed}, {device.bytes_per_second / 1e9:.3g} GB/s, {source}"
         ]
         return lines + [f"  {stage:<11} {seconds:>10.3f}" for stage, seconds in self.seconds.items()]
-
-
-def make_plan(config: Config, device: Device, node_memory_gib: float | None = None) -> Plan:
-    """Predict memory, fit and time of a config's run.
-
-    Args:
-        node_memory_gib: host memory of a node; of this machine when not given. All actors are taken to be on one node.
-
-    Raises:
-        InputError: a model's config.json is missing, rows are longer than the policy's context, or placement or batch don't work out.
-    """
-    model = policy_plan(config, trained=False).model_config.get_text_config()
-    too_long = too_long_rows(config, getattr(model, "max_position_embeddings", None))
-    if too_long is not None:
-        raise InputError(too_long)
-    bundles = plan_placement(config)
-    roles = predict_roles(config, device.memory_gib)
-    seconds = stage_seconds(config, {name: role.model for name, role in roles.items()}, device)
-    host = node_memory_gib if node_memory_gib is not None else psutil.virtual_memory().total / GIB
-    gpus = on_gpus(bundles, roles, device.memory_gib) if device.memory_gib is not None else []
-    return Plan(config, device, roles, seconds, [*gpus, in_host_memory(bundles, roles, host)])
 
 
 def _remedy(role: str, part: str, config: Config) -> str:
