@@ -108,7 +108,7 @@ def _refusal(error: Exception) -> str:
     """What is wrong and what to do about it.
 
     Raises:
-        OSError: the error itself, when it names no path: then it is a bug, and nobody's input is to blame.
+        OSError: the error itself if it names no path, which makes it a bug and not bad input.
     """
     if not isinstance(error, OSError):
         # Ray wraps an actor's error in one of the same class whose text is a traceback; the original is its `cause`.

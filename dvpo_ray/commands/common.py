@@ -24,7 +24,7 @@ class Command:
         help: one line.
         example: a whole command line, shown at the end of the help.
         add_arguments: adds the command's arguments to its parser.
-        run: does the work. It returns the exit status where that may be another than 0. A group of commands has none.
+        run: does the work and returns the exit status; nothing means 0. None for a group of commands.
     """
 
     help: str

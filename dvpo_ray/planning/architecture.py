@@ -56,7 +56,7 @@ class ModelPlan:
         model_config: transformers' config.
         has_value_head: a value model, else a causal language model.
         settings: dtype and attention.
-        policy: section whose `trainable_layers` and `lora` apply; None for a model that is trained whole or frozen.
+        policy: the config section with `trainable_layers` and `lora`; None for a model that is frozen or trained whole.
     """
 
     model_config: PretrainedConfig
@@ -98,7 +98,7 @@ class ModelPlan:
         )
 
     def saved_bytes(self, rows: int, length: int) -> int:
-        """Bytes that a forward pass over so many rows keeps for the backward pass, logits left out.
+        """Bytes that a forward pass over `rows` rows of `length` tokens keeps for the backward pass, without logits.
 
         The model runs on tensors without memory, so the count is that of the real operators on a CPU. Adapters are left out:
         their input is kept either way, and they add only a few columns.

@@ -148,7 +148,7 @@ def scoring_activations(saved: int, model: Architecture, element_bytes: int, row
 def communication_buffers(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig) -> int:
     """DeepSpeed's buffers on a GPU: a bucket of gradients from ZeRO 1 on, and whole weights with ZeRO 3.
 
-    On a CPU they are only reserved: memory that is not used is never touched.
+    On a CPU they don't count: DeepSpeed reserves them, but touches only what it uses.
     """
     if deepspeed.zero_stage == 0:
         return 0
@@ -157,7 +157,7 @@ def communication_buffers(model: Architecture, element_bytes: int, deepspeed: De
 
 
 def rows_together(tokens: int, length: int) -> int:
-    """Rows of a micro-batch of at most so many tokens."""
+    """Rows of `length` tokens in a micro-batch of at most `tokens` tokens."""
     return max(1, tokens // length)
 
 
@@ -209,7 +209,7 @@ class _Prediction:
         return RolePlan(model, role.num_actors, replace(state, activations=activations))
 
     def frozen(self, plan: ModelPlan, role, *, responses: int = 0, copies: int = 1) -> RolePlan:
-        """A frozen model with logits for so many tokens of a row, or several of its size that score one after the other."""
+        """A frozen model with logits for `responses` tokens of a row, or several of its size that score one after the other."""
         model, on_gpu = plan.architecture(), role.gpus_per_actor > 0
         chunk = min(self.config.rollout.rollouts_per_chunk, self.batch.samples_per_step)
         rows = min(rows_together(role.micro_batch_tokens, self.length), chunk)

@@ -67,7 +67,7 @@ def choose_transport(config: Config) -> str:
 
 
 def check_local_cluster(config: Config, bundles: Iterable[Bundle]) -> None:
-    """Refuse actors that would not fit the local cluster of the config. What a cluster at an address has is known only there.
+    """Refuse actors that don't fit the local cluster of the config. The size of a cluster at an address is known only there.
 
     Raises:
         InputError: `ray.num_cpus` or `ray.num_gpus` is below what the actors reserve together.

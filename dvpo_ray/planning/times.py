@@ -38,11 +38,11 @@ class Device:
 
     Attributes:
         name: as `--device` takes it.
-        memory_gib: of the GPU; None on a CPU, whose memory is the node's.
+        memory_gib: of the GPU; None on a CPU, which uses the node's memory.
         training_flops: floating-point operations a second of forward and backward passes.
         scoring_flops: of forward passes.
         bytes_per_second: at which decoding reads weights and the optimizer its state.
-        measured: on this machine; else from the table.
+        measured: on this machine, and not taken from the table.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Device:
 
 
 def forward_flops(model: Architecture, length: int) -> float:
-    """Operations of one token in the decoder layers, in rows of so many tokens; the mean over a row's positions."""
+    """Operations of one token in the decoder layers: the mean over the positions of a row of `length` tokens."""
     return 2 * model.layer_matrices + 2 * length * model.attention_width * model.layers
 
 
@@ -69,8 +69,8 @@ def logit_flops(model: Architecture) -> float:
 def stage_seconds(config: Config, models: Mapping[str, Architecture], device: Device) -> dict[str, float]:
     """Seconds of generation, scoring, reference, update and sync, and of the whole `step`, with responses of full length.
 
-    Roles on GPUs of their own work beside each other: of their scoring only what the last chunk leaves counts. On a CPU, or on
-    a GPU that they share, the times add up.
+    Roles with their own GPUs work at the same time, so only the scoring of the last chunk counts. On a CPU, or on a GPU that they
+    share, the times add up.
 
     Args:
         models: the model of each role.
@@ -106,7 +106,7 @@ class _Step:
         self.greedy = config.batch.prompts_per_step if ALGORITHMS[config.algorithm].has_greedy_baseline else 0
 
     def generation(self, model: Architecture) -> float:
-        """Prompts at once, then token by token. A decoding step reads all weights and the cache, or computes: the longer of the two."""
+        """Prompts at once, then token by token. A decoding step takes as long as reading weights and cache, or as computing if that is longer."""
         rollout, device = self.config.rollout, self.device
         shards = rollout.tensor_parallel_size
         samples = math.ceil((self.samples + self.greedy) / rollout.num_actors)
@@ -119,11 +119,11 @@ class _Step:
         return prompts + math.ceil(samples / together) * self.responses * token
 
     def scoring(self, model: Architecture, role, samples: int) -> float:
-        """A forward pass of a role's actors over so many rows."""
+        """A forward pass of a role's actors over `samples` rows."""
         return math.ceil(samples / role.num_actors) * sum(self._row_flops(model)) / self.device.scoring_flops
 
     def visible(self, role, seconds: float) -> float:
-        """What of a frozen model's time is left after the last rollout."""
+        """The part of a frozen model's seconds that is left after the last rollout."""
         if role.gpus_per_actor < 1:
             return seconds
         return seconds / math.ceil(self.samples / (self.config.rollout.rollouts_per_chunk * role.num_actors))
@@ -132,7 +132,7 @@ class _Step:
         """Forward and backward passes of all epochs, and the optimizer steps.
 
         Args:
-            again: forward passes over the batch beforehand.
+            again: forward passes over the batch before the update.
         """
         rows = self.samples / role.num_actors
         layers, logits = self._row_flops(model)
@@ -172,7 +172,7 @@ def choose_device(config: Config, name: str | None) -> Device:
 
     Raises:
         InputError: no such GPU is known, or the config does not compute on such a device.
-        ResourceError: the config asks for GPUs, none is named and this machine has none, or one that the table does not have.
+        ResourceError: the config asks for GPUs, no GPU is named, and this machine has none or one that is not in the table.
     """
     gpus, on_gpu = ", ".join(GPUS), config.policy.gpus_per_actor > 0
     if name not in (None, "cpu", *GPUS):

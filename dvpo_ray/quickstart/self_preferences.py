@@ -84,7 +84,7 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
         raise InputError("data.prompts.path is not set; give the prompts to answer")
     judge = make_judge(config.evaluation.judge)
     if judge is None:
-        raise InputError("evaluation.judge is none; name a judge that scores the samples, such as vader")
+        raise InputError("evaluation.judge is none; name a judge to score the samples, such as vader")
     from dvpo_ray.data.prompts import load_prompts
     from dvpo_ray.refresh.pairs import preference_rows
     from dvpo_ray.refresh.samples import judged

@@ -9,7 +9,7 @@ Its label, in `labels.jsonl` and in an answer `{"labels": [...]}`: which is bett
     {"id": "0f3a...", "preferred": "a" | "b" | "tie"}
     {"id": "0f3a...", "score_a": number, "score_b": number}
 
-`labels.jsonl` keeps the labels of both sources. A pair that has its label there is not asked again, so an interrupted run loses none.
+`labels.jsonl` keeps the labels of both sources. A pair with a label there is not asked again, so an interrupted run loses no label.
 """
 
 from __future__ import annotations

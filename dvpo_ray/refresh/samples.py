@@ -1,4 +1,4 @@
-"""The current policy's answers to some prompts, in the file that a refresh of the value model starts from."""
+"""The current policy's answers to some prompts, and the file of them that a refresh of the value model reads."""
 
 from __future__ import annotations
 
