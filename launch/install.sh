@@ -144,7 +144,7 @@ install_into_venv() {
     step "checking the packages that are there" venv_state repair "$mode" || return 1
     [[ $mode == gpu ]] || step "PyTorch for CPU (180 MB)" install_torch_cpu || give_up "could not install $torch_cpu"
     step "vLLM, Ray, DeepSpeed, transformers and what they need ($download)" install_packages || give_up "could not install the packages"
-    step "import check" check_imports
+    step "import check" check_imports && venv_state sound "$mode" # a damaged cache gives damaged files
 }
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -200,11 +200,11 @@ else
 fi
 
 if ! install_into_venv; then
-    [[ -n $existing ]] || give_up "the packages are installed but the import check fails"
+    [[ -n $existing ]] || give_up "the packages are installed, but a file is damaged or the import check fails"
     echo "install.sh: $venv can't be repaired; making it anew without the download caches, which may be damaged too"
     export UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1
     step "an empty environment" make_venv || give_up "could not make $venv"
-    install_into_venv || give_up "the packages are installed but the import check fails"
+    install_into_venv || give_up "the packages are installed, but a file is damaged or the import check fails"
 fi
 venv_state record "$key" "$mode" "${extras[@]}"
 mv "$log" "$venv/install.log"

@@ -4,6 +4,7 @@ venv_state.py ready KEY EXTRA...    exit 0 if the last install with this KEY is 
 venv_state.py mode                  print the mode (cpu or gpu) of the last complete install; nothing if there is none
 venv_state.py extras                print the extras of the last complete install
 venv_state.py repair MODE           make damaged packages look absent, so that the installer puts them back
+venv_state.py sound MODE            exit 0 if no package is damaged or breaks this mode
 venv_state.py record KEY MODE EXTRA...   write down that an install is complete
 """
 
@@ -95,6 +96,8 @@ def main(command: str, *arguments: str) -> int:
         print(*read_stamp().get("extras", []))
     elif command == "repair":
         repair(arguments[0])
+    elif command == "sound":
+        return 1 if faults(arguments[0]) else 0
     elif command == "record":
         record(arguments[0], arguments[1], list(arguments[2:]))
     return 0

@@ -155,7 +155,9 @@ def test_no_or_a_broken_stamp_is_not_ready(state):
 def test_a_damaged_package_is_seen_and_made_to_look_absent(state, damage, capsys):
     damage(state.SITE_PACKAGES)
     assert not state.is_ready("key", [])
+    assert state.main("sound", "cpu") == 1
     state.repair("cpu")
+    assert state.main("sound", "cpu") == 0
     assert not (state.SITE_PACKAGES / "alpha-1.0.dist-info").exists() and "alpha-1.0" in capsys.readouterr().out
     assert (state.SITE_PACKAGES / "beta-1.0.dist-info").exists()
     shutil.rmtree(state.SITE_PACKAGES / "alpha", ignore_errors=True)
