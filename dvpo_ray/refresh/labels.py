@@ -126,9 +126,10 @@ def labels_from_file(pairs: Sequence[CandidatePair], folder: Path, settings: Ref
     questions, answers = folder / "to_label.jsonl", folder / "labels.jsonl"
     with whole_file(questions) as file:
         file.writelines(json.dumps(pair.as_row(), ensure_ascii=False) + "\n" for pair in pairs)
-    say(f"waiting for labels: answer {questions} in {answers}")
     deadline = time.monotonic() + settings.timeout_seconds
     labels = _read_labels(answers)
+    if any(pair.id not in labels for pair in pairs):
+        say(f"waiting for labels: answer {questions} in {answers}")
     while missing := sum(pair.id not in labels for pair in pairs):
         if time.monotonic() >= deadline:
             raise ResourceError(
