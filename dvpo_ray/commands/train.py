@@ -14,8 +14,7 @@ from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.inputs import policy_inputs, policy_misfits, preference_inputs, problems, sft_inputs, value_model_misfits
 from dvpo_ray.config.notes import training_notes
-from dvpo_ray.config.schema import GVMConfig
-from dvpo_ray.config.schema import TRLStageConfig
+from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_placement, plan_training_placement
 from dvpo_ray.training.run_folder import check_new
