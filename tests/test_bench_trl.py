@@ -15,8 +15,9 @@ from test_bench import write_config
 
 from dvpo_ray import cli
 from dvpo_ray.bench.overhead import StepProfile, StepTime
-from dvpo_ray.bench.trl import TRL_VERSION, check_trl, make_value_model, run_trl, same_work, trl_request, with_models
-from dvpo_ray.bench.trl_results import StageTimes, TRLResults, TRLRun
+from dvpo_ray.bench.random_weights import make_value_model
+from dvpo_ray.bench.trl import TRL_VERSION, check_trl, run_trl, same_work, trl_request, with_models
+from dvpo_ray.bench.trl_results import TRLRun, lines, of_profile, trl_results
 from dvpo_ray.bench.trl_reward import Accuracy, heldout_scores, new_reward_model, pair_rows, result_lines, train_with_trl
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
@@ -80,44 +81,40 @@ def test_an_untrained_value_model_loads_as_an_artifact(tiny_model, tmp_path):
 # -------------------------------------------------------------------------------------------------------- results
 
 
-def trl_results(rounds: int = 1) -> TRLResults:
+def results_of(rounds: int) -> dict:
     stages = {"generate": 1.0, "score": 0.2, "reference": 0.1, "advantage": 0.1, "update": 2.0, "sync": 0.5, "step": 3.9}
     settings = config(batch={"prompts_per_step": 8, "update_epochs": 4, "minibatches_per_epoch": 4}, rollout={"max_response_tokens": 16})
     of_rounds = [10.0, 12.0, 11.0], [22.0] * 3  # the machine is half as fast in the second round
-    trl = [
-        TRLRun([StageTimes.of_trl({"step": s, "generation": 2.0, "scoring": 1.0, "training": 7.0}) for s in steps], {}, 6.0) for steps in of_rounds
-    ]
+    trl = [TRLRun([{"step": s, "generation": 2.0, "scoring": 1.0, "training": 7.0} for s in steps], 6.0) for steps in of_rounds]
     ours = {
-        name: [StepProfile([StepTime(slower * seconds, stages, 0.0)] * 3, 1.5) for slower in (1, 2)]
+        name: [of_profile(StepProfile([StepTime(slower * seconds, stages, 0.0)] * 3, 1.5)) for slower in (1, 2)]
         for name, seconds in (("ppo", 8.8), ("dvpo", 4.0))
     }
-    return TRLResults.of(settings, trl[:rounds], {name: profiles[:rounds] for name, profiles in ours.items()})
+    return trl_results(settings, trl[:rounds], {name: runs[:rounds] for name, runs in ours.items()})
 
 
 def test_ratios_and_gaps_are_of_medians():
-    results = trl_results()
-    assert results.trl.samples_per_second.median == pytest.approx(8 / 11)
-    assert results.ratio("dvpo") == pytest.approx(11 / 4)
-    assert results.ratio("ppo") == pytest.approx(11 / 8.8)
-    assert results.gap("dvpo") == pytest.approx({"step": 7.0, "generation": 1.0, "scoring": 0.6, "training": 5.0, "rest": 1.0 - 0.6})
-    assert sum(value for name, value in results.gap("ppo").items() if name != "step") == pytest.approx(results.gap("ppo")["step"])
+    results = json.loads(json.dumps(results_of(1)))
+    assert results["contestants"]["trl_ppo"]["samples_per_second"]["median"] == pytest.approx(8 / 11)
+    ratios, gaps = ({name: one[key] for name, one in results["ratios"].items()} for key in ("ratio", "gap_seconds"))
+    assert ratios == pytest.approx({"dvpo": 11 / 4, "ppo": 11 / 8.8})
+    assert gaps["dvpo"] == pytest.approx({"step": 7.0, "generation": 1.0, "scoring": 0.6, "training": 5.0, "rest": 1.0 - 0.6})
+    assert sum(value for name, value in gaps["ppo"].items() if name != "step") == pytest.approx(gaps["ppo"]["step"])
 
 
 def test_lines_say_the_work_and_whether_the_targets_are_met():
-    lines = trl_results().lines()
-    assert lines[0] == "8 rollouts of 16 tokens, 16 optimizer steps of 2 rows; medians, stages in seconds"
-    assert lines[-2] == "ppo: 1.25 x the samples per second of TRL's PPO, target >= 1.4, MISSED"
-    assert lines[-1] == "dvpo: 2.75 x the samples per second of TRL's PPO, target >= 2.5, met"
-    assert len({len(line) for line in lines[1:5]}) == 1  # a table
-    assert json.loads(json.dumps(trl_results().as_json()))["ratios"]["dvpo"]["gap_seconds"]["training"] == 5.0
+    text = lines(results_of(1))
+    assert text[0] == "8 rollouts of 16 tokens, 16 optimizer steps of 2 rows; medians, stages in seconds"
+    assert text[-2] == "ppo: 1.25 x the samples per second of TRL's PPO, target >= 1.4, MISSED"
+    assert text[-1] == "dvpo: 2.75 x the samples per second of TRL's PPO, target >= 2.5, met"
+    assert text[4].split() == ["algorithm:", "dvpo", "2.00", "(2.00–2.00)", "4.000", "1.000", "0.400", "2.000", "0.600", "1.50"]
 
 
 def test_rounds_are_compared_each_by_itself():
-    results = trl_results(rounds=2)
-    assert results.ratios_of_rounds("dvpo") == pytest.approx([2.75, 2.75])
-    assert results.lines()[-1].startswith("dvpo: 2.75 x") and "TRL's PPO (by round: 2.75, 2.75), target" in results.lines()[-1]
-    assert results.as_json()["ratios"]["ppo"]["by_round"] == pytest.approx([1.25, 1.25])
-    trl = results.as_json()["contestants"]["trl_ppo"]
+    results = results_of(2)
+    assert results["ratios"]["dvpo"]["by_round"] == pytest.approx([2.75, 2.75])
+    assert lines(results)[-1].startswith("dvpo: 2.75 x") and "TRL's PPO (by round: 2.75, 2.75), target" in lines(results)[-1]
+    trl = results["contestants"]["trl_ppo"]
     assert [[step["step"] for step in steps] for steps in trl["steps_by_round"]] == [[10.0, 12.0, 11.0], [22.0] * 3]
     assert trl["seconds"]["step"] == 16.5 and trl["samples_per_second"]["median"] == pytest.approx(8 / 16.5)
 
@@ -165,7 +162,7 @@ def test_the_first_step_warms_up_and_threads_are_set(tmp_path, monkeypatch):
     done = []
     run = run_trl(REQUEST, stand_in(tmp_path / "python", answer(8, 8)), tmp_path, lambda: done.append(1))
     assert len(done) == 2
-    assert run.steps == [StageTimes(5.0, 1.0, 1.0, 1.5)] and run.steps[0].rest == 1.5
+    assert run.steps == [{"step": 5.0, "generation": 1.0, "scoring": 1.0, "training": 1.5}]
     assert (tmp_path / "trl.log").read_text() == "3\n"
     assert json.loads((tmp_path / "trl_request.json").read_text()) == REQUEST
 

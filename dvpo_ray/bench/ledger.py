@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from dvpo_ray.actors.roles import Roles
-from dvpo_ray.bench.ledger_results import AlgorithmLedger, LedgerResults, training_cost
-from dvpo_ray.bench.machine import describe_measurement
+from dvpo_ray.bench.ledger_results import algorithm_results, ledger_results, lines, markdown, training_cost
+from dvpo_ray.bench.measure import describe_measurement
 from dvpo_ray.bench.memory import read_ledger, start_ledger
-from dvpo_ray.bench.overhead import StepProfile, profile_steps, round_folder, round_title
+from dvpo_ray.bench.overhead import StepProfile, profile_steps, take_rounds
 from dvpo_ray.config import override_config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
@@ -34,8 +35,8 @@ def bench_ledger(
         run_folder: gets a folder for each algorithm with the actors' logs and what the steps write.
         repeats: measured steps; one more warms up. Memory is that of the last one.
         group_size: samples of a prompt for the algorithms that compare them, where the config has one.
-        settings: overrides of each algorithm's own, such as the layout that suits it best.
-        rounds: the algorithms take so many turns, each from a new start, in every second one the other way round; memory is that of the last.
+        settings: overrides for each algorithm, such as the layout that suits it best.
+        rounds: turns that the algorithms take, each from a new start; memory is that of the last one.
 
     Returns:
         The results with all that they depend on, ready for JSON, and their tables as Markdown.
@@ -46,47 +47,47 @@ def bench_ledger(
     measurement = describe_measurement(config)
     configs = {algorithm: config_for(override_config(config, settings[algorithm]), algorithm, group_size) for algorithm in algorithms}
     inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
-    profiles: dict[str, list[StepProfile]] = {algorithm: [] for algorithm in configs}
-    meters = {algorithm: _RoleMemory() for algorithm in configs}
+    memory: dict[str, dict[str, ActorMemory]] = {algorithm: {} for algorithm in algorithms}
+
+    def profile(algorithm: str, folder: Path, after_step: Callable[[], None]) -> StepProfile:
+        return profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, after_step, partial(_memory_by_role, memory[algorithm]))
+
+    contestants = {algorithm: partial(profile, algorithm) for algorithm in algorithms}
     with RunConsole() as console, connect(config.ray):
-        for number in range(1, rounds + 1):
-            for algorithm in algorithms if number % 2 == 1 else algorithms[::-1]:
-                folder = round_folder((run_folder / algorithm).resolve(), number, rounds)
-                with console.stage(round_title(algorithm, number, rounds), repeats + 1, unit="steps") as progress:
-                    around_step = meters[algorithm].around_step
-                    profiles[algorithm].append(profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, progress.advance, around_step))
-        ledgers = [
-            AlgorithmLedger(
-                algorithm,
+        profiles = take_rounds(contestants, console, run_folder.resolve(), rounds, repeats + 1)
+        measured = {
+            algorithm: algorithm_results(
                 derive_batch(changed).samples_per_step,
                 profiles[algorithm],
-                meters[algorithm].by_role,
-                {role: prediction.memory for role, prediction in predict_roles(changed).items()},
+                memory[algorithm],
+                {role: plan.memory for role, plan in predict_roles(changed).items()},
             )
             for algorithm, changed in configs.items()
-        ]
-        results = LedgerResults(ledgers, _costs(config, algorithms), on_gpu=torch.cuda.is_available() and config.policy.gpus_per_actor > 0)
-        for line in results.lines():
+        }
+        sections = sorted({ALGORITHMS[algorithm].section for algorithm in algorithms})
+        training = {section: training_cost(Path(getattr(config, section).path)) for section in sections}
+        results = ledger_results(measured, training, on_gpu=torch.cuda.is_available() and config.policy.gpus_per_actor > 0)
+        for line in lines(results):
             console.say(line)
     as_json = {
         "benchmark": "ledger",
         **measurement,
         "rounds": rounds,
         "repeats": repeats,
-        **results.as_json(),
+        **results,
         "settings": settings,
         "config": config.model_dump(mode="json"),
     }
-    return as_json, results.markdown()
+    return as_json, markdown(results)
 
 
 def config_for(config: Config, algorithm: str, group_size: int) -> Config:
     """The config of one algorithm: the same samples per step, each of exactly `rollout.max_response_tokens` tokens.
 
-    An algorithm that compares the samples of a prompt gets `group_size` of them, where the config says one, and as many fewer prompts.
+    An algorithm that compares the samples of a prompt gets `group_size` of them where the config has one, and fewer prompts accordingly.
 
     Raises:
-        InputError: the samples of a step can't be shared out in such groups.
+        InputError: the samples of a step cannot be shared out in such groups.
     """
     batch = config.batch
     if batch.samples_per_prompt < ALGORITHMS[algorithm].min_samples_per_prompt:
@@ -105,22 +106,11 @@ def config_for(config: Config, algorithm: str, group_size: int) -> Config:
     return config.model_copy(update=changes)
 
 
-class _RoleMemory:
-    """The memory of one step by role, summed over a role's actors."""
-
-    def __init__(self) -> None:
-        self.by_role: dict[str, ActorMemory] = {}
-
-    @contextmanager
-    def around_step(self, roles: Roles) -> Iterator[None]:
-        handles = {role: actors for role, actors in roles.by_role.items() if role != "experience"}  # which holds no model
-        get([actor.observe.remote(start_ledger) for actors in handles.values() for actor in actors], what="the start of the memory ledger")
-        yield
-        pending = {role: [actor.observe.remote(read_ledger) for actor in actors] for role, actors in handles.items()}
-        self.by_role = {role: sum(get(refs, what=f"memory of {role}"), ActorMemory()) for role, refs in pending.items()}
-
-
-def _costs(config: Config, algorithms: Sequence[str]) -> dict[str, dict | None]:
-    """What training the frozen models cost before, by config section."""
-    sections = {ALGORITHMS[algorithm].section for algorithm in algorithms}
-    return {section: training_cost(Path(getattr(config, section).path)) for section in sorted(sections)}
+@contextmanager
+def _memory_by_role(memory: dict[str, ActorMemory], roles: Roles) -> Iterator[None]:
+    """Put the memory of the step inside a `with` block into a dictionary by role, summed over the role's actors."""
+    handles = {role: actors for role, actors in roles.by_role.items() if role != "experience"}  # which holds no model
+    get([actor.observe.remote(start_ledger) for actors in handles.values() for actor in actors], what="the start of the memory ledger")
+    yield
+    pending = {role: [actor.observe.remote(read_ledger) for actor in actors] for role, actors in handles.items()}
+    memory.update({role: sum(get(refs, what=f"memory of {role}"), ActorMemory()) for role, refs in pending.items()})

@@ -1,14 +1,15 @@
-"""The results of `dvpo bench ledger`: as lines for people, as Markdown and as JSON."""
+"""The results of `dvpo bench ledger`: as JSON, and from that as lines for people and as Markdown."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
-from dvpo_ray.bench.measure import Spread
+from dvpo_ray.bench.measure import Spread, aligned, verdict
 from dvpo_ray.bench.overhead import StepProfile, by_round
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.memory import ActorMemory
@@ -20,16 +21,14 @@ PAPER = {
     "paper, 3B, ZeRO-1": {"peak": 27.50 / 41.43, "step": 13 / 23},
     "paper, 8B, ZeRO-3": {"peak": 60.49 / 78.96, "step": 48 / 70},
 }
-KINDS = ("parameters", "gradients", "optimizer", "activations", "cache")
+KINDS = ("parameters", "gradients", "optimizer", "activations", "cache", "model_state", "peak")
+COMPARED = ("step", "model_state", "peak")
+PREDICTED = ("model_state", "activations", "cache")
+MODELS = {"gvm": "value model", "reward_model": "reward model"}
 
 
-@dataclass(frozen=True)
-class Target:
-    """A ratio of two algorithms that should not be exceeded.
-
-    Attributes:
-        quantity: `step`, `model_state` or `peak`.
-    """
+class Target(NamedTuple):
+    """A ratio of two algorithms that should not be exceeded; the quantity is one of `COMPARED`."""
 
     quantity: str
     algorithm: str
@@ -41,200 +40,93 @@ CPU_TARGETS = (Target("step", "dvpo", "ppo", 0.65), Target("model_state", "dvpo"
 GPU_TARGETS = (Target("step", "dvpo", "ppo", 0.6), Target("peak", "dvpo", "ppo", 0.66))
 
 
-@dataclass(frozen=True)
-class AlgorithmLedger:
-    """What a step of one algorithm costs.
+# ------------------------------------------------------------------------------------------------------------- JSON
 
-    Attributes:
-        algorithm: its name.
+
+def algorithm_results(samples: int, profiles: Sequence[StepProfile], roles: Mapping[str, ActorMemory], predicted: Mapping[str, ActorMemory]) -> dict:
+    """What a step of one algorithm costs. Seconds are medians over rounds of a round's median; their range is that of all steps.
+
+    Args:
         samples: in a step.
-        rounds: times of the measured steps of each round.
+        profiles: of each round.
         roles: memory by role, over all actors of a role.
         predicted: the same as `dvpo plan` predicts it.
     """
-
-    algorithm: str
-    samples: int
-    rounds: Sequence[StepProfile]
-    roles: dict[str, ActorMemory]
-    predicted: dict[str, ActorMemory]
-
-    @property
-    def step_seconds(self) -> Spread:
-        """The median over rounds of a round's median, and the range of all steps."""
-        rounds = [profile.total for profile in self.rounds]
-        return Spread(statistics.median(one.median for one in rounds), min(one.low for one in rounds), max(one.high for one in rounds))
-
-    @property
-    def stage_seconds(self) -> dict[str, float]:
-        """The same median of each stage."""
-        rounds = [profile.stage_seconds() for profile in self.rounds]
-        return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-
-    @property
-    def total(self) -> ActorMemory:
-        return sum(self.roles.values(), ActorMemory())
-
-    @property
-    def samples_per_second(self) -> float:
-        return self.samples / self.step_seconds.median
-
-    def quantity(self, name: str) -> float:
-        """`step` in seconds, `model_state` or `peak` in bytes."""
-        return self.step_seconds.median if name == "step" else getattr(self.total, name)
-
-    def prediction_error(self, quantity: str) -> float | None:
-        """Predicted over measured bytes of all roles, less 1; None where nothing was measured."""
-        measured, predicted = getattr(self.total, quantity), getattr(sum(self.predicted.values(), ActorMemory()), quantity)
-        return predicted / measured - 1 if measured else None
-
-    def as_json(self) -> dict:
-        return {
-            "samples_per_step": self.samples,
-            "samples_per_second": self.samples_per_second,
-            "step_seconds": asdict(self.step_seconds),
-            "step_seconds_by_round": [asdict(profile.total) for profile in self.rounds],
-            "stage_seconds": self.stage_seconds,
-            "peak_of_all_processes_gib": max(profile.peak_memory_gib for profile in self.rounds),
-            "bytes": {role: _with_sums(memory) for role, memory in self.roles.items()} | {"all": _with_sums(self.total)},
-            "predicted_bytes": {role: _with_sums(memory) for role, memory in self.predicted.items()},
-            "prediction_error": {name: self.prediction_error(name) for name in ("model_state", "activations", "cache")},
-        }
+    rounds, stages = [profile.total for profile in profiles], [profile.stage_seconds() for profile in profiles]
+    step = Spread(statistics.median(one.median for one in rounds), min(one.low for one in rounds), max(one.high for one in rounds))
+    sizes = {role: _sizes(memory) for role, memory in roles.items()} | {"all": _sizes(sum(roles.values(), ActorMemory()))}
+    expected = _sizes(sum(predicted.values(), ActorMemory()))
+    return {
+        "samples_per_step": samples,
+        "samples_per_second": samples / step.median,
+        "step_seconds": step._asdict(),
+        "step_seconds_by_round": [one._asdict() for one in rounds],
+        "stage_seconds": {name: statistics.median(one[name] for one in stages) for name in stages[0]},
+        "peak_of_all_processes_gib": max(profile.peak_memory_gib for profile in profiles),
+        "bytes": sizes,
+        "predicted_bytes": {role: _sizes(memory) for role, memory in predicted.items()},
+        "prediction_error": {kind: expected[kind] / size - 1 if (size := sizes["all"][kind]) else None for kind in PREDICTED},
+    }
 
 
-@dataclass(frozen=True)
-class LedgerResults:
+def _sizes(memory: ActorMemory) -> dict:
+    return asdict(memory) | {"model_state": memory.model_state, "peak": memory.peak}
+
+
+def ledger_results(algorithms: Mapping[str, dict], training: Mapping[str, dict | None], *, on_gpu: bool) -> dict:
     """Everything that `dvpo bench ledger` measured.
 
-    Attributes:
-        algorithms: in the order in which they ran.
-        training: what training each frozen model cost before: `seconds`, `steps`, `peak_memory_gib`; None where nobody knows.
+    Args:
+        algorithms: see `algorithm_results`, in the order in which they ran.
+        training: what training each frozen model cost before, by config section; see `training_cost`.
         on_gpu: the targets are those of a GPU.
     """
+    rated = [(target, _ratio(algorithms, *target[:3])) for target in (GPU_TARGETS if on_gpu else CPU_TARGETS)]
+    return {
+        "algorithms": algorithms,
+        "ratio_to_ppo": {name: {quantity: _ratio(algorithms, quantity, name) for quantity in COMPARED} for name in algorithms},
+        "paper_ratio_to_ppo": PAPER,
+        "step_ratio_to_ppo_by_round": {name: _ratios(algorithms, "step", name) for name in algorithms if BASELINE in algorithms},
+        "targets": [target._asdict() | {"ratio": ratio, "met": ratio <= target.limit} for target, ratio in rated if ratio is not None],
+        "training_before": training,
+        "break_even_steps": _break_even_steps(algorithms, training),
+    }
 
-    algorithms: Sequence[AlgorithmLedger]
-    training: dict[str, dict | None]
-    on_gpu: bool
 
-    @property
-    def _by_name(self) -> dict[str, AlgorithmLedger]:
-        return {ledger.algorithm: ledger for ledger in self.algorithms}
+def _ratio(algorithms: Mapping[str, dict], quantity: str, name: str, baseline: str = BASELINE) -> float | None:
+    """One algorithm's step (the median over rounds), model state or peak over another's; None unless both were measured."""
+    ratios = _ratios(algorithms, quantity, name, baseline)
+    return statistics.median(ratios) if ratios else None
 
-    def ratio(self, quantity: str, algorithm: str, baseline: str = BASELINE) -> float | None:
-        """One algorithm's step (the median over rounds), model state or peak over another's; None unless both were measured."""
-        pair = self._by_name
-        if not {algorithm, baseline} <= pair.keys():
-            return None
-        if quantity == "step":
-            return statistics.median(self.step_ratios_of_rounds(algorithm, baseline))
-        return pair[algorithm].quantity(quantity) / pair[baseline].quantity(quantity)
 
-    def step_ratios_of_rounds(self, algorithm: str, baseline: str = BASELINE) -> list[float]:
-        """The ratio of median steps in each round by itself."""
-        pair = (self._by_name[name].rounds for name in (algorithm, baseline))
-        return [mine.total.median / others.total.median for mine, others in zip(*pair, strict=True)]
+def _ratios(algorithms: Mapping[str, dict], quantity: str, name: str, baseline: str = BASELINE) -> list[float]:
+    """The ratio of median steps in each round, or the one ratio of bytes; empty unless both algorithms were measured."""
+    if not {name, baseline} <= algorithms.keys():
+        return []
+    pair = (algorithms[name], algorithms[baseline])
+    if quantity == "step":
+        return [mine["median"] / others["median"] for mine, others in zip(*(one["step_seconds_by_round"] for one in pair), strict=True)]
+    mine, others = (one["bytes"]["all"][quantity] for one in pair)
+    return [mine / others]
 
-    def verdicts(self) -> list[tuple[Target, float]]:
-        """Each target whose algorithms were measured, and the ratio that was."""
-        rated = ((target, self.ratio(target.quantity, target.algorithm, target.baseline)) for target in (GPU_TARGETS if self.on_gpu else CPU_TARGETS))
-        return [(target, ratio) for target, ratio in rated if ratio is not None]
 
-    def break_even_steps(self) -> float | None:
-        """Steps after which DVPO's shorter steps have paid for what its value model took longer to train than PPO's reward model.
+def _break_even_steps(algorithms: Mapping[str, dict], training: Mapping[str, dict | None]) -> float | None:
+    """Steps after which DVPO's shorter steps have paid for the longer training of its value model, against PPO's reward model.
 
-        None where a cost is unknown, or a step of DVPO is not shorter.
-        """
-        gvm, reward_model = self.training.get("gvm"), self.training.get("reward_model")
-        if gvm is None or reward_model is None or not {"dvpo", BASELINE} <= self._by_name.keys():
-            return None
-        saved = self._by_name[BASELINE].quantity("step") - self._by_name["dvpo"].quantity("step")
-        return max(0.0, gvm["seconds"] - reward_model["seconds"]) / saved if saved > 0 else None
-
-    def as_json(self) -> dict:
-        """The results for programs."""
-        names = [ledger.algorithm for ledger in self.algorithms]
-        return {
-            "algorithms": {ledger.algorithm: ledger.as_json() for ledger in self.algorithms},
-            "ratio_to_ppo": {name: {q: self.ratio(q, name) for q in ("step", "model_state", "peak")} for name in names},
-            "paper_ratio_to_ppo": PAPER,
-            "step_ratio_to_ppo_by_round": {name: self.step_ratios_of_rounds(name) for name in names if BASELINE in names},
-            "targets": [asdict(target) | {"ratio": ratio, "met": ratio <= target.limit} for target, ratio in self.verdicts()],
-            "training_before": self.training,
-            "break_even_steps": self.break_even_steps(),
-        }
-
-    def lines(self) -> list[str]:
-        """The results for people."""
-        lines = []
-        for title, header, rows in self._tables():
-            lines += [title, *_aligned([header, *rows]), ""]
-        return [*lines, *self._remarks()]
-
-    def markdown(self) -> str:
-        """The results as Markdown tables."""
-        parts = []
-        for title, header, rows in self._tables():
-            parts += [f"**{title}**", "", _row(header), _row(["---"] * len(header)), *map(_row, rows), ""]
-        return "\n".join([*parts, *(f"- {remark}" for remark in self._remarks())]) + "\n"
-
-    # ------------------------------------------------------------------------------------------------- tables
-
-    def _tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        return [self._memory_table(), self._time_table(), self._ratio_table(), self._prediction_table()]
-
-    def _memory_table(self) -> tuple[str, list[str], list[list[str]]]:
-        name, unit = ("GiB", 2**30) if max(ledger.total.peak for ledger in self.algorithms) >= 2**30 else ("MiB", 2**20)
-        rows = []
-        for ledger in self.algorithms:
-            rows += [[ledger.algorithm, role, *_cells(memory, unit)] for role, memory in ledger.roles.items()]
-            rows.append([ledger.algorithm, "all", *_cells(ledger.total, unit)])
-        return f"Memory of a step, {name}", ["algorithm", "role", *KINDS, "model state", "peak without cache"], rows
-
-    def _time_table(self) -> tuple[str, list[str], list[list[str]]]:
-        stages = list(dict.fromkeys(name for ledger in self.algorithms for name in ledger.stage_seconds))
-        rows = []
-        for ledger in self.algorithms:
-            total, seconds = ledger.step_seconds, ledger.stage_seconds
-            spent = [f"{seconds[name]:.3f}" if name in seconds else "–" for name in stages]
-            rows.append([ledger.algorithm, *spent, f"{total.median:.3f} ({total.low:.3f}–{total.high:.3f})", f"{ledger.samples_per_second:.3f}"])
-        return "Seconds of a step, median (range)", ["algorithm", *stages, "step", "samples/s"], rows
-
-    def _ratio_table(self) -> tuple[str, list[str], list[list[str]]]:
-        quantities = ("step", "model_state", "peak")
-        rows = [[ledger.algorithm, *(_ratio(self.ratio(q, ledger.algorithm)) for q in quantities)] for ledger in self.algorithms]
-        rows += [[f"dvpo ({source})", *(_ratio(ratios.get(q)) for q in quantities)] for source, ratios in PAPER.items()]
-        return "Ratio to PPO", ["algorithm", "step time", "model state", "peak without cache"], rows
-
-    def _prediction_table(self) -> tuple[str, list[str], list[list[str]]]:
-        quantities = ("model_state", "activations", "cache")
-        rows = [[ledger.algorithm, *(_error(ledger.prediction_error(q)) for q in quantities)] for ledger in self.algorithms]
-        return "Error of `dvpo plan`, predicted against measured", ["algorithm", "model state", "activations", "cache"], rows
-
-    def _remarks(self) -> list[str]:
-        remarks = [
-            f"{target.quantity.replace('_', ' ')} of {target.algorithm} / {target.baseline}: {ratio:.3f}{self._by_round(target)}, "
-            f"target <= {target.limit:g}, {'met' if ratio <= target.limit else 'MISSED'}"
-            for target, ratio in self.verdicts()
-        ]
-        for ledger in self.algorithms:
-            error = ledger.prediction_error("model_state")
-            if error is not None and abs(error) > WANTED_PREDICTION_ERROR:
-                remarks.append(f"{ledger.algorithm}: the predicted model state is off by {error:+.0%}, wanted within {WANTED_PREDICTION_ERROR:.0%}")
-        remarks += [_training_remark(section, cost) for section, cost in self.training.items()]
-        steps = self.break_even_steps()
-        if steps is not None:
-            remarks.append(f"dvpo has paid for its longer training beforehand after {steps:.0f} steps")
-        return remarks
-
-    def _by_round(self, target: Target) -> str:
-        return by_round(self.step_ratios_of_rounds(target.algorithm, target.baseline), digits=3) if target.quantity == "step" else ""
+    None where a cost is unknown, or a step of DVPO is not shorter.
+    """
+    gvm, reward_model = training.get("gvm"), training.get("reward_model")
+    if gvm is None or reward_model is None or not {"dvpo", BASELINE} <= algorithms.keys():
+        return None
+    saved = algorithms[BASELINE]["step_seconds"]["median"] - algorithms["dvpo"]["step_seconds"]["median"]
+    return max(0.0, gvm["seconds"] - reward_model["seconds"]) / saved if saved > 0 else None
 
 
 def training_cost(artifact: Path) -> dict | None:
     """What the run that made an artifact took, from the summary.json of its run folder; None where there is none.
 
     Raises:
-        InputError: the summary is there and can't be read.
+        InputError: the summary is there and cannot be read.
     """
     summary = artifact.resolve().parent / "summary.json"
     if not summary.is_file():
@@ -246,37 +138,73 @@ def training_cost(artifact: Path) -> dict | None:
         raise InputError(f"{summary}: not the summary of a training run ({error}); move it away, or train the model again") from error
 
 
-def _training_remark(section: str, cost: dict | None) -> str:
-    name = {"gvm": "value model", "reward_model": "reward model"}[section]
-    if cost is None:
-        return f"training the {name} beforehand: unknown, the artifact lies in no run folder"
-    return f"training the {name} beforehand: {cost['seconds']:.0f} s, {cost['steps']} steps, {cost['peak_memory_gib']:.2f} GiB at most"
+# ------------------------------------------------------------------------------------------------------------- text
 
 
-# -------------------------------------------------------------------------------------------------------- formatting
+def lines(results: dict) -> list[str]:
+    """The results for people."""
+    tables = [[title, *aligned(rows), ""] for title, rows in _tables(results)]
+    return [*(line for table in tables for line in table), *_remarks(results)]
 
 
-def _with_sums(memory: ActorMemory) -> dict:
-    return asdict(memory) | {"model_state": memory.model_state, "peak": memory.peak}
+def markdown(results: dict) -> str:
+    """The results as Markdown tables."""
+    parts = []
+    for title, (header, *rows) in _tables(results):
+        parts += [f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)), ""]
+    return "\n".join([*parts, *(f"- {remark}" for remark in _remarks(results))]) + "\n"
 
 
-def _cells(memory: ActorMemory, unit: int) -> list[str]:
-    sizes = [*(getattr(memory, kind) for kind in KINDS), memory.model_state, memory.peak]
-    return ["–" if size is None else f"{size / unit:.3f}" for size in sizes]
+def _tables(results: dict) -> list[tuple[str, list[list[str]]]]:
+    """Titles and rows, the header first."""
+    algorithms, ratios = results["algorithms"], results["ratio_to_ppo"]
+    name, unit = ("GiB", 2**30) if max(one["bytes"]["all"]["peak"] for one in algorithms.values()) >= 2**30 else ("MiB", 2**20)
+    memory = [["algorithm", "role", *map(_heading, KINDS)]]
+    for algorithm, one in algorithms.items():
+        memory += [[algorithm, role, *(_cell(size[kind] and size[kind] / unit) for kind in KINDS)] for role, size in one["bytes"].items()]
+
+    stages = list(dict.fromkeys(stage for one in algorithms.values() for stage in one["stage_seconds"]))
+    time = [["algorithm", *stages, "step", "samples/s"]]
+    for algorithm, one in algorithms.items():
+        spent = [_cell(one["stage_seconds"].get(stage)) for stage in stages]
+        time.append([algorithm, *spent, f"{Spread(**one['step_seconds']):.3f}", _cell(one["samples_per_second"])])
+
+    rows = ratios | {f"dvpo ({source})": of_paper for source, of_paper in results["paper_ratio_to_ppo"].items()}
+    ratio = [["algorithm", "step time", *map(_heading, COMPARED[1:])]]
+    ratio += [[algorithm, *(_cell(of_algorithm.get(quantity)) for quantity in COMPARED)] for algorithm, of_algorithm in rows.items()]
+
+    error = [["algorithm", *map(_heading, PREDICTED)]]
+    error += [[algorithm, *(_cell(one["prediction_error"][kind], "+.1%") for kind in PREDICTED)] for algorithm, one in algorithms.items()]
+    return [
+        (f"Memory of a step, {name}", memory),
+        ("Seconds of a step, median (range)", time),
+        ("Ratio to PPO", ratio),
+        ("Error of `dvpo plan`, predicted against measured", error),
+    ]
 
 
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _heading(kind: str) -> str:
+    return "peak without cache" if kind == "peak" else kind.replace("_", " ")
 
 
-def _error(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.1%}"
+def _cell(value: float | None, spec: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{spec}}"
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+def _remarks(results: dict) -> list[str]:
+    remarks = []
+    for target in results["targets"]:
+        names = target["algorithm"], target["baseline"]
+        rounds = by_round(_ratios(results["algorithms"], target["quantity"], *names), digits=3)
+        bound = verdict(f"<= {target['limit']:g}", target["met"])
+        remarks.append(f"{target['quantity'].replace('_', ' ')} of {' / '.join(names)}: {target['ratio']:.3f}{rounds}, target {bound}")
+    for algorithm, one in results["algorithms"].items():
+        error = one["prediction_error"]["model_state"]
+        if error is not None and abs(error) > WANTED_PREDICTION_ERROR:
+            remarks.append(f"{algorithm}: the predicted model state is off by {error:+.0%}, wanted within {WANTED_PREDICTION_ERROR:.0%}")
+    for section, cost in results["training_before"].items():
+        known = cost and f"{cost['seconds']:.0f} s, {cost['steps']} steps, {cost['peak_memory_gib']:.2f} GiB at most"
+        remarks.append(f"training the {MODELS[section]} beforehand: {known or 'unknown, the artifact is in no run folder'}")
+    if results["break_even_steps"] is not None:
+        remarks.append(f"dvpo has paid for its longer training beforehand after {results['break_even_steps']:.0f} steps")
+    return remarks

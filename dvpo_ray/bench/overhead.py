@@ -1,22 +1,25 @@
-"""What a step spends outside of its models: object store, messages, advantages, logging."""
+"""Steps of the real training loop, timed: their stages, and what they spend outside of the models."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dvpo_ray.actors.roles import Roles, started_roles
 from dvpo_ray.bench.measure import Spread
 from dvpo_ray.config.schema import Config
+from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.training.policy import PolicyLoop
 from dvpo_ray.training.policy_inputs import Inputs
 
+T = TypeVar("T")
 COMPUTING_STAGES = ("generate", "score", "reference", "update", "sync")
 OVERHEAD_TARGET = 0.05
 
@@ -28,8 +31,8 @@ class StepTime:
     Attributes:
         total: from the step's start until its metrics are written.
         stages: of the loop, by name.
-        waiting: part of the stages in which neither the engines (generate) nor the learner (update, sync) computed: what the
-            object store and messages cost inside the stages.
+        waiting: part of the stages in which neither the engines (generate) nor the learner (update, sync) computed: the cost of
+            the object store and of messages inside the stages.
     """
 
     total: float
@@ -37,14 +40,11 @@ class StepTime:
     waiting: float
 
     @classmethod
-    def of(cls, metrics: dict[str, float], total: float) -> StepTime:
+    def of(cls, metrics: Mapping[str, float], total: float) -> StepTime:
         """From the metrics that the loop returned and the whole time."""
         stages = {name.removeprefix("time/").removesuffix("_seconds"): value for name, value in metrics.items() if name.startswith("time/")}
-
-        def busy(role: str) -> float:
-            return (1.0 - metrics[f"idle/{role}_fraction"]) * stages["step"]
-
-        waiting = max(0.0, stages["generate"] - busy("rollout")) + max(0.0, stages["update"] + stages["sync"] - busy("learner"))
+        busy = {role: (1.0 - metrics[f"idle/{role}_fraction"]) * stages["step"] for role in ("rollout", "learner")}
+        waiting = max(0.0, stages["generate"] - busy["rollout"]) + max(0.0, stages["update"] + stages["sync"] - busy["learner"])
         return cls(total, stages, waiting)
 
     @property
@@ -60,6 +60,9 @@ class StepProfile:
     Attributes:
         steps: every measured step.
         peak_memory_gib: of the whole run on this node.
+        total: seconds of a step.
+        overhead: share of a step outside of the computing stages.
+        waiting: median share of a step in which the computing stages wait for the object store and for messages.
     """
 
     steps: list[StepTime]
@@ -67,17 +70,14 @@ class StepProfile:
 
     @property
     def total(self) -> Spread:
-        """Seconds of a step."""
         return Spread.of([step.total for step in self.steps])
 
     @property
     def overhead(self) -> Spread:
-        """Share of a step outside of the computing stages."""
         return Spread.of([step.overhead for step in self.steps])
 
     @property
     def waiting(self) -> float:
-        """Median share of a step in which the computing stages wait for the object store and for messages."""
         return statistics.median(step.waiting / step.total for step in self.steps)
 
     def stage_seconds(self) -> dict[str, float]:
@@ -86,22 +86,16 @@ class StepProfile:
         medians = {name: statistics.median(step.stages[name] for step in self.steps) for name in names}
         return medians | {"logging": statistics.median(step.total - sum(step.stages[name] for name in names) for step in self.steps)}
 
-
-def round_folder(folder: Path, number: int, rounds: int) -> Path:
-    """The folder of one of several rounds, made where it is missing; of a single round it is the folder itself."""
-    chosen = folder if rounds == 1 else folder / f"round-{number}"
-    chosen.mkdir(parents=True, exist_ok=True)
-    return chosen
-
-
-def round_title(contestant: str, number: int, rounds: int) -> str:
-    """What a progress line calls a round."""
-    return contestant if rounds == 1 else f"{contestant}, round {number} of {rounds}"
-
-
-def by_round(ratios: Sequence[float], digits: int) -> str:
-    """Each round's own ratio, to stand behind the median of them; nothing where there is one round."""
-    return f" (by round: {', '.join(f'{ratio:.{digits}f}' for ratio in ratios)})" if len(ratios) > 1 else ""
+    def as_json(self) -> dict:
+        return {
+            "seconds": self.total._asdict(),
+            "stage_seconds": self.stage_seconds(),
+            "overhead": self.overhead._asdict(),
+            "overhead_target": OVERHEAD_TARGET,
+            "waiting_in_stages": self.waiting,
+            "peak_memory_gib": self.peak_memory_gib,
+            "steps": [asdict(step) for step in self.steps],
+        }
 
 
 def profile_steps(
@@ -120,23 +114,14 @@ def profile_steps(
     """
     config = config.model_copy(update={"train": config.train.model_copy(update={"steps": repeats + 1})})
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    with PeakMemory() as memory, started_roles(config, str(run_folder), inputs.stop_token_ids, longest) as roles:
-        memory.add_pids(roles.local_pids)
-        steps = _measured_steps(config, roles, inputs, run_folder, after_step, around_last_step)
-    return StepProfile(steps[1:], memory.peak_gib)
-
-
-def _measured_steps(
-    config: Config,
-    roles: Roles,
-    inputs: Inputs,
-    run_folder: Path,
-    after_step: Callable[[], None],
-    around_last_step: Callable[[Roles], AbstractContextManager],
-) -> list[StepTime]:
-    loop = PolicyLoop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
     steps = []
-    with MetricsLog(run_folder, config.train.trackers, config=config.model_dump(mode="json")) as log:
+    with (
+        PeakMemory() as memory,
+        started_roles(config, str(run_folder), inputs.stop_token_ids, longest) as roles,
+        MetricsLog(run_folder, config.train.trackers, config=config.model_dump(mode="json")) as log,
+    ):
+        memory.add_pids(roles.local_pids)
+        loop = PolicyLoop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
         for step in range(1, config.train.steps + 1):
             with around_last_step(roles) if step == config.train.steps else nullcontext():
                 started = time.perf_counter()
@@ -144,4 +129,32 @@ def _measured_steps(
                 log.write(step, metrics)
                 steps.append(StepTime.of(metrics, time.perf_counter() - started))
             after_step()
-    return steps
+    return StepProfile(steps[1:], memory.peak_gib)
+
+
+# ------------------------------------------------------------------------------------------------ contestants in rounds
+
+
+def take_rounds(
+    contestants: Mapping[str, Callable[[Path, Callable[[], None]], T]], console: RunConsole, run_folder: Path, rounds: int, steps: int
+) -> dict[str, list[T]]:
+    """What each contestant measures in each round. They take turns, in every second round the other way round.
+
+    Args:
+        contestants: measure in a folder, and call a function after each of their `steps`, for a progress bar.
+        run_folder: gets a folder for each contestant, and in it one for each round where there are several.
+    """
+    measured: dict[str, list[T]] = {name: [] for name in contestants}
+    for number in range(1, rounds + 1):
+        for name in list(contestants)[:: 1 if number % 2 else -1]:
+            folder = run_folder / name / ("" if rounds == 1 else f"round-{number}")
+            folder.mkdir(parents=True, exist_ok=True)
+            title = name if rounds == 1 else f"{name}, round {number} of {rounds}"
+            with console.stage(title, steps, unit="steps") as progress:
+                measured[name].append(contestants[name](folder, progress.advance))
+    return measured
+
+
+def by_round(ratios: Sequence[float], digits: int) -> str:
+    """The ratio of each round, to stand behind their median; empty for one round."""
+    return f" (by round: {', '.join(f'{ratio:.{digits}f}' for ratio in ratios)})" if len(ratios) > 1 else ""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from dvpo_ray.bench.comparisons import Bench, compare_frozen, compare_learner, compare_rollout
-from dvpo_ray.bench.machine import describe_measurement
-from dvpo_ray.bench.overhead import profile_steps
-from dvpo_ray.bench.results import StepResults, Workload
+from dvpo_ray.bench.measure import Comparison, aligned, describe_measurement, verdict
+from dvpo_ray.bench.overhead import OVERHEAD_TARGET, StepProfile, profile_steps
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.runtime.cluster import connect
-from dvpo_ray.training.policy_inputs import Inputs, load_inputs
+from dvpo_ray.training.policy_inputs import load_inputs
 
 
 def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
@@ -32,36 +31,56 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
         InputError, ResourceError: in one line; bad input is found before any actor starts.
     """
     measurement = describe_measurement(config)
-    inputs = load_inputs(config)
+    inputs, plan = load_inputs(config), derive_batch(config)
     run_folder = run_folder.resolve()
     run_folder.mkdir(parents=True, exist_ok=True)
-    with RunConsole() as console, connect(config.ray):
-        results = _measure(config, inputs, run_folder, repeats, console)
-        for line in results.lines():
-            console.say(line)
-    return {"benchmark": "step", **measurement, "repeats": repeats, **results.as_json(), "config": config.model_dump(mode="json")}
-
-
-def _measure(config: Config, inputs: Inputs, run_folder: Path, repeats: int, console: RunConsole) -> StepResults:
-    plan = derive_batch(config)
     rows = max(plan.max_samples_per_engine, plan.samples_per_worker)
-    bench = Bench(one_actor_each(config), inputs, str(run_folder), rows, plan.samples_per_worker, repeats)
-    rounds = repeats + 1
-    with console.stage("rollout", rounds, unit="rounds") as progress:
-        bench.after_round = progress.advance
-        comparisons = [compare_rollout(bench)]
-    with console.stage("scorer and reference", 2 * rounds, unit="rounds") as progress:
-        bench.after_round = progress.advance
-        comparisons += compare_frozen(bench)
-    with console.stage("learner", rounds, unit="rounds") as progress:
-        bench.after_round = progress.advance
-        comparisons += compare_learner(bench)
-    with console.stage("whole step", rounds, unit="steps") as progress:
-        profile = profile_steps(config, inputs, run_folder, repeats, progress.advance)
-    return StepResults(Workload.of(bench.rollouts(), bench.learner_rows), comparisons, profile)
+    bench = Bench(_one_actor_each(config), inputs, str(run_folder), rows, plan.samples_per_worker, repeats)
+    stages = (("rollout", compare_rollout, 1), ("scorer and reference", compare_frozen, 2), ("learner", compare_learner, 1))
+    comparisons: list[Comparison] = []
+    with RunConsole() as console, connect(config.ray):
+        for name, compare, count in stages:
+            with console.stage(name, count * (repeats + 1), unit="rounds") as progress:
+                bench.after_round = progress.advance
+                comparisons += compare(bench)
+        with console.stage("whole step", repeats + 1, unit="steps") as progress:
+            profile = profile_steps(config, inputs, run_folder, repeats, progress.advance)
+        batch = bench.rollouts()
+        workload = {
+            "rows": batch.num_rows,
+            "prompt_tokens": int(batch.prompt_lengths.sum()),
+            "response_tokens": int(batch.response_lengths.sum()),
+            "longest_row": int(batch.lengths.max()),
+            "learner_rows": bench.learner_rows,
+        }
+        for line in [*_comparison_lines(workload, comparisons), "", *_profile_lines(profile)]:
+            console.say(line)
+    results = {"workload": workload, "comparisons": [one.as_json() for one in comparisons], "step": profile.as_json()}
+    return {"benchmark": "step", **measurement, "repeats": repeats, **results, "config": config.model_dump(mode="json")}
 
 
-def one_actor_each(config: Config) -> Config:
-    """The config with one actor of each role."""
+def _one_actor_each(config: Config) -> Config:
     roles = {role: getattr(config, role).model_copy(update={"num_actors": 1}) for role in ("rollout", "scorer", "reference", "policy")}
     return config.model_copy(update=roles)
+
+
+def _comparison_lines(workload: dict, comparisons: list[Comparison]) -> list[str]:
+    rows, learner_rows = workload["rows"], workload["learner_rows"]
+    learner = "" if learner_rows == rows else f", the learner on {learner_rows} of them"
+    sizes = f"{rows} rows, {workload['prompt_tokens']} prompt and {workload['response_tokens']} response tokens{learner}"
+    table = [["", "product", "bare", "", "ratio", "target"]]
+    for one in comparisons:
+        target = "(for information)" if one.target is None else verdict(f">= {one.target:g}", one.ratio >= one.target)
+        table.append([one.name, f"{one.product:,.0f}", f"{one.bare[one.baseline]:,.0f}", one.baseline, f"{one.ratio:.3f}", target])
+    return [f"tokens per second, median (range), on {sizes}", *aligned(table)]
+
+
+def _profile_lines(profile: StepProfile) -> list[str]:
+    total, overhead = profile.total, profile.overhead
+    return [
+        f"a step, seconds: {total:.3f}; peak memory {profile.peak_memory_gib:.2f} GiB",
+        *(f"  {name:<12}{seconds:>9.4f} s{seconds / total.median:>8.1%}" for name, seconds in profile.stage_seconds().items()),
+        f"  outside of generate, score, reference, update and sync: {overhead:.1%}, target "
+        + verdict(f"<= {OVERHEAD_TARGET:.0%}", overhead.median <= OVERHEAD_TARGET),
+        f"  inside of them, engines and learner waiting for the object store and messages: {profile.waiting:.1%}",
+    ]

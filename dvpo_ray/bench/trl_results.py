@@ -1,202 +1,100 @@
-"""The results of `dvpo bench trl`: samples per second, ratios, and where the gap lies; as lines for people and as JSON."""
+"""The results of `dvpo bench trl`: samples per second, ratios, and where the gap lies; as JSON and from that as lines for people.
+
+A measured step is a dictionary of seconds: `step`, all of it; `generation`, sampling (here the frozen models score what is finished
+meanwhile); `scoring`, log-probs of the reference, values, rewards and advantages (here what is left of it after the sampling);
+`training`, the update. The `rest` is weight sync and logging; in TRL the data loader and the garbage collector.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
-from dvpo_ray.bench.measure import Spread
-from dvpo_ray.bench.overhead import StepProfile, StepTime, by_round
+from dvpo_ray.bench.measure import Spread, aligned, verdict
+from dvpo_ray.bench.overhead import StepProfile, by_round
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 
-STAGES = ("generation", "scoring", "training", "rest")
+MEASURED = ("step", "generation", "scoring", "training")
+SHOWN = (*MEASURED, "rest")
 TARGETS = {"ppo": 1.4, "dvpo": 2.5}
 
 
-@dataclass(frozen=True)
-class StageTimes:
-    """Seconds of one step.
+class TRLRun(NamedTuple):
+    """Measured steps, peak memory of all processes, and versions of TRL, transformers and torch where it was TRL's."""
 
-    Attributes:
-        step: all of it.
-        generation: sampling. Here the frozen models score what is finished meanwhile.
-        scoring: log-probs of the reference, values, rewards and advantages; here what is left of it after the sampling.
-        training: the update.
-    """
-
-    step: float
-    generation: float
-    scoring: float
-    training: float
-
-    @classmethod
-    def of_trl(cls, step: Mapping[str, float]) -> StageTimes:
-        return cls(*(step[name] for name in ("step", "generation", "scoring", "training")))
-
-    @classmethod
-    def of_ours(cls, step: StepTime) -> StageTimes:
-        stages = step.stages
-        return cls(step.total, stages["generate"], stages["score"] + stages["reference"] + stages["advantage"], stages["update"])
-
-    @property
-    def rest(self) -> float:
-        """Weight sync and logging; in TRL the data loader and the garbage collector."""
-        return self.step - self.generation - self.scoring - self.training
-
-
-@dataclass(frozen=True)
-class TRLRun:
-    """What the script in TRL's environment measured.
-
-    Attributes:
-        steps: the measured ones, without the first.
-        versions: of TRL, transformers and torch.
-        peak_memory_gib: of its process.
-    """
-
-    steps: list[StageTimes]
-    versions: dict[str, str]
+    steps: list[dict[str, float]]
     peak_memory_gib: float
+    versions: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """One of the three.
-
-    Attributes:
-        rounds: the measured steps of each round.
-        samples: rollouts of a step.
-        peak_memory_gib: of all its processes.
-    """
-
-    rounds: list[list[StageTimes]]
-    samples: int
-    peak_memory_gib: float
-
-    @property
-    def steps(self) -> list[StageTimes]:
-        """Those of all rounds."""
-        return [step for steps in self.rounds for step in steps]
-
-    @property
-    def samples_per_second(self) -> Spread:
-        """At the step's median over rounds, and the range of all steps."""
-        rates = [self.samples / step.step for step in self.steps]
-        return Spread(self.samples / self.seconds["step"], min(rates), max(rates))
-
-    @property
-    def seconds_of_rounds(self) -> list[dict[str, float]]:
-        """Median seconds of a step and of its stages in each round."""
-        return [{name: statistics.median(getattr(step, name) for step in steps) for name in ("step", *STAGES)} for steps in self.rounds]
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """The medians of these over the rounds."""
-        return {name: statistics.median(one[name] for one in self.seconds_of_rounds) for name in ("step", *STAGES)}
+def of_profile(profile: StepProfile) -> TRLRun:
+    """Steps of this system in the stages of TRL's."""
+    spent = [(step.total, s["generate"], s["score"] + s["reference"] + s["advantage"], s["update"]) for step in profile.steps for s in [step.stages]]
+    return TRLRun([dict(zip(MEASURED, seconds, strict=True)) for seconds in spent], profile.peak_memory_gib)
 
 
-@dataclass(frozen=True)
-class TRLResults:
-    """Everything that `dvpo bench trl` measured.
-
-    Attributes:
-        work: the work of a step, in words.
-        trl: TRL's PPO.
-        ours: this system by algorithm.
-    """
-
-    work: str
-    trl: Contestant
-    ours: dict[str, Contestant]
-
-    @classmethod
-    def of(cls, config: Config, trl: Sequence[TRLRun], profiles: Mapping[str, Sequence[StepProfile]]) -> TRLResults:
-        """From what each round measured."""
-        plan = derive_batch(config)
-        samples = plan.samples_per_step
-        work = (
-            f"{samples} rollouts of {config.rollout.max_response_tokens} tokens, {plan.optimizer_steps_per_step} optimizer steps "
-            f"of {plan.rows_per_minibatch} rows"
-        )
-        ours = {
-            name: Contestant(
-                [[StageTimes.of_ours(step) for step in profile.steps] for profile in rounds],
-                samples,
-                max(profile.peak_memory_gib for profile in rounds),
-            )
-            for name, rounds in profiles.items()
-        }
-        return cls(work, Contestant([run.steps for run in trl], samples, max(run.peak_memory_gib for run in trl)), ours)
-
-    def ratio(self, algorithm: str) -> float:
-        """Samples per second of an algorithm of ours over TRL's: the median over rounds."""
-        return statistics.median(self.ratios_of_rounds(algorithm))
-
-    def ratios_of_rounds(self, algorithm: str) -> list[float]:
-        """The ratio of medians in each round by itself."""
-        pairs = zip(self.ours[algorithm].seconds_of_rounds, self.trl.seconds_of_rounds, strict=True)
-        return [trls["step"] / ours["step"] for ours, trls in pairs]
-
-    def gap(self, algorithm: str) -> dict[str, float]:
-        """Seconds that a step and its stages take longer in TRL."""
-        ours = self.ours[algorithm].seconds
-        return {name: seconds - ours[name] for name, seconds in self.trl.seconds.items()}
-
-    def lines(self) -> list[str]:
-        """The results for people."""
-        header = f"{'':<18}{'samples/s (range)':<24}{'step':>9}" + "".join(f"{stage:>12}" for stage in STAGES) + f"{'peak GiB':>10}"
-        rows = {"TRL PPO": self.trl, **{f"algorithm: {name}": contestant for name, contestant in self.ours.items()}}
-        return [
-            f"{self.work}; medians, stages in seconds",
-            header,
-            *(_row(name, contestant) for name, contestant in rows.items()),
-            *(_gap_row(f"TRL less {name}", self.gap(name)) for name in self.ours),
-            *(self._verdict(name) for name in self.ours),
-        ]
-
-    def _verdict(self, algorithm: str) -> str:
-        ratio, target = self.ratio(algorithm), TARGETS[algorithm]
-        rounds = by_round(self.ratios_of_rounds(algorithm), digits=2)
-        met = "met" if ratio >= target else "MISSED"
-        return f"{algorithm}: {ratio:.2f} x the samples per second of TRL's PPO{rounds}, target >= {target:g}, {met}"
-
-    def as_json(self) -> dict:
-        """The results for programs."""
-        contestants = {"trl_ppo": self.trl, **self.ours}
-        return {
-            "work": self.work,
-            "contestants": {
-                name: {
-                    "samples_per_second": asdict(contestant.samples_per_second),
-                    "seconds": contestant.seconds,
-                    "peak_memory_gib": contestant.peak_memory_gib,
-                    "steps_by_round": [[asdict(step) for step in steps] for steps in contestant.rounds],
-                }
-                for name, contestant in contestants.items()
-            },
-            "ratios": {
-                name: {
-                    "ratio": self.ratio(name),
-                    "by_round": self.ratios_of_rounds(name),
-                    "target": TARGETS[name],
-                    "gap_seconds": self.gap(name),
-                }
-                for name in self.ours
-            },
-        }
+def trl_results(config: Config, trl: Sequence[TRLRun], ours: Mapping[str, Sequence[TRLRun]]) -> dict:
+    """Everything that `dvpo bench trl` measured, from what each round measured of TRL and of each algorithm of ours."""
+    plan = derive_batch(config)
+    tokens = config.rollout.max_response_tokens
+    contestants = {name: _contestant(rounds, plan.samples_per_step) for name, rounds in {"trl_ppo": trl, **ours}.items()}
+    seconds = {name: one["seconds"] for name, one in contestants.items()}
+    ratios = {name: [theirs / mine for theirs, mine in zip(_steps(trl), _steps(rounds), strict=True)] for name, rounds in ours.items()}
+    return {
+        "work": f"{plan.samples_per_step} rollouts of {tokens} tokens, {plan.optimizer_steps_per_step} optimizer steps of "
+        f"{plan.rows_per_minibatch} rows",
+        "contestants": contestants,
+        "ratios": {
+            name: {
+                "ratio": statistics.median(by_rounds),
+                "by_round": by_rounds,
+                "target": TARGETS[name],
+                "gap_seconds": {stage: seconds["trl_ppo"][stage] - seconds[name][stage] for stage in SHOWN},
+            }
+            for name, by_rounds in ratios.items()
+        },
+    }
 
 
-def _row(name: str, contestant: Contestant) -> str:
-    rate, seconds = contestant.samples_per_second, contestant.seconds
-    speed = f"{rate.median:.2f} ({rate.low:.2f}-{rate.high:.2f})"
-    return f"{name:<18}{speed:<24}" + _stages(seconds) + f"{contestant.peak_memory_gib:>10.2f}"
+def _contestant(rounds: Sequence[TRLRun], samples: int) -> dict:
+    """Seconds are medians over rounds of a round's median; the range of samples per second is that of all steps."""
+    medians = [_medians(run.steps) for run in rounds]
+    seconds = {name: statistics.median(one[name] for one in medians) for name in SHOWN}
+    rates = [samples / step["step"] for run in rounds for step in run.steps]
+    return {
+        "samples_per_second": Spread(samples / seconds["step"], min(rates), max(rates))._asdict(),
+        "seconds": seconds,
+        "peak_memory_gib": max(run.peak_memory_gib for run in rounds),
+        "steps_by_round": [run.steps for run in rounds],
+    }
 
 
-def _gap_row(name: str, gap: Mapping[str, float]) -> str:
-    return f"{name:<42}" + _stages(gap)
+def _medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    whole = [{**step, "rest": step["step"] - step["generation"] - step["scoring"] - step["training"]} for step in steps]
+    return {name: statistics.median(step[name] for step in whole) for name in SHOWN}
 
 
-def _stages(seconds: Mapping[str, float]) -> str:
-    return f"{seconds['step']:>9.3f}" + "".join(f"{seconds[stage]:>12.3f}" for stage in STAGES)
+def _steps(rounds: Sequence[TRLRun]) -> list[float]:
+    """Median seconds of a step in each round."""
+    return [_medians(run.steps)["step"] for run in rounds]
+
+
+def lines(results: dict) -> list[str]:
+    """The results for people."""
+    table = [["", "samples/s (range)", *SHOWN, "peak GiB"]]
+    for name, one in results["contestants"].items():
+        title = "TRL PPO" if name == "trl_ppo" else f"algorithm: {name}"
+        table.append([title, f"{Spread(**one['samples_per_second']):.2f}", *_cells(one["seconds"]), f"{one['peak_memory_gib']:.2f}"])
+    table += [[f"TRL less {name}", "", *_cells(one["gap_seconds"]), ""] for name, one in results["ratios"].items()]
+    verdicts = [
+        f"{name}: {one['ratio']:.2f} x the samples per second of TRL's PPO{by_round(one['by_round'], digits=2)}, target "
+        + verdict(f">= {one['target']:g}", one["ratio"] >= one["target"])
+        for name, one in results["ratios"].items()
+    ]
+    return [f"{results['work']}; medians, stages in seconds", *aligned(table), *verdicts]
+
+
+def _cells(seconds: Mapping[str, float]) -> list[str]:
+    return [f"{seconds[name]:.3f}" for name in SHOWN]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
-from dvpo_ray.bench.machine import describe_measurement
+from dvpo_ray.bench.measure import describe_measurement, verdict
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.dataset import GVMData, load_gvm_data
@@ -21,7 +22,7 @@ from dvpo_ray.gvm.model import keep_first_layers
 from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.gvm.views import ranked_right, wilson_interval
 from dvpo_ray.models.loading import torch_dtype
-from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.console import RunConsole, Stage
 
 VIEWS = {"last": "last value", "mean": "mean value", "position_50": "value at half of the response"}
 TARGETS = {"last": 1.0, "position_50": 0.9}
@@ -29,8 +30,7 @@ TARGETS = {"last": 1.0, "position_50": 0.9}
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-@dataclass(frozen=True)
-class Accuracy:
+class Accuracy(NamedTuple):
     """Share of held-out pairs that are ranked right, and its 95 % interval (Wilson)."""
 
     share: float
@@ -47,7 +47,7 @@ def bench_trl_reward(config: Config, out: Path) -> dict:
     The pairs have the ids that `dvpo gvm train` and `dvpo rm train` train on, and the same pairs are held out.
 
     Args:
-        config: `gvm.path` and `reward_model.path` name the models to compare with, where they are set.
+        config: `gvm.path` and `reward_model.path` are the models to compare with, where they are set.
         out: run folder; gets the evaluations of our models and the trainer's files.
 
     Returns:
@@ -61,8 +61,11 @@ def bench_trl_reward(config: Config, out: Path) -> dict:
     measurement = describe_measurement(config)
     data = load_gvm_data(config, config.reward_model)
     model = new_reward_model(config)
-    paths = {name: path for name, path in (("gvm", config.gvm.path), ("reward_model", config.reward_model.path)) if path is not None}
-    ours = {name: _our_accuracies(evaluate_gvm(config, Path(path), out / f"{name}-evaluation")) for name, path in paths.items()}
+    ours = {
+        name: _our_accuracies(evaluate_gvm(config, Path(path), out / f"{name}-evaluation"))
+        for name in ("gvm", "reward_model")
+        if (path := getattr(config, name).path) is not None
+    }
     with RunConsole() as console:
         for note in data.notes:
             console.warn(note)
@@ -75,26 +78,21 @@ def bench_trl_reward(config: Config, out: Path) -> dict:
         **measurement,
         "training_pairs": data.train.num_pairs,
         "heldout_pairs": data.heldout.num_pairs,
-        "accuracy": {"trl": vars(trl), **{name: {view: vars(accuracy) for view, accuracy in views.items()} for name, views in ours.items()}},
-        "ratios_to_trl": {name: ratios(trl, views) for name, views in ours.items()},
+        "accuracy": {"trl": trl._asdict(), **{name: {view: one._asdict() for view, one in views.items()} for name, views in ours.items()}},
+        "ratios_to_trl": {name: {view: one.share / trl.share for view, one in views.items()} for name, views in ours.items()},
         "ratio_targets": {"gvm": TARGETS},
         "config": config.model_dump(mode="json"),
     }
-
-
-def ratios(trl: Accuracy, ours: Mapping[str, Accuracy]) -> dict[str, float]:
-    """Accuracy of one of our models over TRL's, by view."""
-    return {view: accuracy.share / trl.share for view, accuracy in ours.items()}
 
 
 def result_lines(trl: Accuracy, ours: Mapping[str, Mapping[str, Accuracy]]) -> list[str]:
     """The results for people."""
     lines = [f"{'TRL RewardTrainer':<52}{trl}"]
     for name, views in ours.items():
-        for view, ratio in ratios(trl, views).items():
-            target = TARGETS.get(view) if name == "gvm" else None
-            verdict = "" if target is None else f", target >= {target:g}, {'met' if ratio >= target else 'MISSED'}"
-            lines.append(f"{f'{name}, {VIEWS[view]}':<52}{views[view]}  {ratio:.3f} x TRL's{verdict}")
+        for view, accuracy in views.items():
+            ratio, target = accuracy.share / trl.share, TARGETS.get(view) if name == "gvm" else None
+            judged = "" if target is None else f", target {verdict(f'>= {target:g}', ratio >= target)}"
+            lines.append(f"{f'{name}, {VIEWS[view]}':<52}{accuracy}  {ratio:.3f} x TRL's{judged}")
     return lines
 
 
@@ -115,7 +113,7 @@ def new_reward_model(config: Config) -> PreTrainedModel:
     path = settings.init_from or config.model.path
     architecture = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=config.model.trust_remote_code)
     if settings.num_layers is not None:
-        keep_first_layers(architecture, settings.num_layers, path)
+        keep_first_layers(architecture, settings.num_layers, path, "reward_model.num_layers")
     torch.manual_seed(config.seed)
     return AutoModelForSequenceClassification.from_pretrained(
         path,
@@ -136,8 +134,11 @@ def train_with_trl(model: PreTrainedModel, data: GVMData, config: Config, out: P
         processing_class=data.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Progress(console))
-    trainer.train()
+    settings = config.reward_model
+    steps = math.ceil(settings.epochs * math.ceil(data.train.num_pairs / settings.pairs_per_step))
+    with console.stage("TRL reward model", steps, unit="steps") as stage:
+        trainer.add_callback(_Progress(stage))
+        trainer.train()
     right = ranked_right(heldout_scores(trainer))
     return Accuracy(float(right.mean()), *wilson_interval(right))
 
@@ -161,8 +162,7 @@ def heldout_scores(trainer: RewardTrainer) -> np.ndarray:
 
 
 def _arguments(config: Config, out: Path) -> RewardConfig:
-    settings = config.reward_model
-    on_gpu = torch.cuda.is_available()
+    settings, dtype = config.reward_model, torch_dtype(config.model.dtype)
     return RewardConfig(
         output_dir=str(out / "trl"),
         num_train_epochs=settings.epochs,
@@ -177,10 +177,10 @@ def _arguments(config: Config, out: Path) -> RewardConfig:
         adam_epsilon=settings.epsilon,
         max_grad_norm=settings.max_grad_norm,
         max_length=None,
-        bf16=torch_dtype(config.model.dtype) == torch.bfloat16,
-        fp16=torch_dtype(config.model.dtype) == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         gradient_checkpointing=settings.deepspeed.gradient_checkpointing,
-        use_cpu=not on_gpu,
+        use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         logging_steps=1,
         report_to=[],
@@ -190,19 +190,12 @@ def _arguments(config: Config, out: Path) -> RewardConfig:
 
 
 class _Progress(TrainerCallback):
-    """A progress bar."""
+    """Moves a progress bar."""
 
-    def __init__(self, console: RunConsole) -> None:
-        self.console = console
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.open = self.console.stage("TRL reward model", state.max_steps, unit="steps")
-        self.stage = self.open.__enter__()
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
 
     def on_log(self, args, state, control, **kwargs) -> None:
         entry = state.log_history[-1]
         if "loss" in entry:
             self.stage.advance(details=f"loss {entry['loss']:.3f} · accuracy {entry['accuracy']:.2f}")
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.open.__exit__(None, None, None)
