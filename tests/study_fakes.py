@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest.mock import patch
 
+from dvpo_ray import cli
 from dvpo_ray.config import dump_config
 from dvpo_ray.experiments.study import Run
 from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, ObjectiveSpec, OutcomeSpec, TrainingDataSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+STORIES = str(ROOT / "cluster_configs" / "stories-cpu.yaml")
+
+
+def dvpo(*argv) -> int:
+    """The exit status of `dvpo experiment`."""
+    with patch.object(cli, "quiet_libraries"):
+        return cli.main(["experiment", *map(str, argv)])
+
+
+def result_of(folder: Path) -> dict:
+    """What an experiment left, its plot included."""
+    assert (folder / "plot.png").stat().st_size > 1000
+    return json.loads((folder / "result.json").read_text())
 
 
 def leave_policy(

@@ -9,34 +9,20 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from study_fakes import leave_policy
+from study_fakes import ROOT, STORIES, dvpo, leave_policy
 
-from dvpo_ray import cli
 from dvpo_ray.experiments.advantage_modes import summarise
-from dvpo_ray.experiments.curves import Curve
+from dvpo_ray.experiments.readings import Curve
 from dvpo_ray.experiments.registry import STUDIES
 from dvpo_ray.experiments.results import first_reaching, markdown, over_seeds, t_quantile, with_deviation, with_interval
-
-ROOT = Path(__file__).resolve().parents[1]
-STORIES = str(ROOT / "cluster_configs" / "stories-cpu.yaml")
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
 
 
 def curve(variant, seed, kl, gold):
     n = len(kl)
     return Curve(variant, seed, np.arange(n), 2.0 * np.arange(n), np.array(kl, float), np.array(gold, float))
-
-
-def dvpo(*argv) -> int:
-    return cli.main(["experiment", *map(str, argv)])
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -177,12 +163,11 @@ def test_dry_run_loads_neither_torch_nor_ray(tmp_path):
 @pytest.mark.parametrize(("checkpoint", "resumed"), [("step_000005", True), (".step_000005.draft", False)])
 def test_a_stopped_run_goes_on_from_its_checkpoint_or_begins_anew(monkeypatch, tmp_path, checkpoint, resumed):
     """Steps before the first checkpoint are lost, not in the way."""
-    from dvpo_ray.experiments import stages
-    from dvpo_ray.experiments.study import Source
+    from dvpo_ray.experiments.runner import STAGES
     from dvpo_ray.training import value_model as training
 
-    options = Namespace(seeds=[0], layers=[1], init_from=[], policies=False)
-    run = STUDIES["gvm-size"](Source(STORIES), options, tmp_path).runs()[0]
+    options = Namespace(config=STORIES, overrides=[], seeds=[0], layers=[1], init_from=[], policies=False)
+    run = STUDIES["gvm-size"](options, tmp_path).runs()[0]
     (run.folder / "checkpoints" / checkpoint).mkdir(parents=True)
     (run.folder / "config.yaml").write_text("{}")
     (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -192,5 +177,5 @@ def test_a_stopped_run_goes_on_from_its_checkpoint_or_begins_anew(monkeypatch, t
         calls.append((resume, (out / "metrics.jsonl").exists()))
 
     monkeypatch.setattr(training, "train_value_model", train_value_model)
-    stages.train_gvm(run, console=None)
+    STAGES["gvm"](run, None)
     assert calls == [(resumed, resumed)]

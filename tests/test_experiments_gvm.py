@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from study_fakes import leave_policy, leave_value_model
+from study_fakes import STORIES, dvpo, leave_policy, leave_value_model, result_of
 
-from dvpo_ray import cli
 from dvpo_ray.experiments.gvm_quality import VARIANTS
 
-STORIES = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "stories-cpu.yaml")
 VIEWS = ("mean", "last", "p10", "p50", "p90", "position_25", "position_50", "position_75", "position_100", "longer_wins")
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
-
-
-def dvpo(*argv) -> int:
-    return cli.main(["experiment", *map(str, argv)])
-
-
-def result_of(folder: Path) -> dict:
-    assert (folder / "plot.png").stat().st_size > 1000
-    return json.loads((folder / "result.json").read_text())
 
 
 def views(accuracy: float) -> dict[str, float]:
@@ -103,7 +84,7 @@ def test_sizes_without_policies_need_no_prompts(faked, tmp_path, capsys):
     assert dvpo("gvm-size", STORIES, "data.prompts=null", "--policies") == 2
     assert "data.prompts.path is not set, and gvm-size needs it" in capsys.readouterr().err
     assert dvpo("gvm-size", STORIES, "--init-from", "a/small", "b/small") == 2
-    assert "--init-from b/small: small is there already" in capsys.readouterr().err
+    assert "--init-from b/small: there are two variants small" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------- transfer

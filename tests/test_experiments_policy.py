@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
-from study_fakes import leave_manifest, leave_policy, leave_value_model
+from study_fakes import STORIES, dvpo, leave_manifest, leave_policy, leave_value_model, result_of
 
-from dvpo_ray import cli
 from dvpo_ray.experiments.convergence import compare
-from dvpo_ray.experiments.curves import Curve
-
-STORIES = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "stories-cpu.yaml")
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(cli, "quiet_libraries", lambda: None)
-
-
-def dvpo(*argv) -> int:
-    return cli.main(["experiment", *map(str, argv)])
-
-
-def result_of(folder: Path) -> dict:
-    assert (folder / "plot.png").stat().st_size > 1000
-    return json.loads((folder / "result.json").read_text())
-
+from dvpo_ray.experiments.readings import Curve
 
 # ----------------------------------------------------------------------------------------------------- convergence
 
@@ -110,9 +89,9 @@ def test_without_ppo_there_is_no_race():
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--group", 7], "--group 7: a step's 64 samples are no multiple of it"),
+        (["--group", 7], "--group 7: a step has 64 samples, which is not a multiple of it"),
         (["--set", "reinforce:seed=1"], "--set reinforce:seed=1: expected ALGORITHM:KEY=VALUE with one of dvpo, ppo"),
-        (["--set", "ppo:policy.threads=1", "--grid", "policy.threads=1,2"], "--grid policy.threads: is set for ppo already; search it or set it"),
+        (["--set", "ppo:policy.threads=1", "--grid", "policy.threads=1,2"], "--grid policy.threads: already set for ppo; search it or set it"),
         (["--grid", "policy.lr=1"], "unknown key policy.lr"),
         (["evaluation.judge=none"], "set evaluation.judge and evaluation.every_steps"),
     ],
@@ -171,7 +150,7 @@ def test_refreshed_value_models_stand_beside_frozen_ones_of_fewer_and_of_as_many
     ("argv", "line"),
     [
         (["--every", 4], "--every 4: expected less than train.steps, which is 4"),
-        (["--pairs", 0], "'0' is not a whole number of at least 1"),
+        (["--pairs", 0], "argument --pairs: '0' is "),
         (["evaluation.judge=none"], "set evaluation.judge and evaluation.every_steps"),
         (["data.preferences=null"], "data.preferences.path is not set"),
     ],

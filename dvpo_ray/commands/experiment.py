@@ -12,10 +12,10 @@ from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config.options import whole_number
 from dvpo_ray.experiments.registry import STUDIES
 from dvpo_ray.experiments.runner import run_study, study_problems
-from dvpo_ray.experiments.study import Run, Source, check_distinct, plan_lines
+from dvpo_ray.experiments.study import Run, add_numbers, check_distinct, plan_lines
 from dvpo_ray.planning.placement import check_local_cluster, plan_training_placement
 
-HELP = "rerun a measurement that a default or a claim rests on"
+HELP = "rerun a measurement behind a default or a claim"
 EXAMPLE = next(iter(STUDIES.values())).example
 
 
@@ -24,22 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, study in STUDIES.items():
         command = experiments.add_parser(name, help=study.help, description=f"{study.help}.", epilog=study.example)
         add_config_arguments(command)
-        command.add_argument(
-            "--seeds",
-            type=whole_number(at_least=0),
-            nargs="+",
-            default=[0, 1, 2],
-            metavar="SEED",
-            help="each variant once with every seed (default: 0 1 2)",
-        )
+        add_numbers(command, "--seeds", [0, 1, 2], "each variant runs once with every seed", whole_number(at_least=0), "SEED")
         command.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs; finished ones in it are kept (default: runs/<name>-<time>)")
-        command.add_argument("--dry-run", action="store_true", help="list the runs, and what they would miss; start nothing")
+        command.add_argument("--dry-run", action="store_true", help="list the runs and what they lack; start nothing")
         study.add_options(command)
 
 
 def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / f"{args.experiment}-{datetime.now():%Y%m%d-%H%M%S}"
-    study = STUDIES[args.experiment](Source(args.config, tuple(args.overrides)), args, out)
+    study = STUDIES[args.experiment](args, out)
     runs = study.runs()
     check_writable_folder(out)
     study.check_folder()

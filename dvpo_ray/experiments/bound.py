@@ -1,8 +1,8 @@
 """How the gradient of the policy depends on the errors of reward and values: the bound of the DVPO paper (arXiv 2502.16944, Lemma 3.1), measured.
 
-The lemma says that where the reward model is within eps_R of the reward, and both value estimates within eps_Q of Q, the policy
-gradients under the reward model's values and under the GVM's differ by at most some kappa(eps_R, eps_Q) that vanishes with them. Reward
-models and GVMs of several qualities, trained on more and more pairs, give the curve. Here gold is the reward, and Q its Monte-Carlo mean.
+The lemma: if the reward model is within eps_R of the reward, and both value estimates are within eps_Q of Q, then the policy gradients
+under the reward model's values and under the GVM's differ by at most some kappa(eps_R, eps_Q) that vanishes with them. Reward models and
+GVMs of several qualities, trained on more and more pairs, give the curve. Here gold is the reward, and Q its Monte-Carlo mean.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvpo_ray.config.options import whole_number
-from dvpo_ray.experiments.continuations import States
-from dvpo_ray.experiments.distribution_shift import add_continuations_option
-from dvpo_ray.experiments.results import Result, over_seeds
-from dvpo_ray.experiments.study import Run, Study, override
-from dvpo_ray.experiments.value_error import error_metrics, fit_affine
+from dvpo_ray.experiments.results import Result, columns
+from dvpo_ray.experiments.states import States, error_metrics, fit_affine
+from dvpo_ray.experiments.study import Run, Study, add_numbers, override
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,14 +32,10 @@ class Bound(Study):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        help = "training pairs of the reward models and GVMs that are compared (default: 50 150 500)"
-        parser.add_argument("--pairs", type=whole_number(at_least=1), nargs="+", default=[50, 150, 500], metavar="N", help=help)
-        parser.add_argument(
-            "--prompts", type=whole_number(at_least=1), default=32, metavar="N", help="held-out prompts that are answered (default: 32)"
-        )
-        add_continuations_option(parser)
-        help = "parts of a response; all tokens of a part are credited with Q after it (default: 8)"
-        parser.add_argument("--segments", type=whole_number(at_least=1), default=8, metavar="N", help=help)
+        add_numbers(parser, "--pairs", [50, 150, 500], "training pairs of the reward models and GVMs that are compared")
+        add_numbers(parser, "--prompts", 32, "held-out prompts that are answered")
+        add_numbers(parser, "--continuations", 8, "ways to finish a response from each state, 2 or more", whole_number(at_least=2))
+        add_numbers(parser, "--segments", 8, "parts of a response; all tokens of a part are credited with Q after it")
         parser.add_argument("--policy", metavar="MODEL", help="checkpoint whose gradients are taken (default: model.path)")
 
     def runs(self) -> list[Run]:
@@ -55,40 +49,33 @@ class Bound(Study):
         return f"--pairs {most}", most
 
     def _of_seed(self, seed: int) -> list[Run]:
-        trained = {
-            pairs: {
-                VALUE_MODEL: self.run("gvm", f"gvm-{pairs}", seed, override("data.preferences.limit", pairs)),
-                REWARD_MODEL: self.run(
-                    "gvm", f"reward-{pairs}", seed, override("data.preferences.limit", pairs), override("gvm.objective", "bradley_terry")
-                ),
-            }
-            for pairs in self.options.pairs
-        }
+        trained: dict[int, dict[str, Run]] = {}
+        for pairs in self.options.pairs:
+            limit, ranking = override("data.preferences.limit", pairs), override("gvm.objective", "bradley_terry")
+            value_model, reward_model = self.run("gvm", f"gvm-{pairs}", seed, limit), self.run("gvm", f"reward-{pairs}", seed, limit, ranking)
+            trained[pairs] = {VALUE_MODEL: value_model, REWARD_MODEL: reward_model}
         options = {
             "policy": self.options.policy or self.config.model.path,
             "continuations": self.options.continuations,
             "segments": self.options.segments,
-            "models": {str(pairs): {kind: str(run.folder / "final") for kind, run in models.items()} for pairs, models in trained.items()},
+            "models": {str(pairs): {kind: run.final for kind, run in models.items()} for pairs, models in trained.items()},
         }
         measurement = self.run("bound", "gradients", seed, override("evaluation.prompts", self.options.prompts), **options)
         return [*(run for models in trained.values() for run in models.values()), measurement]
 
     def result(self, runs: Sequence[Run]) -> Result:
         summaries = [run.summary for run in runs if run.stage == "bound"]
-        by_pairs = [(str(pairs), [summary["models"][str(pairs)] for summary in summaries]) for pairs in self.options.pairs]
-        table = [
-            {"training pairs": pairs} | {name: over_seeds([one[name] for one in measured]) for name in measured[0]} for pairs, measured in by_pairs
-        ]
+        by_pairs = {str(pairs): [summary["models"][str(pairs)] for summary in summaries] for pairs in self.options.pairs}
+        table = [{"training pairs": pairs} | columns(measured) for pairs, measured in by_pairs.items()]
         # Halves are noisier than the whole that the models are compared with: nothing can be told from gold much beyond this.
-        halves = {f"{name}: half / half": over_seeds([summary["halves"][name] for summary in summaries]) for name in ("cosine", "difference")}
-        table.append({"training pairs": "none: gold in two halves"} | halves)
-        return Result(table, lambda figure: draw(figure, [measured for _, measured in by_pairs]))
+        halves = [{f"{name}: half / half": number for name, number in summary["halves"].items()} for summary in summaries]
+        table.append({"training pairs": "none: gold in two halves"} | columns(halves))
+        return Result(table, lambda figure: draw(figure, list(by_pairs.values())))
 
 
 def measure_bound(run: Run) -> dict:
     """Gradients of one policy under the Monte-Carlo Q of gold and under the models of `options`, and the models' errors."""
-    from dvpo_ray.experiments.gradients import gradient_difference, policy_gradients
-    from dvpo_ray.experiments.monte_carlo import sample_monte_carlo, values_of
+    from dvpo_ray.experiments.monte_carlo import gradient_difference, policy_gradients, sample_monte_carlo, values_of
     from dvpo_ray.models.loading import default_device, load_policy
     from dvpo_ray.models.trainable import train_last_layers
 
@@ -108,20 +95,13 @@ def measure_bound(run: Run) -> dict:
     found = policy_gradients(policy, sampled.batch, credits, config.batch.micro_batch_tokens, config.rollout.temperature)
     gradients = dict(zip(estimates, found, strict=True))
 
-    def named(source: str, pairs: str) -> np.ndarray:
-        return gradients[source if source == "gold" else f"{source} {pairs}"]
-
-    compared = {
-        pairs: errors[pairs]
-        | {
-            f"{name}: {source} / {target}": number
-            for source, target in COMPARISONS
-            for name, number in gradient_difference(named(source, pairs), named(target, pairs)).items()
-        }
-        for pairs in options["models"]
-    }
+    for pairs, of_pairs in errors.items():
+        sources = {"gold": gradients["gold"]} | {kind: gradients[f"{kind} {pairs}"] for kind in (VALUE_MODEL, REWARD_MODEL)}
+        for source, target in COMPARISONS:
+            difference = gradient_difference(sources[source], sources[target])
+            of_pairs |= {f"{name}: {source} / {target}": number for name, number in difference.items()}
     norm = float(np.linalg.norm(gradients["gold"]))
-    return {"models": compared, "halves": gradient_difference(gradients["even"], gradients["odd"]), "gold_gradient_norm": norm}
+    return {"models": errors, "halves": gradient_difference(gradients["even"], gradients["odd"]), "gold_gradient_norm": norm}
 
 
 def model_errors(values: np.ndarray, rewards: np.ndarray, gold: np.ndarray) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
@@ -166,17 +146,13 @@ def token_credits(states: States, q: np.ndarray, response_mask: np.ndarray) -> n
 
 def draw(figure: Figure, by_pairs: Sequence[Sequence[Mapping[str, float]]]) -> None:
     """The difference of gradients against the error that the lemma bounds it by; a point for each number of pairs and seed."""
-    errors = {
-        COMPARISONS[0]: lambda one: one[f"eps_Q: {VALUE_MODEL}"],
-        COMPARISONS[1]: lambda one: one[f"eps_Q: {REWARD_MODEL}"],
-        COMPARISONS[2]: lambda one: one[f"eps_Q: {VALUE_MODEL}"] + one[f"eps_Q: {REWARD_MODEL}"],
-    }
     figure.set_size_inches(10, 4.5)
     for axes, name in zip(figure.subplots(1, 2), ("difference", "cosine"), strict=True):
-        for (source, target), error in errors.items():
-            points = [(error(one), one[f"{name}: {source} / {target}"]) for measured in by_pairs for one in measured]
+        for source, target in COMPARISONS:
+            errors = [f"eps_Q: {model}" for model in (source, target) if model != "gold"]
+            points = [(sum(one[error] for error in errors), one[f"{name}: {source} / {target}"]) for measured in by_pairs for one in measured]
             axes.scatter(*zip(*points, strict=True), label=f"{source} / {target}", s=18)
-        axes.set_xlabel("eps_Q (of both, where two models are compared), in units of gold")
+        axes.set_xlabel("eps_Q (the sum, where two models are compared), in units of gold")
         axes.set_ylabel("cosine of the gradients" if name == "cosine" else "norm of the difference / norm of the target")
         axes.grid(alpha=0.3)
     axes.legend()

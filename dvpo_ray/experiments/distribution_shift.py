@@ -1,7 +1,7 @@
 """Whether the frozen values stay right as the policy moves: their error against Monte-Carlo continuations, along runs of `dvpo train`.
 
-A value is in the units of the GVM's outcomes and gold in the judge's, so values are first mapped to gold by the line that fits the
-states of the untrained policy best, of the same seed. What is measured is how the error grows from there.
+A value is in the units of the GVM's outcomes and gold in the judge's. So values are first mapped to gold by the line that fits best
+on the states of the untrained policy of the same seed. What is measured is how the error grows from there.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import numpy as np
 
 from dvpo_ray.config.options import finite_number, whole_number
 from dvpo_ray.errors import InputError
-from dvpo_ray.experiments.results import Result, half_width, over_seeds
-from dvpo_ray.experiments.study import Run, Study, override
-from dvpo_ray.experiments.value_error import error_metrics, fit_affine
+from dvpo_ray.experiments.readings import draw_cells
+from dvpo_ray.experiments.results import Result, columns
+from dvpo_ray.experiments.states import error_metrics, fit_affine
+from dvpo_ray.experiments.study import Run, Study, add_numbers, override
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MEASUREMENT = "states.json"
 MIN_STATES = 10
-"""A bin with fewer states of a seed says nothing of it."""
+"""A bin with fewer states of a seed says nothing about it."""
 
 
 class DistributionShift(Study):
@@ -34,18 +35,12 @@ class DistributionShift(Study):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        help = "policies measured along a run, beside the untrained one (default: 4)"
-        parser.add_argument("--snapshots", type=whole_number(at_least=1), default=4, metavar="N", help=help)
-        parser.add_argument(
-            "--prompts", type=whole_number(at_least=1), default=64, metavar="N", help="held-out prompts that are answered (default: 64)"
-        )
-        add_continuations_option(parser)
-        help = "where in a response values are measured, in percent of its tokens (default: 0 25 50 75 100)"
-        parser.add_argument(
-            "--positions", type=finite_number(at_least=0, at_most=100), nargs="+", default=[0, 25, 50, 75, 100], metavar="PERCENT", help=help
-        )
-        help = "edges of the bins of sequence KL (default: 2 5 10 20)"
-        parser.add_argument("--kl-bins", type=finite_number(at_least=0), nargs="+", default=[2, 5, 10, 20], metavar="NATS", help=help)
+        add_numbers(parser, "--snapshots", 4, "policies measured along a run, beside the untrained one")
+        add_numbers(parser, "--prompts", 64, "held-out prompts that are answered")
+        add_numbers(parser, "--continuations", 8, "ways to finish a response from each state, 2 or more", whole_number(at_least=2))
+        percent = finite_number(at_least=0, at_most=100)
+        add_numbers(parser, "--positions", [0, 25, 50, 75, 100], "where to measure values, in percent of a response's tokens", percent, "PERCENT")
+        add_numbers(parser, "--kl-bins", [2, 5, 10, 20], "edges of the bins of sequence KL", finite_number(at_least=0), "NATS")
 
     def runs(self) -> list[Run]:
         self.require("gvm.path", "data.prompts.path")
@@ -59,27 +54,16 @@ class DistributionShift(Study):
         settings = {"every_steps": every, "keep": self.options.snapshots, "save_pretrained": True}
         policy = self.run("policy", "policy", seed, *(override(f"checkpoint.{key}", value) for key, value in settings.items()))
         steps = [every * (i + 1) for i in range(self.options.snapshots)]
-        at_step = {0: self.config.model.path} | {step: str(policy.folder / "checkpoints" / f"step_{step:06d}" / "policy") for step in steps}
+        snapshots = {step: str(policy.folder / "checkpoints" / f"step_{step:06d}" / "policy") for step in steps}
         options = {"continuations": self.options.continuations, "positions": list(dict.fromkeys(self.options.positions))}
         prompts = override("evaluation.prompts", self.options.prompts)
-        measured = [self.run("shift", f"step{step:04d}", seed, prompts, policy=path, **options) for step, path in at_step.items()]
-        return [policy, *measured]
+        policies = {0: self.config.model.path} | snapshots
+        return [policy, *(self.run("shift", f"step{step:04d}", seed, prompts, policy=path, **options) for step, path in policies.items())]
 
     def result(self, runs: Sequence[Run]) -> Result:
         by_seed = {seed: {run.variant: read_states(run) for run in runs if run.seed == seed and run.stage == "shift"} for seed in self.seeds}
         table = summarise(list(by_seed.values()), self.options.kl_bins)
         return Result(table, lambda figure: draw(figure, table))
-
-
-def add_continuations_option(parser: ArgumentParser) -> None:
-    """`--continuations`, at least 2."""
-    parser.add_argument(
-        "--continuations",
-        type=whole_number(at_least=2),
-        default=8,
-        metavar="N",
-        help="ways to finish a response from each state, 2 or more (default: 8)",
-    )
 
 
 def measure_shift(run: Run) -> dict:
@@ -107,7 +91,7 @@ def summarise(by_seed: Sequence[dict[str, dict[str, np.ndarray]]], kl_edges: Seq
         by_seed: for each seed the states of each policy along its run, the untrained one first; see `read_states`.
 
     Returns:
-        Rows; `group` is `policy`, `KL` or `position`, and a row has no numbers where a seed has fewer than `MIN_STATES` states in it.
+        Rows. `group` is `policy`, `KL` or `position`. A row has no numbers where a seed has fewer than `MIN_STATES` states in it.
     """
     mapped = [_in_gold_units(of_seed) for of_seed in by_seed]
     pooled = [{name: np.concatenate([states[name] for states in of_seed.values()]) for name in next(iter(of_seed.values()))} for of_seed in mapped]
@@ -145,7 +129,7 @@ def _row(group: str, name: str, by_seed: Sequence[dict[str, np.ndarray]]) -> dic
         | error_metrics(states["value"], states["gold"])
         for states in by_seed
     ]
-    return row | {name: over_seeds([one[name] for one in measured]) for name in measured[0]}
+    return row | columns(measured)
 
 
 def draw(figure: Figure, table: Sequence[dict]) -> None:
@@ -154,10 +138,7 @@ def draw(figure: Figure, table: Sequence[dict]) -> None:
     for axes, group in zip(figure.subplots(1, 3, sharey=True), ("policy", "KL", "position"), strict=True):
         rows = [row for row in table if row["group"] == group and "rmse" in row]
         for name in ("rmse", "bias"):
-            cells = [row[name] for row in rows]
-            axes.errorbar(
-                range(len(rows)), [cell["mean"] for cell in cells], yerr=[half_width(cell) for cell in cells], marker="o", capsize=2, label=name
-            )
+            draw_cells(axes, range(len(rows)), rows, name)
         axes.set_xticks(range(len(rows)), [row["states"] for row in rows], rotation=40, ha="right", fontsize=7)
         axes.grid(alpha=0.3)
         axes.axhline(0.0, color="grey", linewidth=0.8)

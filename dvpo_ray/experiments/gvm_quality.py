@@ -6,10 +6,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dvpo_ray.config.options import finite_number, whole_number
-from dvpo_ray.experiments.accuracy import MAIN_VIEWS, accuracy_columns, draw_bars, draw_positions, explained_variance
-from dvpo_ray.experiments.results import Result
-from dvpo_ray.experiments.study import Run, Study, override, variants
+from dvpo_ray.config.options import finite_number
+from dvpo_ray.experiments.readings import EXPLAINED, MAIN_VIEWS, POSITIONS, accuracies, draw_bars
+from dvpo_ray.experiments.results import Result, columns
+from dvpo_ray.experiments.study import Run, Study, add_numbers, override, variants
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,20 +33,10 @@ class GVMQuality(Study):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--variants",
-            nargs="+",
-            choices=VARIANTS,
-            default=list(VARIANTS),
-            metavar="VARIANT",
-            help=f"of {', '.join(VARIANTS)} (default: all); +score needs pairs with scores",
-        )
-        parser.add_argument(
-            "--bt-weight", type=finite_number(above=0), default=1.0, metavar="W", help="gvm.bradley_terry_weight of the +bt variants (default: 1)"
-        )
-        parser.add_argument(
-            "--examples", type=whole_number(at_least=1), default=2, metavar="K", help="gvm.context.examples of the +tau variant (default: 2)"
-        )
+        help = f"of {', '.join(VARIANTS)} (default: all); +score needs pairs with scores"
+        parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT", help=help)
+        add_numbers(parser, "--bt-weight", 1.0, "gvm.bradley_terry_weight of the +bt variants", finite_number(above=0), "W")
+        add_numbers(parser, "--examples", 2, "gvm.context.examples of the +tau variant", metavar="K")
 
     def runs(self) -> list[Run]:
         self.require("data.preferences.path")
@@ -63,14 +53,11 @@ class GVMQuality(Study):
         return [override(f"gvm.{key}", value) for key, value in settings.items()]
 
     def result(self, runs: Sequence[Run]) -> Result:
-        table = [{"variant": variant} | _columns(variant, of_variant) for variant, of_variant in variants(runs).items()]
-        return Result(table, lambda figure: draw(figure, table), columns=(*MAIN_VIEWS, "longer_wins", "explained variance"))
-
-
-def _columns(variant: str, runs: Sequence[Run]) -> dict:
-    columns = accuracy_columns(runs)
-    # A reward model's numbers are not in the unit of the outcomes.
-    return columns if variant == REWARD_MODEL else columns | {"explained variance": explained_variance(runs)}
+        table = [{"variant": variant} | columns([accuracies(run) for run in of_variant]) for variant, of_variant in variants(runs).items()]
+        for row in table:
+            if row["variant"] == REWARD_MODEL:
+                del row[EXPLAINED]  # its numbers are not in the unit of the outcomes
+        return Result(table, lambda figure: draw(figure, table), columns=(*MAIN_VIEWS, "longer_wins", EXPLAINED))
 
 
 def draw(figure: Figure, table: Sequence[dict]) -> None:
@@ -79,4 +66,10 @@ def draw(figure: Figure, table: Sequence[dict]) -> None:
     draw_bars(bars, table, ("last", "mean"), "variant")
     bars.set_ylabel("held-out accuracy")
     bars.set_ylim(0.4, 1.0)
-    draw_positions(positions, table, "variant")
+    for row in table:
+        accuracy = [row[f"position_{percent}"]["mean"] for percent in POSITIONS]
+        positions.plot(POSITIONS, accuracy, marker="o", markersize=3, label=row["variant"])
+    positions.set_xticks(POSITIONS)
+    positions.set_xlabel("share of the response read (%)")
+    positions.grid(alpha=0.3)
+    positions.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""A policy's responses to held-out prompts, finished again from their middle and judged; and what frozen models say of them."""
+"""A policy's responses to held-out prompts, finished again from their middle and judged; what frozen models say of them; policy gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.evaluation.judges import make_judge
-from dvpo_ray.experiments.continuations import States, finish, states_at
+from dvpo_ray.experiments.states import States, finish, states_at
 from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
-from dvpo_ray.models.forward import batch_log_probs
+from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
 from dvpo_ray.models.loading import context_tokens, default_device, load_policy, load_tokenizer
 from dvpo_ray.policy.statistics import sequence_kl
 from dvpo_ray.training.evaluate import heldout_prompts, policy_sampler
@@ -84,3 +85,41 @@ def kl_from_reference(config: Config, batch: RaggedBatch) -> np.ndarray:
     reference = load_policy(config.model, default_device())
     log_probs = batch_log_probs(reference, batch, config.reference.micro_batch_tokens, config.rollout.temperature)
     return sequence_kl(batch.with_token_fields(reference_log_probs=log_probs))
+
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+def policy_gradients(model: PreTrainedModel, batch: RaggedBatch, credits: np.ndarray, max_tokens: int, temperature: float) -> np.ndarray:
+    """The policy gradient sum over response tokens of credit * grad log pi(y_t | s_t), divided by their number, for K credits of each token.
+
+    Args:
+        model: parameters that require gradients count.
+        credits: float [K, N], per-token; read at response tokens.
+        max_tokens: padded tokens of one forward and backward pass.
+
+    Returns:
+        float32 [K, P] over the P trained parameters; a pass over the batch for each of the K.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tokens = int(batch.response_lengths.sum())
+    gradients = np.empty((len(credits), sum(parameter.numel() for parameter in trained)), dtype=np.float32)
+    for k, credit in enumerate(credits):
+        model.zero_grad()
+        for rows in micro_batches(batch.lengths, max_tokens):
+            out = response_log_probs(model, batch, rows, temperature=temperature, entropy=False)
+            weights = torch.from_numpy(credit[out.token_index.cpu().numpy()].astype(np.float32)).to(out.log_probs.device)
+            ((weights * out.log_probs).sum() / tokens).backward()
+        gradients[k] = torch.cat([parameter.grad.float().reshape(-1).cpu() for parameter in trained]).numpy()
+    model.zero_grad()
+    return gradients
+
+
+def gradient_difference(gradient: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """`cosine` of two gradients, and `difference`, the norm of their difference as a multiple of the target's norm; both [P]."""
+    gradient, target = gradient.astype(np.float64), target.astype(np.float64)
+    norm = np.linalg.norm(target)
+    return {
+        "cosine": float(gradient @ target / (np.linalg.norm(gradient) * norm)),
+        "difference": float(np.linalg.norm(gradient - target) / norm),
+    }

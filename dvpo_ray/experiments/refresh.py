@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dvpo_ray.config import Config
-from dvpo_ray.config.options import whole_number
 from dvpo_ray.errors import InputError
-from dvpo_ray.experiments.advantage_modes import add_kl_option
-from dvpo_ray.experiments.curves import Curve, read_curve
-from dvpo_ray.experiments.results import Result, Statistic, over_seeds
-from dvpo_ray.experiments.study import Run, Study, override, variants
-from dvpo_ray.monitoring.run_files import read_json_lines
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from dvpo_ray.experiments.readings import Curve, draw_gold, metrics_of, read_curve
+from dvpo_ray.experiments.results import Result, columns
+from dvpo_ray.experiments.study import Run, Study, add_kl_option, add_numbers, override, variants
 
 
 class Refresh(Study):
@@ -30,10 +22,8 @@ class Refresh(Study):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        help = "training pairs of the first value model (default: 100)"
-        parser.add_argument("--pairs", type=whole_number(at_least=1), default=100, metavar="N", help=help)
-        help = "steps between two refreshes, a variant for each (default: 5 10)"
-        parser.add_argument("--every", type=whole_number(at_least=1), nargs="+", default=[5, 10], metavar="STEPS", help=help)
+        add_numbers(parser, "--pairs", 100, "training pairs of the first value model")
+        add_numbers(parser, "--every", [5, 10], "steps between two refreshes, a variant for each", metavar="STEPS")
         add_kl_option(parser)
 
     def runs(self) -> list[Run]:
@@ -46,111 +36,62 @@ class Refresh(Study):
 
     @property
     def training_pairs(self) -> tuple[str, int]:
-        most = self._most_pairs
-        return f"--pairs {self.options.pairs}, with the {most - self.options.pairs} that refreshes can collect {most}", most
+        first, most = self.options.pairs, self._most_pairs
+        return f"--pairs {first}, with the {most - first} that refreshes can collect {most}", most
 
     @property
     def _most_pairs(self) -> int:
-        """Pairs of the frozen value model that has as much feedback as the one that is refreshed most often."""
-        return self.options.pairs + max(map(self._most_feedback, self.options.every))
+        """Pairs of the frozen value model that has as much feedback as the one that is refreshed most often.
+
+        A refresh collects fewer where responses have the same score. There is none after the last step.
+        """
+        refreshes = (self.config.train.steps - 1) // min(self.options.every)
+        return self.options.pairs + refreshes * self.config.gvm.refresh.prompts * self.config.gvm.refresh.pairs_per_prompt
 
     def _of_seed(self, seed: int) -> Iterator[Run]:
-        few, many = self.options.pairs, self._most_pairs
-        for pairs in (few, many):
-            yield self.run("gvm", f"gvm-{pairs}", seed, override("data.preferences.limit", pairs))
-        yield self._policy(f"frozen-{few}", seed, few)
+        few, many = (
+            self.run("gvm", f"gvm-{pairs}", seed, override("data.preferences.limit", pairs)) for pairs in (self.options.pairs, self._most_pairs)
+        )
+        yield from (few, many)
+        yield self._policy(f"frozen-{self.options.pairs}", few)
         for every in dict.fromkeys(self.options.every):
             settings = [override("gvm.refresh_every_steps", every)]
             if self.config.gvm.refresh.source is None:
                 settings.append(override("gvm.refresh.source", "judge"))
-            yield self._policy(f"every-{every}", seed, few, *settings)
-        yield self._policy(f"frozen-{many}", seed, many)
+            yield self._policy(f"every-{every}", few, *settings)
+        yield self._policy(f"frozen-{self._most_pairs}", many)
 
-    def _most_feedback(self, every: int) -> int:
-        """Pairs that a run's refreshes can collect; responses of the same score leave fewer."""
-        refreshes = (self.config.train.steps - 1) // every  # none after the last step
-        return refreshes * self.config.gvm.refresh.prompts * self.config.gvm.refresh.pairs_per_prompt
-
-    def _policy(self, variant: str, seed: int, pairs: int, *overrides: str) -> Run:
-        value_model = self.out / f"gvm-{pairs}-seed{seed}" / "final"
-        settings = [override("gvm.path", str(value_model)), override("data.preferences.limit", pairs), *overrides]
-        return self.run("policy", variant, seed, *settings)
+    def _policy(self, variant: str, value_model: Run, *overrides: str) -> Run:
+        """A refresh mixes in the pairs that the value model was trained on, and no others: they would be feedback that nobody counts."""
+        return self.run("policy", variant, value_model.seed, override("gvm.path", value_model.final), *value_model.overrides, *overrides)
 
     def result(self, runs: Sequence[Run]) -> Result:
-        rows = {variant: [read_feedback(run) for run in of_variant] for variant, of_variant in variants(runs, stage="policy").items()}
-        table = [{"value model": variant} | _columns(of_variant, self.options.kl) for variant, of_variant in rows.items()]
-        every = [one for of_variant in rows.values() for one in of_variant]
-        details = {"steps": self.config.train.steps, "curves": [one.curve.as_json() | {"pairs": one.pairs} for one in every]}
-        return Result(table, lambda figure: draw(figure, every), details)
+        table, curves = [], []
+        for variant, of_variant in variants(runs, stage="policy").items():
+            measured = [read_feedback(run, self.options.kl) for run in of_variant]
+            curves += [curve for curve, _ in measured]
+            table.append({"value model": variant} | columns([numbers for _, numbers in measured]))
+        return Result(table, lambda figure: draw_gold(figure, curves, against=("kl", "pairs")), self.details(curves))
 
 
-@dataclass(frozen=True)
-class Feedback:
-    """A policy run and the preference pairs that its value models have learnt from.
+def read_feedback(run: Run, kl_grid: Sequence[float]) -> tuple[Curve, dict[str, float]]:
+    """The curve of a finished policy run with the preference pairs that its value models have learnt from, and the row of the table.
 
-    Attributes:
-        pairs: float64 [n], labelled pairs used until each evaluation of the curve, those of the first value model included.
-        accuracy_before, accuracy: by the last value, on the held-out pairs of the last refresh, of the value model before it and
-            after it; NaN without a refresh.
-        refresh_seconds: of all refreshes.
+    Accuracies are by the last value, on the held-out pairs of the last refresh; NaN without a refresh.
     """
-
-    curve: Curve
-    pairs: np.ndarray
-    accuracy_before: float
-    accuracy: float
-    refresh_seconds: float
-
-
-def read_feedback(run: Run) -> Feedback:
-    """The feedback of a finished policy run."""
-    rows, _ = read_json_lines(run.folder / "metrics.jsonl")
-    by_step = {row["step"]: row.get("refresh/pairs_total", 0.0) for row in rows}
-    curve = read_curve(run)
-    collected = [by_step.get(int(step), 0.0) for step in curve.step]
-    last = rows[-1]
-    return Feedback(
-        curve=curve,
-        pairs=_pairs_before(run.config) + np.array(collected, dtype=np.float64),
-        accuracy_before=last.get("refresh/heldout_accuracy_before", np.nan),
-        accuracy=last.get("refresh/heldout_accuracy", np.nan),
-        refresh_seconds=sum(row.get("time/refresh_seconds", 0.0) for row in rows),
-    )
-
-
-def _pairs_before(config: Config) -> int:
-    """Pairs that the first value model was trained on."""
     from dvpo_ray.gvm.artifact import read_manifest
 
-    return read_manifest(Path(config.gvm.path)).training_data.pairs
-
-
-def _columns(of_variant: Sequence[Feedback], kl_grid: Sequence[float]) -> dict[str, Statistic]:
-    columns = {
-        "feedback, pairs": [one.pairs[-1] for one in of_variant],
-        "gold before": [one.curve.gold[0] for one in of_variant],
-        "final gold": [one.curve.gold[-1] for one in of_variant],
-        **{f"gold at {kl:g} nats": [one.curve.gold_at_kl(kl) for one in of_variant] for kl in kl_grid},
-        "final KL": [one.curve.kl[-1] for one in of_variant],
-        "accuracy on the last new pairs, before": [one.accuracy_before for one in of_variant],
-        "and after their refresh": [one.accuracy for one in of_variant],
-        "refreshing, seconds": [one.refresh_seconds for one in of_variant],
+    curve, rows = read_curve(run), metrics_of(run.folder)
+    collected = {row["step"]: row.get("refresh/pairs_total", 0.0) for row in rows}
+    before = read_manifest(Path(run.config.gvm.path)).training_data.pairs
+    curve = replace(curve, pairs=before + np.array([collected.get(int(step), 0.0) for step in curve.step], dtype=np.float64))
+    return curve, {
+        "feedback, pairs": curve.pairs[-1],
+        "gold before": curve.gold[0],
+        "final gold": curve.gold[-1],
+        **curve.golds_at(kl_grid),
+        "final KL": curve.kl[-1],
+        "accuracy on the last new pairs, before": rows[-1].get("refresh/heldout_accuracy_before", np.nan),
+        "and after their refresh": rows[-1].get("refresh/heldout_accuracy", np.nan),
+        "refreshing, seconds": sum(row.get("time/refresh_seconds", 0.0) for row in rows),
     }
-    return {name: over_seeds(values) for name, values in columns.items()}
-
-
-def draw(figure: Figure, every: Sequence[Feedback]) -> None:
-    """Gold against KL, and against the feedback used until then; a line for each run, a colour for each variant."""
-    names = list(dict.fromkeys(one.curve.variant for one in every))
-    figure.set_size_inches(10, 4.5)
-    panels = figure.subplots(1, 2, sharey=True)
-    for one in every:
-        colour = f"C{names.index(one.curve.variant) % 10}"
-        label = one.curve.variant if one.curve.seed == every[0].curve.seed else None
-        for axes, x in zip(panels, (one.curve.kl, one.pairs), strict=True):
-            axes.plot(x, one.curve.gold, marker="o", markersize=3, color=colour, label=label, alpha=0.8)
-    for axes, name in zip(panels, ("KL from the reference (nats per response)", "preference pairs used until then"), strict=True):
-        axes.set_xlabel(name)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("gold, held-out prompts")
-    panels[0].legend()

@@ -59,6 +59,12 @@ def over_seeds(values: Sequence[float]) -> Statistic:
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half] if n > 1 else None, "values": values}
 
 
+def columns(measured: Sequence[Mapping[str, float]]) -> dict[str, Statistic]:
+    """A column for each number that all runs of a variant have, over their seeds; none without runs."""
+    names = [name for name in (measured[0] if measured else ()) if all(name in one for one in measured)]
+    return {name: over_seeds([one[name] for one in measured]) for name in names}
+
+
 def half_width(cell: Statistic) -> float:
     """Half of the interval, for error bars; 0 where there is none."""
     return cell["mean"] - cell["ci95"][0] if cell["ci95"] else 0.0
@@ -70,26 +76,23 @@ def t_quantile(degrees_of_freedom: int) -> float:
 
 
 def first_reaching(x: np.ndarray, y: np.ndarray, level: float) -> float:
-    """y where x first reaches a level, linear between points; NaN when it never does. x need not rise all the time."""
+    """y where x first reaches a level, linear between points; NaN when it never does. x need not be monotonic."""
     reached = np.flatnonzero(np.asarray(x) >= level)
     if len(reached) == 0:
         return float("nan")
     i = int(reached[0])
-    if i == 0:
-        return float(y[0])
-    share = (level - x[i - 1]) / (x[i] - x[i - 1])
-    return float(y[i - 1] + share * (y[i] - y[i - 1]))
+    return float(y[0]) if i == 0 else float(np.interp(level, x[i - 1 : i + 1], y[i - 1 : i + 1]))
 
 
 # ---------------------------------------------------------------------------------------------------------- table
 
 
 def with_interval(cell: Statistic) -> str:
-    """`0.712 [0.690, 0.734]`; a dash for a number that not every seed has."""
+    """`0.712 [0.690, 0.734]`, three decimals, or one from a hundred on; a dash for a number that not every seed has."""
     if not np.isfinite(cell["mean"]):
         return "–"
-    low, high = cell["ci95"] or (None, None)
-    return shown(cell["mean"]) + (f" [{shown(low)}, {shown(high)}]" if low is not None else "")
+    mean, *ends = (f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}" for value in (cell["mean"], *(cell["ci95"] or ())))
+    return mean + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def with_deviation(cell: Statistic) -> str:
@@ -97,19 +100,14 @@ def with_deviation(cell: Statistic) -> str:
     return "–" if np.isnan(cell["mean"]) else f"{cell['mean']:.3f} ± {cell['std']:.3f}"
 
 
-def shown(value: float) -> str:
-    """Three decimals, or one from a hundred on."""
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
-
-
 def markdown(table: Sequence[dict], cell: Callable[[Statistic], str] = with_interval, columns: Sequence[str] | None = None) -> str:
-    """The table for the docs: the label of each row, then its statistics (or those of `columns`); one that a row lacks is a dash."""
+    """The table for the docs: the label of each row, then its statistics (or those of `columns`); a missing one is a dash."""
     label = next(iter(table[0]))
     every = dict.fromkeys(name for row in table for name, value in row.items() if isinstance(value, dict))
     names = [name for name in every if columns is None or name in columns]
-    lines = [f"| {label} | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    lines += [f"| `{row[label]}` | " + " | ".join(cell(row[name]) if name in row else "–" for name in names) + " |" for row in table]
-    return "\n".join(lines) + "\n"
+    rows = [[label, *names], ["---"] * (1 + len(names))]
+    rows += [[f"`{row[label]}`", *(cell(row[name]) if name in row else "–" for name in names)] for row in table]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def write_result(folder: Path, result: Result, about: Mapping, table: str) -> None:

@@ -1,7 +1,7 @@
 """What every experiment is made of: runs by variant and seed, each in a folder of its own, and what they say together.
 
-A finished run is kept and never done again, so an experiment can be stopped and started at any time, and grow by more seeds
-or variants. A run is an ordinary one of `dvpo train` or `dvpo gvm train`, or a measurement on what those left.
+A finished run is kept and never done again, so an experiment can be stopped and started at any time, and can get more seeds or
+variants. A run is an ordinary one of `dvpo train` or `dvpo gvm train`, or a measurement on what those left.
 
 Importing this loads neither torch nor ray, so that a plan is instant.
 """
@@ -11,31 +11,19 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.options import finite_number, whole_number
 from dvpo_ray.config.resuming import flat_settings
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.results import RESULT, Result, Statistic, with_interval
 
-
-@dataclass(frozen=True)
-class Source:
-    """A config file and its overrides, to which a variant adds its own."""
-
-    path: str
-    overrides: tuple[str, ...] = ()
-
-    def load(self, *more: str) -> Config:
-        """The config with more overrides.
-
-        Raises:
-            InputError: as in `load_config`.
-        """
-        return load_config(self.path, [*self.overrides, *more])
+_WITHOUT_EFFECT = {"name": True, "out": True, "ray": True, "train": {"trackers"}}
 
 
 @dataclass(frozen=True)
@@ -43,12 +31,12 @@ class Run:
     """One run of an experiment.
 
     Attributes:
-        stage: what it does; a key of `dvpo_ray.experiments.stages.STAGES`.
-        variant, seed: runs of one variant differ in the seed alone.
+        stage: what it does; a key of `dvpo_ray.experiments.runner.STAGES`.
+        variant, seed: runs of one variant differ only in the seed.
         overrides: what it changes in the experiment's config.
         config: with those changes, the seed and the folder.
         folder: of this run alone.
-        options: of a stage that is no command of its own.
+        options: of a stage that is not a command of its own.
     """
 
     stage: str
@@ -72,8 +60,13 @@ class Run:
     def is_finished(self) -> bool:
         return (self.folder / "summary.json").exists() and self.summary.get("state") == "finished"
 
+    @property
+    def final(self) -> str:
+        """The checkpoint or artifact that it makes."""
+        return str(self.folder / "final")
+
     def check_kept(self) -> None:
-        """Refuse a folder whose run was another one: its numbers would pass for those of this setting.
+        """Refuse a folder that holds another run: its numbers would pass for those of this setting.
 
         Raises:
             InputError: names the folder and the first setting that differs.
@@ -81,7 +74,7 @@ class Run:
         kept = self.folder / "config.yaml"
         if not kept.exists():
             return
-        mine, theirs = (flat_settings(config.model_dump(mode="json", exclude=_OF_NO_CONSEQUENCE)) for config in (self.config, load_config(kept)))
+        mine, theirs = (flat_settings(config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)) for config in (self.config, load_config(kept)))
         if self.is_finished:
             mine, theirs = mine | dict(self.options), theirs | self.summary.get("options", {})
         for key in mine | theirs:
@@ -94,18 +87,15 @@ def _read_object(file: Path) -> dict:
     """A JSON object that an earlier run left.
 
     Raises:
-        InputError: it is no JSON object.
+        InputError: it is not a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
     except ValueError as error:
         raise InputError(f"{file}: not readable as JSON ({error}); remove {file.parent}, and it is done again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: expected a JSON object; remove {file.parent}, and it is done again")
     return content
-
-
-_OF_NO_CONSEQUENCE = {"name": True, "out": True, "ray": True, "train": {"trackers"}}
 
 
 def override(key: str, value: Any) -> str:
@@ -117,18 +107,18 @@ class Study(ABC):
     """One experiment, as `dvpo experiment NAME` offers it.
 
     Args:
-        source: the config.
-        options: the command line: `seeds`, and what `add_options` added.
+        options: the command line: `config`, `overrides`, `seeds`, and what `add_options` added.
         out: the experiment's folder; every run has its own in it.
     """
 
     name: ClassVar[str]
     help: ClassVar[str]
     example: ClassVar[str]
+    cell: ClassVar[Callable[[Statistic], str]] = staticmethod(with_interval)
+    """Writes a cell of the markdown table."""
 
-    def __init__(self, source: Source, options: Namespace, out: Path) -> None:
-        self.source = source
-        self.config = source.load()
+    def __init__(self, options: Namespace, out: Path) -> None:
+        self.config = load_config(options.config, options.overrides)
         self.options = options
         self.seeds = list(dict.fromkeys(options.seeds))
         self.out = out
@@ -148,19 +138,15 @@ class Study(ABC):
 
     @property
     def training_pairs(self) -> tuple[str, int] | None:
-        """The most training pairs that one of its runs asks of `data.preferences`, after the option that asks for them, if one does."""
+        """The option that asks for the most training pairs of `data.preferences`, and how many; None where there is none."""
         return None
 
     @abstractmethod
     def result(self, runs: Sequence[Run]) -> Result:
         """What the finished runs say."""
 
-    def cell(self, statistic: Statistic) -> str:
-        """A cell of the markdown table."""
-        return with_interval(statistic)
-
     def check_folder(self) -> None:
-        """Refuse a folder of something else: nothing of it would be lost, but two results would lie in one place.
+        """Refuse a folder of something else: nothing in it would be lost, but two results would be in one place.
 
         Raises:
             InputError: names the folder and what is in it.
@@ -173,38 +159,56 @@ class Study(ABC):
             if experiment != self.name:
                 raise InputError(f"{self.out}: holds the experiment {experiment}, not {self.name}; give another --out")
         elif not any(folder.is_dir() for folder in self.out.glob("*-seed[0-9]*")):
-            raise InputError(f"{self.out}: already there, not empty, and without a run of an experiment; give another --out")
+            raise InputError(f"{self.out}: not empty, and without a run of an experiment; give another --out")
 
     # ------------------------------------------------------------------------------------------- for the subclasses
 
     def run(self, stage: str, variant: str, seed: int, *overrides: str, **options: Any) -> Run:
         """A run in the folder `<variant>-seed<seed>`."""
         folder = self.out / f"{variant}-seed{seed}"
-        config = self.source.load(*overrides, override("seed", seed), override("out", str(folder)))
-        return Run(stage, variant, seed, overrides, config, folder, options)
+        own = [*overrides, override("seed", seed), override("out", str(folder))]
+        return Run(stage, variant, seed, overrides, load_config(self.options.config, [*self.options.overrides, *own]), folder, options)
 
     def require(self, *keys: str) -> None:
-        """Refuse a config that lacks one of these settings.
-
-        Raises:
-            InputError: names the file and the setting.
-        """
+        """Refuse a config that lacks one of these settings."""
         for key in keys:
-            value: Any = self.config
-            for name in key.split("."):
-                value = getattr(value, name, None)
-            if value is None:
-                raise InputError(f"{self.source.path}: {key} is not set, and {self.name} needs it")
+            if reduce(lambda part, name: getattr(part, name, None), key.split("."), self.config) is None:
+                raise InputError(f"{self.options.config}: {key} is not set, and {self.name} needs it")
 
     def require_judge(self) -> None:
         """Refuse a config whose policy runs would not be judged."""
         if self.config.evaluation.judge == "none":
-            raise InputError(f"{self.source.path}: evaluation.judge is none, and {self.name} compares gold; set one")
+            raise InputError(f"{self.options.config}: evaluation.judge is none, and {self.name} compares gold; set one")
 
     def require_curves(self) -> None:
         """Refuse a config whose policy runs would not be judged along the way."""
         if self.config.evaluation.judge == "none" or self.config.evaluation.every_steps == 0:
-            raise InputError(f"{self.source.path}: set evaluation.judge and evaluation.every_steps; gold is compared along the run")
+            raise InputError(f"{self.options.config}: set evaluation.judge and evaluation.every_steps; gold is compared along the run")
+
+    def details(self, curves: Sequence, **more) -> dict:
+        """For result.json: the curves behind a table, and what they were measured with."""
+        batch = self.config.batch
+        setting = {"steps": self.config.train.steps, "samples_per_step": batch.prompts_per_step * batch.samples_per_prompt}
+        return {**setting, **more, "curves": [curve.as_json() for curve in curves]}
+
+
+def add_numbers(
+    parser: ArgumentParser,
+    option: str,
+    default: float | list[float],
+    meaning: str,
+    parse: Callable[[str], float] = whole_number(at_least=1),  # noqa: B008 (a parser holds no state)
+    metavar: str = "N",
+) -> None:
+    """An option for one number, or for several where the default is a list."""
+    several = isinstance(default, list)
+    shown = " ".join(f"{number:g}" for number in (default if several else [default]))
+    text = f"{meaning} (default: {shown})"
+    parser.add_argument(option, type=parse, nargs="+" if several else None, default=default, metavar=metavar, help=text)
+
+
+def add_kl_option(parser: ArgumentParser) -> None:
+    add_numbers(parser, "--kl", [4.0, 8.0, 12.0], "KLs at which gold is compared", finite_number(at_least=0), "NATS")
 
 
 def variants(runs: Iterable[Run], *, stage: str | None = None) -> dict[str, list[Run]]:

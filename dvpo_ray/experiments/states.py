@@ -1,7 +1,7 @@
-"""Monte-Carlo values: what a policy makes of the states in the middle of its responses (VinePPO's protocol, arXiv 2410.01679).
+"""Monte-Carlo values: what a policy makes of the states in the middle of its responses, and how far estimates are from that.
 
-Notation: a response of T tokens has the states t = 0..T, after t of its tokens. The value of a state under a judge is the mean
-score of whole responses that begin with those t tokens and that the policy finished.
+The protocol is VinePPO's (arXiv 2410.01679). A response of T tokens has the states t = 0..T, after t of its tokens. The value of a
+state under a judge is the mean score of whole responses that begin with those t tokens and that the policy finished.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from dvpo_ray.batch import RaggedBatch
 
 CONTINUATIONS_STREAM = 1
-"""Of random numbers, so that continuations are independent of the responses they begin with."""
+"""Stream of random numbers that makes continuations independent of the responses they begin with."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class States:
     Attributes:
         row: int64 [S], row of the batch.
         tokens: int64 [S], response tokens before the state, 0 to T.
-        share: float64 [S], what share of the response that was asked to be.
+        share: float64 [S], the share of the response that was asked for.
     """
 
     row: np.ndarray
@@ -48,7 +48,7 @@ def finish(
 ) -> list[list[list[int]]]:
     """Whole responses from every state on, `count` for each.
 
-    A state at the end of a response has nothing to add: its responses are that response itself.
+    Nothing can follow a state at the end of a response: its responses are that response itself.
 
     Args:
         max_response_tokens: at which a response is cut off, its beginning included.
@@ -65,9 +65,45 @@ def finish(
     if not requests:
         return [[beginning] * count for beginning in beginnings]
     sampled = sample(requests, CONTINUATIONS_STREAM)
-    # Sampling that goes on past the limit and is cut there is sampling that was stopped there.
+    # A sample that goes on past the limit and is cut there equals one that was stopped there.
     endings = iter(sampled.tokens[sampled.response(i)].tolist() for i in range(sampled.num_rows))
     return [
         [(beginning + next(endings))[:max_response_tokens] for _ in range(count)] if unfinished else [beginning] * count
         for beginning, unfinished in zip(beginnings, is_open, strict=True)
     ]
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+def fit_affine(values: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Least squares of targets on values, both [n]: maps the unit of one to that of the other. A constant value gets slope 0."""
+    values, targets = np.asarray(values, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    variance = values.var()
+    slope = float(np.cov(values, targets, bias=True)[0, 1] / variance) if variance > 0 else 0.0
+    offset = float(targets.mean() - slope * values.mean())
+    return lambda more: offset + slope * np.asarray(more, dtype=np.float64)
+
+
+def error_metrics(estimates: np.ndarray, samples: np.ndarray) -> dict[str, float]:
+    """Bias, root mean squared error and correlation of estimates against the means of samples.
+
+    The mean of m samples is noisy itself; on average (variance of the samples) / m of the squared error is that noise, which is
+    subtracted. It also lowers the correlation.
+
+    Args:
+        estimates: [n]; samples: [n, m] with m of at least 2.
+
+    Returns:
+        `bias`: mean of estimate minus target; `rmse`: 0 where the noise explains all of the error; `correlation`: NaN where one side is constant.
+    """
+    samples = np.asarray(samples, dtype=np.float64)
+    means = samples.mean(axis=1)
+    noise = (samples.var(axis=1, ddof=1) / samples.shape[1]).mean()
+    error = np.asarray(estimates, dtype=np.float64) - means
+    varies = np.std(estimates) > 0 and means.std() > 0
+    return {
+        "bias": float(error.mean()),
+        "rmse": float(np.sqrt(max(0.0, np.mean(error**2) - noise))),
+        "correlation": float(np.corrcoef(estimates, means)[0, 1]) if varies else float("nan"),
+    }
