@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dvpo_ray import cli
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.bare import LAYOUTS, lay_out, response_log_probs
-from dvpo_ray.bench.measure import Sample, compare, take_turns
+from dvpo_ray.bench.measure import Sample, Spread, compare, take_turns
 from dvpo_ray.bench.overhead import StepProfile, StepTime
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.models.forward import batch_log_probs
@@ -53,9 +53,9 @@ def test_a_ratio_is_of_medians_and_to_the_fastest_bare_implementation():
     product = [Sample(100, 1.0), Sample(100, 2.0), Sample(100, 10.0)]
     slow, fast = [Sample(100, 4.0)] * 3, [Sample(200, 1.0), Sample(200, 2.0), Sample(200, 4.0)]
     result = compare("learner", 0.85, {"product": product, "packed": slow, "padded": fast})
-    assert result.product == (50.0, 10.0, 100.0) and f"{result.product:.1f}" == "50.0 (10.0–100.0)"
-    assert result.baseline == "padded"
-    assert result.ratio == 0.5
+    assert result["product"] == {"median": 50.0, "low": 10.0, "high": 100.0}
+    assert f"{Spread(**result['product']):.1f}" == "50.0 (10.0–100.0)"
+    assert (result["baseline"], result["ratio"]) == ("padded", 0.5)
 
 
 def test_overhead_is_what_the_computing_stages_leave_of_the_step():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
+from dvpo_ray.actors.rollout_engine import make_backend
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.measure import Sample
 from dvpo_ray.config.schema import Config
@@ -30,85 +31,39 @@ LAYOUTS = ("packed", "padded")
 
 
 class BareRollout(Actor):
-    """A library's own offline `generate` with the settings of the rollout engine."""
+    """The generation library's own offline `generate`, on an engine that is built like the rollout engine's."""
 
     role = "bare_rollout"
+
+    def __init__(self, config: Config, index: int, run_folder: str, *engine_arguments) -> None:
+        super().__init__(index, run_folder)
+        self.backend = make_backend(config, *engine_arguments)
 
     def generate(self, prompts: Sequence[Sequence[int]], seed: int) -> Sample:
         """Sample one response to each prompt; counts response tokens, stop tokens included."""
         torch.manual_seed(seed)
         started = time.perf_counter()
-        tokens = self.sample(prompts)
+        tokens = self._by_vllm(prompts) if hasattr(self.backend, "llm") else self._by_transformers(prompts)
         return Sample(tokens, time.perf_counter() - started)
 
-
-class BareVLLM(BareRollout):
-    """vLLM's `LLM.generate`, log-probs included."""
-
-    def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int], _transport, max_sequence_tokens: int) -> None:
-        super().__init__(index, run_folder)
-        from vllm import LLM, SamplingParams
-
-        rollout = config.rollout
-        self.llm = LLM(
-            model=config.model.path,
-            dtype=config.model.dtype,
-            trust_remote_code=config.model.trust_remote_code,
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            max_model_len=max_sequence_tokens,
-            max_num_seqs=rollout.max_concurrent_sequences,
-            tensor_parallel_size=rollout.tensor_parallel_size,
-            enforce_eager=rollout.enforce_eager,
-            **({"gpu_memory_utilization": rollout.gpu_memory_utilization} if rollout.gpus_per_actor > 0 else {}),
-        )
-        self.params = SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
-            min_tokens=rollout.min_response_tokens,
-            stop_token_ids=sorted(stop_token_ids),
-            logprobs=0,
-            detokenize=False,
-        )
-
-    def sample(self, prompts: Sequence[Sequence[int]]) -> int:
+    def _by_vllm(self, prompts: Sequence[Sequence[int]]) -> int:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return sum(len(output.outputs[0].token_ids) for output in self.llm.generate(requests, self.params, use_tqdm=False))
+        return sum(len(output.outputs[0].token_ids) for output in self.backend.llm.generate(requests, self.backend.params, use_tqdm=False))
 
-
-class BareTransformers(BareRollout):
-    """transformers' `generate` on as many prompts at once as the engine decodes together."""
-
-    def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int], _transport, max_sequence_tokens: int) -> None:
-        super().__init__(index, run_folder)
-        rollout = config.rollout
-        self.model = load_policy(config.model, default_device())
-        self.stop_token_ids = torch.tensor(sorted(stop_token_ids), device=self.model.device)
-        self.pad_token_id = min(stop_token_ids)
-        self.batch_size = rollout.max_concurrent_sequences
-        self.sampling = GenerationConfig(
-            do_sample=True,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=0,
-            max_new_tokens=rollout.max_response_tokens,
-            min_new_tokens=rollout.min_response_tokens or None,
-            eos_token_id=sorted(stop_token_ids),
-            pad_token_id=self.pad_token_id,
-        )
-
-    def sample(self, prompts: Sequence[Sequence[int]]) -> int:
-        return sum(self._sample_batch(prompts[start : start + self.batch_size]) for start in range(0, len(prompts), self.batch_size))
-
-    def _sample_batch(self, prompts: Sequence[Sequence[int]]) -> int:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        device = self.model.device
-        sampled = self.model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=self.sampling)[:, width:]
-        stopped = torch.isin(sampled, self.stop_token_ids).long().cumsum(-1)
-        return int((stopped.cumsum(-1) <= 1).sum())
+    def _by_transformers(self, prompts: Sequence[Sequence[int]]) -> int:
+        model, size = self.backend.model, self.backend.batch_size
+        settings = copy.deepcopy(self.backend.sampling)
+        settings.update(return_dict_in_generate=False, output_logits=False)
+        stop = torch.tensor(sorted(self.backend.stop_token_ids), device=model.device)
+        tokens = 0
+        for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
+            width = max(map(len, batch))
+            ids = torch.tensor([[self.backend.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in batch], device=model.device)
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
+            sampled = model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:]
+            stopped = torch.isin(sampled, stop).long().cumsum(-1)
+            tokens += int((stopped.cumsum(-1) <= 1).sum())
+        return tokens
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
@@ -174,6 +129,14 @@ def _model_inputs(batch: RaggedBatch, rows: np.ndarray, layout: str, device: tor
 class BareFrozen(Actor):
     """Plain forward passes over all rows of a batch."""
 
+    section: str
+
+    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+        super().__init__(index, run_folder)
+        self.max_tokens, self.device = getattr(config, self.section).micro_batch_tokens, default_device()
+        self.temperature = config.rollout.temperature
+        self.model = self.load(config)
+
     def forward(self, batch: RaggedBatch, layout: str) -> Sample:
         """All rows once; laying them out is not timed."""
         prepared = lay_out(batch, np.arange(batch.num_rows), layout, self.max_tokens, self.device)
@@ -187,13 +150,10 @@ class BareFrozen(Actor):
 class BareReference(BareFrozen):
     """Log-probs of the response tokens under the policy."""
 
-    role = "bare_reference"
+    role, section = "bare_reference", "reference"
 
-    def __init__(self, config: Config, index: int, run_folder: str) -> None:
-        super().__init__(index, run_folder)
-        self.max_tokens, self.device = config.reference.micro_batch_tokens, default_device()
-        self.temperature = config.rollout.temperature
-        self.model = load_policy(config.model, self.device)
+    def load(self, config: Config) -> nn.Module:
+        return load_policy(config.model, self.device)
 
     def run(self, inputs: ModelInputs) -> Tensor:
         return response_log_probs(self.model, inputs, self.temperature)
@@ -202,12 +162,10 @@ class BareReference(BareFrozen):
 class BareScorer(BareFrozen):
     """Values of all tokens by the value model."""
 
-    role = "bare_scorer"
+    role, section = "bare_scorer", "scorer"
 
-    def __init__(self, config: Config, index: int, run_folder: str) -> None:
-        super().__init__(index, run_folder)
-        self.max_tokens, self.device = config.scorer.micro_batch_tokens, default_device()
-        self.model, _ = load_gvm_of_run(config.model, config.gvm.path)
+    def load(self, config: Config) -> nn.Module:
+        return load_gvm_of_run(config.model, config.gvm.path)[0]
 
     def run(self, inputs: ModelInputs) -> Tensor:
         return _run(self.model, inputs).logits

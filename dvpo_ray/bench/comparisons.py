@@ -16,8 +16,9 @@ from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.rollout_engine import RolloutEngine
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.bench.bare import LAYOUTS, BareLearner, BareReference, BareScorer, BareTransformers, BareVLLM
-from dvpo_ray.bench.measure import Comparison, Contestant, Sample, compare, take_turns
+from dvpo_ray.bench.bare import LAYOUTS, BareLearner, BareReference, BareRollout, BareScorer
+from dvpo_ray.bench.measure import Contestant, Sample, compare, take_turns
+from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.planning.placement import Bundle
@@ -98,13 +99,13 @@ class Bench:
         return take_turns(contestants, self.repeats, self.after_round)
 
 
-def compare_rollout(bench: Bench) -> list[Comparison]:
+def compare_rollout(bench: Bench) -> list[dict]:
     """Generated tokens per second of the rollout engine's stream, as the driver sees it, against the library's own `generate`."""
-    config, rollout = bench.config, bench.config.rollout
-    bare_class, bare_name = (BareVLLM, "vllm LLM.generate") if rollout.backend == "vllm" else (BareTransformers, "transformers generate")
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    config = bench.config
+    bare_name = "vllm LLM.generate" if config.rollout.backend == "vllm" else "transformers generate"
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     arguments = (bench.inputs.stop_token_ids, "object_store", longest)
-    with bench.side_by_side("rollout", RolloutEngine, bare_class, *arguments) as (engine, bare):
+    with bench.side_by_side("rollout", RolloutEngine, BareRollout, *arguments) as (engine, bare):
 
         def stream(round_: int) -> Sample:
             prompts, seed = bench.prompts_of(round_), sampling_seed(config.seed, round_, 0)
@@ -122,7 +123,7 @@ def compare_rollout(bench: Bench) -> list[Comparison]:
     return [compare("rollout", ROLLOUT_TARGET, samples)]
 
 
-def compare_frozen(bench: Bench) -> list[Comparison]:
+def compare_frozen(bench: Bench) -> list[dict]:
     """Tokens per second of the value scorer and of the reference model on the engine's chunks, against bare forward passes."""
     batch = bench.rollouts()
     comparisons = []
@@ -147,15 +148,14 @@ def _by_layout(method, *arguments) -> dict[str, Contestant]:
     return {layout: lambda _round, layout=layout: get(method.remote(*arguments, layout), what="the bare loop") for layout in LAYOUTS}
 
 
-def compare_learner(bench: Bench) -> list[Comparison]:
+def compare_learner(bench: Bench) -> list[dict]:
     """Real tokens per second of the learner's update against bare forward, backward and AdamW with as many optimizer steps.
 
     The update is measured with the old log-probs given, which is the work of the bare loop. Where the config recomputes them,
     a second comparison, for information, adds the time of that extra forward pass.
     """
     recomputes = bench.config.policy.old_log_probs == "recompute" and derive_batch(bench.config).optimizer_steps_per_step > 1
-    policy = bench.config.policy.model_copy(update={"old_log_probs": "rollout"})
-    bench = replace(bench, config=bench.config.model_copy(update={"policy": policy}))
+    bench = replace(bench, config=override_config(bench.config, ["policy.old_log_probs=rollout"]))
     config = bench.config
     shard = _with_learner_fields(bench.rollouts().select(np.arange(bench.learner_rows)), config.seed)
     reference = ray.put(shard)

@@ -89,21 +89,17 @@ def config_for(config: Config, algorithm: str, group_size: int) -> Config:
     Raises:
         InputError: the samples of a step cannot be shared out in such groups.
     """
-    batch = config.batch
+    batch, longest = config.batch, config.rollout.max_response_tokens
+    # Every response is cut off: none may be left out.
+    changes = [f"algorithm={algorithm}", f"rollout.min_response_tokens={longest}", "advantage.truncated=bootstrap"]
     if batch.samples_per_prompt < ALGORITHMS[algorithm].min_samples_per_prompt:
         samples = batch.prompts_per_step * batch.samples_per_prompt
         if samples % group_size:
             raise InputError(
                 f"--group-size is {group_size}, but {algorithm} can't share {samples} samples of a step out in groups of it; give a divisor"
             )
-        batch = batch.model_copy(update={"prompts_per_step": samples // group_size, "samples_per_prompt": group_size})
-    changes = {
-        "algorithm": algorithm,
-        "batch": batch,
-        "rollout": config.rollout.model_copy(update={"min_response_tokens": config.rollout.max_response_tokens}),
-        "advantage": config.advantage.model_copy(update={"truncated": "bootstrap"}),  # every response is cut off: none may be left out
-    }
-    return config.model_copy(update=changes)
+        changes += [f"batch.prompts_per_step={samples // group_size}", f"batch.samples_per_prompt={group_size}"]
+    return override_config(config, changes)
 
 
 @contextmanager

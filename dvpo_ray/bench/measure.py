@@ -8,7 +8,6 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import distributions
 from pathlib import Path
@@ -68,42 +67,22 @@ class Spread(NamedTuple):
         return f"{self.median:{spec}} ({self.low:{spec}}–{self.high:{spec}})"
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A part of the system against bare implementations of the same work, in tokens per second.
+def compare(name: str, target: float | None, samples: Mapping[str, Sequence[Sample]]) -> dict:
+    """A part of the system against bare implementations of the same work, ready for JSON; all rates are in tokens per second.
 
-    Attributes:
+    Args:
         name: what was measured.
         target: the ratio it should reach; None where the ratio is for information only.
-        product: rates of this system.
-        bare: rates of each bare implementation.
-        baseline: the fastest bare implementation by its median; the ratio is to this one.
-        ratio: of the medians, product / baseline.
+        samples: taken in turns; `product` is this system, the others are bare.
+
+    Returns:
+        Name and target; rates of `product` and of each in `bare`; `baseline`, the bare one with the highest median; `ratio` of the medians.
     """
-
-    name: str
-    target: float | None
-    product: Spread
-    bare: dict[str, Spread]
-
-    @property
-    def baseline(self) -> str:
-        return max(self.bare, key=lambda name: self.bare[name].median)
-
-    @property
-    def ratio(self) -> float:
-        return self.product.median / self.bare[self.baseline].median
-
-    def as_json(self) -> dict:
-        bare = {name: rates._asdict() for name, rates in self.bare.items()}
-        numbers = {"name": self.name, "target": self.target, "product": self.product._asdict(), "bare": bare}
-        return numbers | {"baseline": self.baseline, "ratio": self.ratio}
-
-
-def compare(name: str, target: float | None, samples: Mapping[str, Sequence[Sample]]) -> Comparison:
-    """The `product` against all others, from samples that were taken in turns."""
-    rates = {who: Spread.of([sample.rate for sample in of_rounds]) for who, of_rounds in samples.items()}
-    return Comparison(name, target, rates.pop("product"), rates)
+    rates = {who: Spread.of([sample.rate for sample in of_rounds])._asdict() for who, of_rounds in samples.items()}
+    product = rates.pop("product")
+    baseline = max(rates, key=lambda who: rates[who]["median"])
+    ratio = product["median"] / rates[baseline]["median"]
+    return {"name": name, "target": target, "product": product, "bare": rates, "baseline": baseline, "ratio": ratio}
 
 
 # ------------------------------------------------------------------------------------------------- text of results

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from dvpo_ray.actors.roles import Roles, started_roles
 from dvpo_ray.bench.measure import Spread
+from dvpo_ray.config import override_config
 from dvpo_ray.config.schema import Config
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
@@ -112,7 +113,7 @@ def profile_steps(
         after_step: called after each step, for a progress bar.
         around_last_step: makes a context from the run's actors, within which the last step runs.
     """
-    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": repeats + 1})})
+    config = override_config(config, [f"train.steps={repeats + 1}"])
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     steps = []
     with (

@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dvpo_ray.config.schema import Config, PromptData
+from dvpo_ray.config import override_config
+from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.artifact import (
@@ -90,13 +91,21 @@ def with_random_weights(config: Config, architecture: Path, folder: Path, tokeni
         policy.save_pretrained(draft)
         chosen.save_pretrained(draft)
     del policy
-    model = config.model.model_copy(update={"path": str(folder / "policy"), "chat_template": "plain"})
-    data = config.data.model_copy(update={"prompts": _make_prompts(config, folder / "prompts.jsonl"), "long_prompt": "truncate_left"})
-    config = config.model_copy(update={"model": model, "data": data})
-    gvm = make_value_model(config, folder / "gvm")
-    same = config.reward_model.num_layers == config.gvm.num_layers
-    paths = {"gvm": gvm, "reward_model": gvm if same else make_value_model(config, folder / "reward_model", "reward_model")}
-    return config.model_copy(update={section: getattr(config, section).model_copy(update={"path": str(path)}) for section, path in paths.items()})
+    _write_prompts(config, folder / "prompts.jsonl")
+    prompts = {"path": str(folder / "prompts.jsonl"), "heldout_fraction": 0.1}
+    config = override_config(
+        config,
+        [
+            f"model.path={json.dumps(str(folder / 'policy'))}",
+            "model.chat_template=plain",
+            f"data.prompts={json.dumps(prompts)}",
+            "data.long_prompt=truncate_left",
+        ],
+    )
+    reward_model = gvm = make_value_model(config, folder / "gvm")
+    if config.reward_model.num_layers != config.gvm.num_layers:
+        reward_model = make_value_model(config, folder / "reward_model", "reward_model")
+    return override_config(config, [f"gvm.path={json.dumps(str(gvm))}", f"reward_model.path={json.dumps(str(reward_model))}"])
 
 
 def _model_config(architecture: Path) -> PretrainedConfig:
@@ -127,10 +136,9 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def _make_prompts(config: Config, file: Path) -> PromptData:
+def _write_prompts(config: Config, file: Path) -> None:
     """Distinct prompts of random letters, each longer than `data.max_prompt_tokens`; the encoder cuts them to that length."""
     generator = random.Random(config.seed)
     words = ["".join(generator.choices(_LETTERS, k=5)) for _ in range(1000)]
     prompts = [" ".join(generator.choices(words, k=config.data.max_prompt_tokens + 1)) for _ in range(2 * config.batch.prompts_per_step + 16)]
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
-    return PromptData(path=str(file), heldout_fraction=0.1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dvpo_ray.bench.comparisons import Bench, compare_frozen, compare_learner, compare_rollout
-from dvpo_ray.bench.measure import Comparison, aligned, describe_measurement, verdict
+from dvpo_ray.bench.measure import Spread, aligned, describe_measurement, verdict
 from dvpo_ray.bench.overhead import OVERHEAD_TARGET, StepProfile, profile_steps
+from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.monitoring.console import RunConsole
@@ -35,9 +36,10 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
     run_folder = run_folder.resolve()
     run_folder.mkdir(parents=True, exist_ok=True)
     rows = max(plan.max_samples_per_engine, plan.samples_per_worker)
-    bench = Bench(_one_actor_each(config), inputs, str(run_folder), rows, plan.samples_per_worker, repeats)
+    alone = override_config(config, [f"{role}.num_actors=1" for role in ("rollout", "scorer", "reference", "policy")])
+    bench = Bench(alone, inputs, str(run_folder), rows, plan.samples_per_worker, repeats)
     stages = (("rollout", compare_rollout, 1), ("scorer and reference", compare_frozen, 2), ("learner", compare_learner, 1))
-    comparisons: list[Comparison] = []
+    comparisons: list[dict] = []
     with RunConsole() as console, connect(config.ray):
         for name, compare, count in stages:
             with console.stage(name, count * (repeats + 1), unit="rounds") as progress:
@@ -55,23 +57,19 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
         }
         for line in [*_comparison_lines(workload, comparisons), "", *_profile_lines(profile)]:
             console.say(line)
-    results = {"workload": workload, "comparisons": [one.as_json() for one in comparisons], "step": profile.as_json()}
+    results = {"workload": workload, "comparisons": comparisons, "step": profile.as_json()}
     return {"benchmark": "step", **measurement, "repeats": repeats, **results, "config": config.model_dump(mode="json")}
 
 
-def _one_actor_each(config: Config) -> Config:
-    roles = {role: getattr(config, role).model_copy(update={"num_actors": 1}) for role in ("rollout", "scorer", "reference", "policy")}
-    return config.model_copy(update=roles)
-
-
-def _comparison_lines(workload: dict, comparisons: list[Comparison]) -> list[str]:
+def _comparison_lines(workload: dict, comparisons: list[dict]) -> list[str]:
     rows, learner_rows = workload["rows"], workload["learner_rows"]
     learner = "" if learner_rows == rows else f", the learner on {learner_rows} of them"
     sizes = f"{rows} rows, {workload['prompt_tokens']} prompt and {workload['response_tokens']} response tokens{learner}"
     table = [["", "product", "bare", "", "ratio", "target"]]
     for one in comparisons:
-        target = "(for information)" if one.target is None else verdict(f">= {one.target:g}", one.ratio >= one.target)
-        table.append([one.name, f"{one.product:,.0f}", f"{one.bare[one.baseline]:,.0f}", one.baseline, f"{one.ratio:.3f}", target])
+        target = "(for information)" if one["target"] is None else verdict(f">= {one['target']:g}", one["ratio"] >= one["target"])
+        rates = (f"{Spread(**rates):,.0f}" for rates in (one["product"], one["bare"][one["baseline"]]))
+        table.append([one["name"], *rates, one["baseline"], f"{one['ratio']:.3f}", target])
     return [f"tokens per second, median (range), on {sizes}", *aligned(table)]
 
 

@@ -91,13 +91,12 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
 def with_models(config: Config, fallback: str) -> Config:
     """The config with a value model and a reward model: its own, else its value model for both, else the fallback for both."""
     gvm = config.gvm.path or fallback
-    paths = {"gvm": gvm, "reward_model": config.reward_model.path or gvm}
-    return config.model_copy(update={section: getattr(config, section).model_copy(update={"path": path}) for section, path in paths.items()})
+    return override_config(config, [f"gvm.path={json.dumps(gvm)}", f"reward_model.path={json.dumps(config.reward_model.path or gvm)}"])
 
 
 def same_work(config: Config) -> Config:
     """The config with every response as long as the longest: TRL's loop generates until then."""
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"min_response_tokens": config.rollout.max_response_tokens})})
+    return override_config(config, [f"rollout.min_response_tokens={config.rollout.max_response_tokens}"])
 
 
 def run_as(config: Config, algorithm: str) -> Config:
