@@ -3,9 +3,9 @@
 #
 #   launch/bench_trl.sh CONFIG [KEY=VALUE ...] [--set ALGORITHM:KEY=VALUE] [--repeats N] [--rounds N] [--out DIR]
 #
-# PYTHON=/path/to/python3.12      the Python to build on (that of .venv when not set)
-# DVPO_VENV=/path                 where dvpo is installed instead of .venv
-# DVPO_TRL_VENV=/path             where to build instead of .venv-trl
+# PYTHON=/path/to/python3.12      the Python to build on (default: that of .venv)
+# DVPO_VENV=/path                 where dvpo is installed (default: .venv)
+# DVPO_TRL_VENV=/path             where to build (default: .venv-trl)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=${DVPO_VENV:-$root/.venv}/bin
@@ -26,7 +26,7 @@ make_environment() {
     rm -rf "$venv"
     "${PYTHON:-$bin/python}" -m venv "$venv"
     local pip=("$venv/bin/python" -m pip install --no-input --disable-pip-version-check --quiet)
-    # The builds of torch with +cpu or +cu in their version lie in PyTorch's own index where no other has them.
+    # Builds of torch with +cpu or +cu in their version may be in PyTorch's own index only.
     "${pip[@]}" "$torch" 2>/dev/null || "${pip[@]}" --index-url "https://download.pytorch.org/whl/${torch##*+}" "$torch"
     "${pip[@]}" "$torch" "$transformers" "$trl"
     echo "$torch $transformers $trl" >"$venv/complete"

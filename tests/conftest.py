@@ -167,8 +167,7 @@ def faked(monkeypatch):
         return started
 
     monkeypatch.setattr(cluster, "connect", lambda config: nullcontext())
-    monkeypatch.setattr(runner, "input_problems", lambda runs: [])
-    monkeypatch.setattr(runner, "too_many_pairs", lambda *_, **__: [])
+    monkeypatch.setattr(runner, "study_problems", lambda *_, **__: [])
     return faked
 
 

@@ -66,7 +66,7 @@ def test_overhead_is_what_the_computing_stages_leave_of_the_step():
     assert step.overhead == pytest.approx(0.1)  # 10 - (4 + 1 + 0.5 + 3 + 0.5)
     assert step.waiting == pytest.approx(0.25 + 0.25)
     profile = StepProfile([step, StepTime(20.0, stages, 0.5)], peak_memory_gib=1.0)
-    assert profile.overhead.median == pytest.approx((0.1 + 0.55) / 2)
+    assert profile.as_json()["overhead"]["median"] == pytest.approx((0.1 + 0.55) / 2)
     del stages["step"]
     assert profile.stage_seconds() == pytest.approx(stages | {"logging": (0.75 + 10.75) / 2})
 

@@ -73,7 +73,7 @@ def test_every_algorithm_has_equal_samples_of_equal_length(algorithm, prompts, s
 
 def test_samples_that_make_no_groups_are_refused():
     config = Config.model_validate({"model": {"path": "m"}, "batch": {"prompts_per_step": 6}})
-    with pytest.raises(InputError, match="--group-size is 4, but grpo can't share 6 samples"):
+    with pytest.raises(InputError, match="--group-size is 4, but a step of grpo has 6 samples; give a divisor"):
         config_for(config, "grpo", group_size=4)
     grouped = Config.model_validate({"model": {"path": "m"}, "batch": {"prompts_per_step": 6, "samples_per_prompt": 3}})
     assert config_for(grouped, "grpo", group_size=4).batch == grouped.batch

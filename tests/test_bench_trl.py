@@ -138,11 +138,11 @@ def test_unequal_work_is_refused(tiny_model, tmp_path, monkeypatch, capsys, sett
     assert capsys.readouterr().err == f"dvpo: ppo differs from TRL in {key}, which must be equal in all that are compared\n"
 
 
-@pytest.mark.parametrize(("script", "found"), [("echo 1.16.0", "TRL 1.16.0"), ("exit 1", "TRL none")])
+@pytest.mark.parametrize(("script", "found"), [("echo 1.16.0", "TRL 1.16.0"), ("exit 1", "no TRL")])
 def test_another_trl_is_refused(tmp_path, script, found):
     with pytest.raises(ResourceError, match=f"has {found}, the comparison needs 1.12.0; launch/bench_trl.sh makes an environment"):
         check_trl(stand_in(tmp_path / "python", script))
-    with pytest.raises(ResourceError, match="no Python to run TRL 1.12.0 with"):
+    with pytest.raises(ResourceError, match="missing: cannot be run as the Python of TRL 1.12.0"):
         check_trl(tmp_path / "missing")
     check_trl(stand_in(tmp_path / "right", f"echo {TRL_VERSION}"))
 

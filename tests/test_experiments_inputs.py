@@ -74,7 +74,7 @@ MISSING = [
     (
         "refresh",
         [*JUDGED, "train.steps=11", "gvm.refresh.prompts=10", "gvm.refresh.pairs_per_prompt=2", "--pairs", "511", "--every", "10", "5"],
-        f"--pairs 511, with the 40 that refreshes can collect 551: {PAIRS[0]} has 550 training pairs; ask for fewer",
+        f"--pairs 511 + 40 that refreshes can collect = 551: {PAIRS[0]} has 550 training pairs; ask for fewer",
     ),
     ("advantage-modes", [*JUDGED, "policy.trainable_layers=6"], "policy.trainable_layers 6: ./stories260K has 5 decoder layers"),
     (
@@ -148,7 +148,11 @@ def test_options_that_mean_nothing(argv, line, capsys):
         ("notes.txt", "mine", "out: not empty, and without a run of an experiment; give another --out"),
         ("result.json", '{"experiment": "bound"}', "out: holds the experiment bound, not gvm-quality; give another --out"),
         ("result.json", "{", "out/result.json: not readable as JSON"),
-        ("td0-seed0/summary.json", "[]", "out/td0-seed0/summary.json: not readable as JSON (expected an object); remove out/td0-seed0, and it"),
+        (
+            "td0-seed0/summary.json",
+            "[]",
+            "out/td0-seed0/summary.json: not readable as JSON (expected an object); remove out/td0-seed0 to do it again",
+        ),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["run", "dry run"])

@@ -149,7 +149,7 @@ def _by_layout(method, *arguments) -> dict[str, Contestant]:
 
 
 def compare_learner(bench: Bench) -> list[dict]:
-    """Real tokens per second of the learner's update against bare forward, backward and AdamW with as many optimizer steps.
+    """Real tokens per second of the learner's update against bare forward, backward and AdamW with the same number of optimizer steps.
 
     The update is measured with the old log-probs given, which is the work of the bare loop. Where the config recomputes them,
     a second comparison, for information, adds the time of that extra forward pass.

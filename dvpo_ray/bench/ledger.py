@@ -87,7 +87,7 @@ def config_for(config: Config, algorithm: str, group_size: int) -> Config:
     An algorithm that compares the samples of a prompt gets `group_size` of them where the config has one, and fewer prompts accordingly.
 
     Raises:
-        InputError: the samples of a step cannot be shared out in such groups.
+        InputError: the samples of a step are not a multiple of the group size.
     """
     batch, longest = config.batch, config.rollout.max_response_tokens
     # Every response is cut off: none may be left out.
@@ -95,9 +95,7 @@ def config_for(config: Config, algorithm: str, group_size: int) -> Config:
     if batch.samples_per_prompt < ALGORITHMS[algorithm].min_samples_per_prompt:
         samples = batch.prompts_per_step * batch.samples_per_prompt
         if samples % group_size:
-            raise InputError(
-                f"--group-size is {group_size}, but {algorithm} can't share {samples} samples of a step out in groups of it; give a divisor"
-            )
+            raise InputError(f"--group-size is {group_size}, but a step of {algorithm} has {samples} samples; give a divisor of that")
         changes += [f"batch.prompts_per_step={samples // group_size}", f"batch.samples_per_prompt={group_size}"]
     return override_config(config, changes)
 

@@ -39,7 +39,7 @@ Contestant = Callable[[int], Sample]
 
 
 def take_turns(contestants: Mapping[str, Contestant], repeats: int, after_round: Callable[[], None] = lambda: None) -> dict[str, list[Sample]]:
-    """Time contestants in turns (A B A B), so that a machine whose speed drifts favours none of them.
+    """Time contestants in turns (A B A B), so that a drift in the machine's speed favours none of them.
 
     Round 0 warms up and is not kept; rounds 1 to `repeats` are.
     """

@@ -61,9 +61,6 @@ class StepProfile:
     Attributes:
         steps: every measured step.
         peak_memory_gib: of the whole run on this node.
-        total: seconds of a step.
-        overhead: share of a step outside of the computing stages.
-        waiting: median share of a step in which the computing stages wait for the object store and for messages.
     """
 
     steps: list[StepTime]
@@ -71,29 +68,24 @@ class StepProfile:
 
     @property
     def total(self) -> Spread:
+        """Seconds of a step."""
         return Spread.of([step.total for step in self.steps])
 
-    @property
-    def overhead(self) -> Spread:
-        return Spread.of([step.overhead for step in self.steps])
-
-    @property
-    def waiting(self) -> float:
-        return statistics.median(step.waiting / step.total for step in self.steps)
-
     def stage_seconds(self) -> dict[str, float]:
-        """Median seconds of each stage, and of what is in none: `logging` (statistics, metrics, rollout files)."""
+        """Median seconds of each stage, and of the time outside of all stages: `logging` (statistics, metrics, rollout files)."""
         names = [name for name in self.steps[0].stages if name != "step"]
         medians = {name: statistics.median(step.stages[name] for step in self.steps) for name in names}
         return medians | {"logging": statistics.median(step.total - sum(step.stages[name] for name in names) for step in self.steps)}
 
     def as_json(self) -> dict:
+        """`overhead` is the share of a step outside of the computing stages, `waiting_in_stages` the median share in which those wait for
+        the object store and for messages."""
         return {
             "seconds": self.total._asdict(),
             "stage_seconds": self.stage_seconds(),
-            "overhead": self.overhead._asdict(),
+            "overhead": Spread.of([step.overhead for step in self.steps])._asdict(),
             "overhead_target": OVERHEAD_TARGET,
-            "waiting_in_stages": self.waiting,
+            "waiting_in_stages": statistics.median(step.waiting / step.total for step in self.steps),
             "peak_memory_gib": self.peak_memory_gib,
             "steps": [asdict(step) for step in self.steps],
         }

@@ -1,4 +1,4 @@
-"""`dvpo bench step`: the parts of a training step against the bare libraries, and what the step spends besides, in one run."""
+"""`dvpo bench step`: the parts of a training step against the bare libraries, and what the step spends outside of them, in one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dvpo_ray.bench.comparisons import Bench, compare_frozen, compare_learner, compare_rollout
 from dvpo_ray.bench.measure import Spread, aligned, describe_measurement, verdict
-from dvpo_ray.bench.overhead import OVERHEAD_TARGET, StepProfile, profile_steps
+from dvpo_ray.bench.overhead import profile_steps
 from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
@@ -46,7 +46,7 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
                 bench.after_round = progress.advance
                 comparisons += compare(bench)
         with console.stage("whole step", repeats + 1, unit="steps") as progress:
-            profile = profile_steps(config, inputs, run_folder, repeats, progress.advance)
+            step = profile_steps(config, inputs, run_folder, repeats, progress.advance).as_json()
         batch = bench.rollouts()
         workload = {
             "rows": batch.num_rows,
@@ -55,9 +55,9 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
             "longest_row": int(batch.lengths.max()),
             "learner_rows": bench.learner_rows,
         }
-        for line in [*_comparison_lines(workload, comparisons), "", *_profile_lines(profile)]:
+        for line in [*_comparison_lines(workload, comparisons), "", *_step_lines(step)]:
             console.say(line)
-    results = {"workload": workload, "comparisons": comparisons, "step": profile.as_json()}
+    results = {"workload": workload, "comparisons": comparisons, "step": step}
     return {"benchmark": "step", **measurement, "repeats": repeats, **results, "config": config.model_dump(mode="json")}
 
 
@@ -73,12 +73,11 @@ def _comparison_lines(workload: dict, comparisons: list[dict]) -> list[str]:
     return [f"tokens per second, median (range), on {sizes}", *aligned(table)]
 
 
-def _profile_lines(profile: StepProfile) -> list[str]:
-    total, overhead = profile.total, profile.overhead
+def _step_lines(step: dict) -> list[str]:
+    total, overhead, target = Spread(**step["seconds"]), Spread(**step["overhead"]), step["overhead_target"]
     return [
-        f"a step, seconds: {total:.3f}; peak memory {profile.peak_memory_gib:.2f} GiB",
-        *(f"  {name:<12}{seconds:>9.4f} s{seconds / total.median:>8.1%}" for name, seconds in profile.stage_seconds().items()),
-        f"  outside of generate, score, reference, update and sync: {overhead:.1%}, target "
-        + verdict(f"<= {OVERHEAD_TARGET:.0%}", overhead.median <= OVERHEAD_TARGET),
-        f"  inside of them, engines and learner waiting for the object store and messages: {profile.waiting:.1%}",
+        f"a step, median (range): {total:.3f} s, peak memory {step['peak_memory_gib']:.2f} GiB",
+        *(f"  {name:<12}{seconds:>9.4f} s{seconds / total.median:>8.1%}" for name, seconds in step["stage_seconds"].items()),
+        f"  outside of generate, score, reference, update and sync: {overhead:.1%}, target " + verdict(f"<= {target:.0%}", overhead.median <= target),
+        f"  inside of them, engines and learner waiting for the object store and messages: {step['waiting_in_stages']:.1%}",
     ]

@@ -34,8 +34,8 @@ SCRIPT = Path(__file__).with_name("trl_ppo_steps.py")
 def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, settings: Mapping[str, Sequence[str]], rounds: int = 1) -> dict:
     """Measure steps of `algorithm: ppo`, of `algorithm: dvpo` and of TRL's PPO, one after the other, and print the results.
 
-    All three sample exactly `rollout.max_response_tokens` tokens a response and make as many optimizer steps on the same
-    prompts. TRL gets as many threads as this process has cores; ours have those of the config.
+    All three sample exactly `rollout.max_response_tokens` tokens for each response and make the same number of optimizer steps on the
+    same prompts. TRL gets a thread for each core of this process; ours have the threads of the config.
 
     Args:
         trl_python: Python of an environment with TRL 1.12.0.
@@ -111,21 +111,21 @@ def check_trl(python: Path) -> None:
     """Refuse an environment without TRL 1.12.0.
 
     Raises:
-        ResourceError: no Python there, or another TRL in it.
+        ResourceError: there is no Python, or it has another TRL.
     """
     advice = "launch/bench_trl.sh makes an environment that has it"
     command = [str(python), "-P", "-c", "from importlib.metadata import version; print(version('trl'))"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise ResourceError(f"{python}: no Python to run TRL {TRL_VERSION} with ({error.strerror}); {advice}") from error
-    version = found.stdout.strip() if found.returncode == 0 else "none"
+        raise ResourceError(f"{python}: cannot be run as the Python of TRL {TRL_VERSION} ({error.strerror}); {advice}") from error
+    version = found.stdout.strip() if found.returncode == 0 else None
     if version != TRL_VERSION:
-        raise ResourceError(f"{python}: has TRL {version}, the comparison needs {TRL_VERSION}; {advice}")
+        raise ResourceError(f"{python}: has {f'TRL {version}' if version else 'no TRL'}, the comparison needs {TRL_VERSION}; {advice}")
 
 
 def trl_request(config: Config, prompts: list[list[int]], repeats: int) -> dict:
-    """What the script in TRL's environment is to do: this config's work in TRL's vocabulary."""
+    """What the script in TRL's environment has to do: this config's work in TRL's terms."""
     batch = config.batch
     chosen = [prompts[i] for step in range(1, repeats + 2) for i in prompt_indices(len(prompts), batch.prompts_per_step, step, config.seed)]
     return {
@@ -152,7 +152,7 @@ def trl_request(config: Config, prompts: list[list[int]], repeats: int) -> dict:
 
 
 def run_trl(request: dict, python: Path, run_folder: Path, after_step: Callable[[], None]) -> TRLRun:
-    """Run the script in TRL's environment, alone on the cores. Its threads wait actively, as OpenMP has it by default; those of actors sleep.
+    """Run the script in TRL's environment, alone on the cores. Its threads wait actively, which is OpenMP's default; those of actors sleep.
 
     Raises:
         ResourceError: it failed; the line names its log.

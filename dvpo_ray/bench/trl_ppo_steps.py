@@ -1,8 +1,8 @@
-"""Steps of TRL's PPOTrainer, timed stage by stage. A script for the environment of launch/bench_trl.sh: it imports nothing of dvpo_ray.
+"""Steps of TRL's PPOTrainer, timed stage by stage. A script for the environment of launch/bench_trl.sh: it imports nothing from dvpo_ray.
 
     python -P trl_ppo_steps.py REQUEST.json RESULT.json
 
-The request is written by `dvpo_ray.bench.trl`. Standard output gets a line `step N` after each step.
+`dvpo_ray.bench.trl` writes the request. Standard output gets a line `step N` after each step.
 """
 
 from __future__ import annotations
@@ -27,17 +27,13 @@ class StageClock(TrainerCallback):
     """Seconds of the stages of each step.
 
     `generation`: sampling. `scoring`: from there to the first forward pass of the update: log-probs of the reference, values,
-    rewards, advantages. `training`: the update, with its logging. What is left of a step is the data loader and the garbage collector.
+    rewards, advantages. `training`: the update, with its logging. The rest of a step is the data loader and the garbage collector.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: PPOTrainer) -> None:
+        """Puts clocks around the functions that TRL's loop calls."""
         self.steps: list[dict[str, float]] = []
-        self.generated: tuple[float, float] = (0.0, 0.0)
         self.training_since: float | None = None
-        self.response_tokens = 0
-
-    def watch(self, trainer: PPOTrainer) -> None:
-        """Put clocks around the functions that TRL's loop calls."""
         generate, forward = ppo_trainer.batch_generation, ppo_trainer.forward
 
         def timed_generation(model, queries, *args, **kwargs):
@@ -76,7 +72,6 @@ def make_trainer(request: dict, folder: Path) -> PPOTrainer:
         tokenizer.pad_token = tokenizer.eos_token
     policy, reference = (AutoModelForCausalLM.from_pretrained(path, **options) for _ in range(2))
     reward, value = (AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **options) for _ in range(2))
-    on_gpu = torch.cuda.is_available()
     arguments = PPOConfig(
         output_dir=str(folder / "trl"),
         # One micro-batch a minibatch. With gradient accumulation TRL steps the optimizer once for all minibatches of an epoch.
@@ -86,7 +81,7 @@ def make_trainer(request: dict, folder: Path) -> PPOTrainer:
         total_episodes=rows * request["steps"],
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=not on_gpu,
+        use_cpu=not torch.cuda.is_available(),
         num_sample_generations=0,
         save_strategy="no",
         report_to=[],
@@ -109,8 +104,7 @@ def main(request_file: Path, result_file: Path) -> None:
     request = json.loads(request_file.read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     trainer = make_trainer(request, result_file.parent)
-    clock = StageClock()
-    clock.watch(trainer)
+    clock = StageClock(trainer)
     trainer.train()
     versions = {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     result_file.write_text(json.dumps({"steps": clock.steps, "versions": versions}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The results of `dvpo bench trl`: samples per second, ratios, and where the gap lies; as JSON and from that as lines for people.
+"""The results of `dvpo bench trl`: samples per second, ratios, and the gap stage by stage; as JSON, and from that as lines for people.
 
 A measured step is a dictionary of seconds: `step`, all of it; `generation`, sampling (here the frozen models score what is finished
 meanwhile); `scoring`, log-probs of the reference, values, rewards and advantages (here what is left of it after the sampling);
@@ -22,7 +22,7 @@ TARGETS = {"ppo": 1.4, "dvpo": 2.5}
 
 
 class TRLRun(NamedTuple):
-    """Measured steps, peak memory of all processes, and versions of TRL, transformers and torch where it was TRL's."""
+    """Measured steps and peak memory of all processes; for TRL also the versions of TRL, transformers and torch."""
 
     steps: list[dict[str, float]]
     peak_memory_gib: float
@@ -36,7 +36,7 @@ def of_profile(profile: StepProfile) -> TRLRun:
 
 
 def trl_results(config: Config, trl: Sequence[TRLRun], ours: Mapping[str, Sequence[TRLRun]]) -> dict:
-    """Everything that `dvpo bench trl` measured, from what each round measured of TRL and of each algorithm of ours."""
+    """Everything that `dvpo bench trl` measured, from the rounds of TRL and of each algorithm of ours."""
     plan = derive_batch(config)
     tokens = config.rollout.max_response_tokens
     contestants = {name: _contestant(rounds, plan.samples_per_step) for name, rounds in {"trl_ppo": trl, **ours}.items()}

@@ -54,10 +54,10 @@ def bench_trl_reward(config: Config, out: Path) -> dict:
         The results with all that they depend on, ready for JSON.
 
     Raises:
-        InputError: anything missing, unreadable or unfit, in one line; it is found before the training.
+        InputError: anything missing, unreadable or unfit, in one line; found before the training.
     """
     if config.reward_model.lora is not None:
-        raise InputError("reward_model.lora is set; the comparison with TRL trains whole models")
+        raise InputError("reward_model.lora is set, but the comparison with TRL trains whole models; leave it out")
     measurement = describe_measurement(config)
     data = load_gvm_data(config, config.reward_model)
     model = new_reward_model(config)

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"comma-separated, of {', '.join(ALGORITHMS)} (default: {','.join(DEFAULT_ALGORITHMS)})",
     )
     _add_number(ledger, "--repeats", "measured steps after one that warms up", 3)
-    meaning = "samples of a prompt for grpo and rloo where batch.samples_per_prompt is 1; they get as many times fewer prompts"
+    meaning = "samples of a prompt for grpo and rloo where batch.samples_per_prompt is 1; the number of prompts is divided by it"
     _add_number(ledger, "--group-size", meaning, 4, at_least=2)
     ledger.add_argument(
         "--random-weights",
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_number(trl, "--repeats", "measured steps of each contestant after one that warms up", 3)
     for benchmark in (ledger, trl):
-        _add_number(benchmark, "--rounds", "turns that the contestants take, each from a new start; for a machine whose speed drifts", 1)
+        _add_number(benchmark, "--rounds", "turns of each contestant, each from a new start; take several on a machine whose speed varies", 1)
         add_set_option(benchmark)
     _add(benchmarks, "trl-reward", TRL_REWARD_HELP, TRL_REWARD_EXAMPLE, _trl_reward)
 

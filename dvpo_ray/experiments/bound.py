@@ -36,7 +36,7 @@ class Bound(Study):
         add_numbers(parser, "--prompts", 32, "held-out prompts that are answered")
         add_numbers(parser, "--continuations", 8, "ways to finish a response from each state, 2 or more", whole_number(at_least=2))
         add_numbers(parser, "--segments", 8, "parts of a response; all tokens of a part are credited with Q after it")
-        parser.add_argument("--policy", metavar="MODEL", help="checkpoint whose gradients are taken (default: model.path)")
+        parser.add_argument("--policy", metavar="MODEL", help="checkpoint to take the gradients of (default: model.path)")
 
     def runs(self) -> list[Run]:
         self.require("data.preferences.path", "data.prompts.path")

@@ -1,4 +1,4 @@
-"""Who gets where, by which step and when: DVPO and the baselines at equal samples, equal wall-clock and equal KL."""
+"""How much gold DVPO and the baselines reach, and how soon: at equal samples, equal wall-clock and equal KL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvpo_ray.experiments.study import Run, Study, add_kl_option, add_numbers, o
 
 COMPARED = ("dvpo", "ppo", "grpo", "rloo", "remax")
 TARGET = "ppo"
-"""The algorithm whose best gold the others are timed to."""
+"""The others are timed until they reach the best gold of this algorithm."""
 
 
 class Convergence(Study):
@@ -34,7 +34,7 @@ class Convergence(Study):
     def add_options(cls, parser: ArgumentParser) -> None:
         help = f"of {', '.join(ALGORITHMS)} (default: {' '.join(COMPARED)})"
         parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(COMPARED), metavar="ALGORITHM", help=help)
-        meaning = "samples of a prompt for algorithms that compare them; they get as many times fewer prompts, so samples stay equal"
+        meaning = "samples of a prompt for algorithms that compare them; the number of prompts is divided by it, so samples stay equal"
         add_numbers(parser, "--group", 4, meaning, whole_number(at_least=2))
         add_set_option(parser)
         help = "values of a setting to search: every algorithm runs once with each, as in policy.learning_rate=1e-4,3e-4"

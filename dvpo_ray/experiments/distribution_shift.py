@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -93,25 +94,27 @@ def summarise(by_seed: Sequence[dict[str, dict[str, np.ndarray]]], kl_edges: Seq
     Returns:
         Rows. `group` is `policy`, `KL` or `position`. A row has no numbers where a seed has fewer than `MIN_STATES` states in it.
     """
-    mapped = [_in_gold_units(of_seed) for of_seed in by_seed]
-    pooled = [{name: np.concatenate([states[name] for states in of_seed.values()]) for name in next(iter(of_seed.values()))} for of_seed in mapped]
-    rows = [_row("policy", f"policy at {name}", [of_seed[name] for of_seed in mapped]) for name in mapped[0]]
+    pooled = [_pooled(of_seed) for of_seed in by_seed]
     edges = [-np.inf, *sorted(kl_edges), np.inf]
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        rows.append(_row("KL", _bin_name(low, high), [_where(states, (states["kl"] >= low) & (states["kl"] < high)) for states in pooled]))
-    for percent in np.unique(pooled[0]["position"]):
-        rows.append(_row("position", f"after {percent:g} %", [_where(states, states["position"] == percent) for states in pooled]))
-    return rows
+    groups = [("policy", f"policy at {name}", lambda states, name=name: states["policy"] == name) for name in by_seed[0]]
+    groups += [
+        ("KL", _bin_name(low, high), lambda states, low=low, high=high: (states["kl"] >= low) & (states["kl"] < high))
+        for low, high in pairwise(edges)
+    ]
+    percents = np.unique(pooled[0]["position"])
+    groups += [("position", f"after {percent:g} %", lambda states, percent=percent: states["position"] == percent) for percent in percents]
+    return [
+        _row(group, name, [{key: column[chosen(states)] for key, column in states.items()} for states in pooled]) for group, name, chosen in groups
+    ]
 
 
-def _in_gold_units(of_seed: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
-    untrained = next(iter(of_seed.values()))
+def _pooled(of_seed: dict[str, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The states of all policies with their `policy`, and values in the unit of gold."""
+    untrained, *_ = every = list(of_seed.values())
     to_gold = fit_affine(untrained["value"], untrained["gold"].mean(axis=1))
-    return {name: states | {"value": to_gold(states["value"])} for name, states in of_seed.items()}
-
-
-def _where(states: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: column[keep] for name, column in states.items()}
+    columns = {name: np.concatenate([states[name] for states in every]) for name in untrained}
+    policies = np.repeat(list(of_seed), [len(states["value"]) for states in every])
+    return columns | {"policy": policies, "value": to_gold(columns["value"])}
 
 
 def _bin_name(low: float, high: float) -> str:

@@ -1,4 +1,4 @@
-"""What feedback on the policy's own samples is worth: value models refreshed along the run, against frozen ones of as many pairs."""
+"""What feedback on the policy's own samples is worth: value models refreshed along the run, against frozen ones trained on as many pairs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Refresh(Study):
     @property
     def training_pairs(self) -> tuple[str, int]:
         first, most = self.options.pairs, self._most_pairs
-        return f"--pairs {first}, with the {most - first} that refreshes can collect {most}", most
+        return f"--pairs {first} + {most - first} that refreshes can collect = {most}", most
 
     @property
     def _most_pairs(self) -> int:
-        """Pairs of the frozen value model that has as much feedback as the one that is refreshed most often.
+        """Pairs of the larger frozen value model: as many as the model that is refreshed most often can get.
 
         A refresh collects fewer where responses have the same score. There is none after the last step.
         """

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from dvpo_ray.config import Config, dump_config
 from dvpo_ray.config.inputs import Needed, is_local, policy_inputs, policy_misfits, preference_inputs, problems, value_model_misfits
-from dvpo_ray.config.schema import DataConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.bound import measure_bound
 from dvpo_ray.experiments.distribution_shift import measure_shift
@@ -94,47 +93,29 @@ _MISFITS: dict[str, Callable[[Config], list[str]]] = {"gvm": value_model_misfits
 """By stage, what the config asks of a checkpoint that its config.json denies."""
 
 
-def input_problems(runs: Sequence[Run]) -> list[str]:
-    """What the runs that are still to do lack, one line each, once.
+def study_problems(study: Study, runs: Sequence[Run], *, ask_hub: bool) -> list[str]:
+    """What the runs that are still to do lack, one line each.
 
     Args:
-        runs: all of an experiment, the finished ones too: what they make is there, or will be.
+        runs: `study.runs()`, the finished ones too: what they make is there, or will be.
+        ask_hub: also count the pairs of a data set that is not on this machine.
+
+    Raises:
+        InputError: the pairs are to be counted and cannot be read.
     """
     todo = [run for run in runs if not run.is_finished]
     folders = [run.folder.absolute() for run in runs]
     needed = (one for run in todo for one in NEEDED[run.stage](run))
-    found = problems(one for one in needed if not any(Path(one.path).absolute().is_relative_to(folder) for folder in folders))
-    return [*found, *dict.fromkeys(problem for run in todo if run.stage in _MISFITS for problem in _MISFITS[run.stage](run.config))]
-
-
-def too_many_pairs(data: DataConfig, asked: str, pairs: int, *, ask_hub: bool) -> list[str]:
-    """One line where `data.preferences` has fewer training pairs than are asked for, else nothing.
-
-    Args:
-        asked: what asks for them, for the message.
-        ask_hub: also count the pairs of a data set that is not on this machine.
-
-    Raises:
-        InputError: they cannot be read.
-    """
-    if not (ask_hub or is_local(data.preferences.path)):
-        return []
+    missing = problems(one for one in needed if not any(Path(one.path).absolute().is_relative_to(folder) for folder in folders))
+    missing += dict.fromkeys(problem for run in todo if run.stage in _MISFITS for problem in _MISFITS[run.stage](run.config))
+    data = study.config.data
+    if missing or not todo or study.training_pairs is None or not (ask_hub or is_local(data.preferences.path)):
+        return missing
     from dvpo_ray.data.preferences import load_preferences
 
+    asked, most = study.training_pairs
     there = len(load_preferences(data.preferences.model_copy(update={"limit": None}), data.on_bad_row).train)
-    return [f"{asked}: {data.preferences.path} has {there} training pairs; ask for fewer"] if pairs > there else []
-
-
-def study_problems(study: Study, runs: Sequence[Run], *, ask_hub: bool) -> list[str]:
-    """What the runs that are still to do lack, one line each; for `ask_hub` and errors see `too_many_pairs`.
-
-    Args:
-        runs: `study.runs()`.
-    """
-    missing = input_problems(runs)
-    if missing or study.training_pairs is None or all(run.is_finished for run in runs):
-        return missing
-    return too_many_pairs(study.config.data, *study.training_pairs, ask_hub=ask_hub)
+    return [f"{asked}: {data.preferences.path} has {there} training pairs; ask for fewer"] if most > there else []
 
 
 # ------------------------------------------------------------------------------------------------------- experiment

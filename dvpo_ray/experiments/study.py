@@ -94,7 +94,7 @@ def _read_object(file: Path) -> dict:
         if not isinstance(content, dict):
             raise ValueError("expected an object")
     except ValueError as error:
-        raise InputError(f"{file}: not readable as JSON ({error}); remove {file.parent}, and it is done again") from error
+        raise InputError(f"{file}: not readable as JSON ({error}); remove {file.parent} to do it again") from error
     return content
 
 

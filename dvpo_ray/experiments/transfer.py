@@ -54,9 +54,9 @@ class Transfer(Study):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        help = "two preference sets with their held-out pairs; give it twice"
+        help = "a preference set and its held-out pairs; give the option twice, once for each domain"
         parser.add_argument("--domain", action="append", required=True, metavar="NAME=TRAIN,HELDOUT", help=help)
-        parser.add_argument("--accuracy-only", action="store_true", help="optimise no policies")
+        parser.add_argument("--accuracy-only", action="store_true", help="do not optimise policies")
 
     def runs(self) -> list[Run]:
         domains = [Domain.parse(text) for text in self.options.domain]
