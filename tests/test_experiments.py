@@ -124,7 +124,7 @@ def test_dry_run_lists_the_runs_and_starts_nothing(faked, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ([], "set evaluation.judge and evaluation.every_steps; gold is compared along the run"),
+        ([], "evaluation.every_steps is 0, and advantage-modes compares gold along the run; set it"),
         (["evaluation.every_steps=4", "gvm.path=null"], "gvm.path is not set, and advantage-modes needs it"),
         (["evaluation.every_steps=4", "data.prompts=null"], "data.prompts.path is not set, and advantage-modes needs it"),
         (["evaluation.every_steps=4", "batch.prompts_per_step=6"], "can't be shared evenly"),

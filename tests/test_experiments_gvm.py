@@ -130,7 +130,7 @@ def test_transfer_of_accuracy_alone(faked, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--domain", "a=x"], "--domain a=x: expected NAME=TRAIN,HELDOUT"),
+        (["--domain", "a=x"], "argument --domain: a=x: expected NAME=TRAIN,HELDOUT"),
         (["--domain", "a=x,y"], "transfer is between two domains of different names, got a"),
         (["--domain", "a=x,y", "--domain", "a=z,w"], "transfer is between two domains of different names, got a, a"),
         (["evaluation.judge=none", *DOMAINS], "evaluation.judge is none, and transfer compares gold; set one"),

@@ -93,7 +93,7 @@ def test_without_ppo_there_is_no_race():
         (["--set", "reinforce:seed=1"], "--set reinforce:seed=1: expected ALGORITHM:KEY=VALUE with one of dvpo, ppo"),
         (["--set", "ppo:policy.threads=1", "--grid", "policy.threads=1,2"], "--grid policy.threads: already set for ppo; search it or set it"),
         (["--grid", "policy.lr=1"], "unknown key policy.lr"),
-        (["evaluation.judge=none"], "set evaluation.judge and evaluation.every_steps"),
+        (["evaluation.judge=none"], "evaluation.judge is none, and convergence compares gold; set one"),
     ],
 )
 def test_what_convergence_refuses(argv, line, capsys):
@@ -150,8 +150,6 @@ def test_refreshed_value_models_stand_beside_frozen_ones_of_fewer_and_of_as_many
     ("argv", "line"),
     [
         (["--every", 4], "--every 4: expected less than train.steps, which is 4"),
-        (["--pairs", 0], "argument --pairs: '0' is "),
-        (["evaluation.judge=none"], "set evaluation.judge and evaluation.every_steps"),
         (["data.preferences=null"], "data.preferences.path is not set"),
     ],
 )

@@ -95,9 +95,6 @@ class Bench:
                 for handle in handles:
                     ray.kill(handle)
 
-    def take_turns(self, **contestants: Contestant) -> dict[str, list[Sample]]:
-        return take_turns(contestants, self.repeats, self.after_round)
-
 
 def compare_rollout(bench: Bench) -> list[dict]:
     """Generated tokens per second of the rollout engine's stream, as the driver sees it, against the library's own `generate`."""
@@ -117,7 +114,7 @@ def compare_rollout(bench: Bench) -> list[dict]:
         def generate(round_: int) -> Sample:
             return get(bare.generate.remote(bench.prompts_of(round_), sampling_seed(config.seed, round_, 0)), what=bare_name)
 
-        samples = bench.take_turns(product=stream, **{bare_name: generate})
+        samples = take_turns({"product": stream, bare_name: generate}, bench.repeats, bench.after_round)
         # The engine owns the chunks' values and takes them with it when it ends.
         bench.chunks = [ray.put(chunk) for chunk in ray.get(bench.chunks)]
     return [compare("rollout", ROLLOUT_TARGET, samples)]
@@ -138,7 +135,7 @@ def compare_frozen(bench: Bench) -> list[dict]:
                 get(scores, what=section)  # raises what went wrong
                 return Sample(batch.num_tokens, seconds)
 
-            samples = bench.take_turns(product=score, **_by_layout(bare_scorer.forward, batch))
+            samples = take_turns({"product": score, **_by_layout(bare_scorer.forward, batch)}, bench.repeats, bench.after_round)
         comparisons.append(compare(section, FROZEN_TARGET, samples))
     return comparisons
 
@@ -174,8 +171,9 @@ def compare_learner(bench: Bench) -> list[dict]:
             get(learner.log_probs.remote(reference), what="old log-probs")
             return Sample(shard.num_tokens, time.perf_counter() - started)
 
-        extra = {"recompute": recompute} if recomputes else {}
-        samples = bench.take_turns(product=update, **extra, **_by_layout(bare.train, reference, _minibatches(config, shard.num_rows)))
+        contestants = {"product": update} | ({"recompute": recompute} if recomputes else {})
+        contestants |= _by_layout(bare.train, reference, _minibatches(config, shard.num_rows))
+        samples = take_turns(contestants, bench.repeats, bench.after_round)
     recomputed = samples.pop("recompute", None)
     comparisons = [compare("learner", LEARNER_TARGET, samples)]
     if recomputed is not None:

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 from dvpo_ray.bench.measure import Spread, aligned, verdict
 from dvpo_ray.bench.overhead import StepProfile, by_round
@@ -27,17 +26,9 @@ PREDICTED = ("model_state", "activations", "cache")
 MODELS = {"gvm": "value model", "reward_model": "reward model"}
 
 
-class Target(NamedTuple):
-    """A ratio of two algorithms that should not be exceeded; the quantity is one of `COMPARED`."""
-
-    quantity: str
-    algorithm: str
-    baseline: str
-    limit: float
-
-
-CPU_TARGETS = (Target("step", "dvpo", "ppo", 0.65), Target("model_state", "dvpo", "ppo", 0.65), Target("step", "dvpo", "reinforce", 1.15))
-GPU_TARGETS = (Target("step", "dvpo", "ppo", 0.6), Target("peak", "dvpo", "ppo", 0.66))
+# Ratios that should not be exceeded: a quantity, an algorithm, its baseline, the limit.
+CPU_TARGETS = (("step", "dvpo", "ppo", 0.65), ("model_state", "dvpo", "ppo", 0.65), ("step", "dvpo", "reinforce", 1.15))
+GPU_TARGETS = (("step", "dvpo", "ppo", 0.6), ("peak", "dvpo", "ppo", 0.66))
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON
@@ -81,13 +72,17 @@ def ledger_results(algorithms: Mapping[str, dict], training: Mapping[str, dict |
         training: what training each frozen model cost before, by config section; see `training_cost`.
         on_gpu: the targets are those of a GPU.
     """
-    rated = [(target, _ratio(algorithms, *target[:3])) for target in (GPU_TARGETS if on_gpu else CPU_TARGETS)]
+    targets = [
+        {"quantity": quantity, "algorithm": algorithm, "baseline": baseline, "limit": limit, "ratio": ratio, "met": ratio <= limit}
+        for quantity, algorithm, baseline, limit in (GPU_TARGETS if on_gpu else CPU_TARGETS)
+        if (ratio := _ratio(algorithms, quantity, algorithm, baseline)) is not None
+    ]
     return {
         "algorithms": algorithms,
         "ratio_to_ppo": {name: {quantity: _ratio(algorithms, quantity, name) for quantity in COMPARED} for name in algorithms},
         "paper_ratio_to_ppo": PAPER,
         "step_ratio_to_ppo_by_round": {name: _ratios(algorithms, "step", name) for name in algorithms if BASELINE in algorithms},
-        "targets": [target._asdict() | {"ratio": ratio, "met": ratio <= target.limit} for target, ratio in rated if ratio is not None],
+        "targets": targets,
         "training_before": training,
         "break_even_steps": _break_even_steps(algorithms, training),
     }

@@ -57,7 +57,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
     config = same_work(with_models(config, str(made)))
     if config.gvm.path == str(made):
         make_value_model(config, made)
-    configs = {algorithm: override_config(run_as(config, algorithm), settings[algorithm]) for algorithm in ALGORITHMS}
+    configs = {algorithm: override_config(config, [f"algorithm={algorithm}", *settings[algorithm]]) for algorithm in ALGORITHMS}
     inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
     request = trl_request(config, inputs["dvpo"].prompts, repeats)
 
@@ -97,11 +97,6 @@ def with_models(config: Config, fallback: str) -> Config:
 def same_work(config: Config) -> Config:
     """The config with every response as long as the longest: TRL's loop generates until then."""
     return override_config(config, [f"rollout.min_response_tokens={config.rollout.max_response_tokens}"])
-
-
-def run_as(config: Config, algorithm: str) -> Config:
-    """The config as that of an algorithm."""
-    return config.model_copy(update={"algorithm": algorithm})
 
 
 # ------------------------------------------------------------------------------------------------------- TRL's side

@@ -113,10 +113,11 @@ def _step(args: argparse.Namespace, config: Config, out: Path) -> Results:
 
 
 def _trl(args: argparse.Namespace, config: Config, out: Path) -> Results:
-    from dvpo_ray.bench.trl import ALGORITHMS, bench_trl, run_as, with_models
+    from dvpo_ray.bench.trl import ALGORITHMS, bench_trl, with_models
 
     settings = settings_by_algorithm(args.set, ALGORITHMS)
-    configs = {algorithm: override_config(with_models(run_as(config, algorithm), fallback="made"), settings[algorithm]) for algorithm in ALGORITHMS}
+    whole = with_models(config, fallback="made")
+    configs = {algorithm: override_config(whole, [f"algorithm={algorithm}", *settings[algorithm]]) for algorithm in ALGORITHMS}
     for changed in configs.values():
         check_train_config(args.config, changed)
     check_equal({"TRL": config, **configs}, SAME_UPDATE)

@@ -25,8 +25,7 @@ class AdvantageModes(Study):
         add_kl_option(parser)
 
     def runs(self) -> list[Run]:
-        self.require("gvm.path", "data.prompts.path")
-        self.require_curves()
+        self.require("gvm.path", "data.prompts.path", curves=True)
         if self.config.algorithm != "dvpo":
             algorithm = self.config.algorithm
             raise InputError(f"{self.options.config}: algorithm is {algorithm}, which has no advantage modes to compare; set algorithm=dvpo")

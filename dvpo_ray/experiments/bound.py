@@ -39,8 +39,7 @@ class Bound(Study):
         parser.add_argument("--policy", metavar="MODEL", help="checkpoint to take the gradients of (default: model.path)")
 
     def runs(self) -> list[Run]:
-        self.require("data.preferences.path", "data.prompts.path")
-        self.require_judge()
+        self.require("data.preferences.path", "data.prompts.path", judge=True)
         return [run for seed in self.seeds for run in self._of_seed(seed)]
 
     @property

@@ -44,8 +44,7 @@ class Convergence(Study):
     # ------------------------------------------------------------------------------------------------------- runs
 
     def runs(self) -> list[Run]:
-        self.require("data.prompts.path")
-        self.require_curves()
+        self.require("data.prompts.path", curves=True)
         models = self._models()
         paths = [override(f"{section}.path", run.final) for section, run in models.items()]
         policies = [

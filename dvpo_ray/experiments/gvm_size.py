@@ -36,8 +36,7 @@ class GVMSize(Study):
     def runs(self) -> list[Run]:
         self.require("data.preferences.path")
         if self.options.policies:
-            self.require("data.prompts.path")
-            self.require_judge()
+            self.require("data.prompts.path", judge=True)
         return [run for seed in self.seeds for name, overrides in self._sizes().items() for run in self._of_size(name, seed, overrides)]
 
     def _sizes(self) -> dict[str, list[str]]:

@@ -27,8 +27,7 @@ class Refresh(Study):
         add_kl_option(parser)
 
     def runs(self) -> list[Run]:
-        self.require("data.preferences.path", "data.prompts.path")
-        self.require_curves()
+        self.require("data.preferences.path", "data.prompts.path", curves=True)
         for every in self.options.every:
             if every >= self.config.train.steps:
                 raise InputError(f"--every {every}: expected less than train.steps, which is {self.config.train.steps}; else there is no refresh")

@@ -169,21 +169,15 @@ class Study(ABC):
         own = [*overrides, override("seed", seed), override("out", str(folder))]
         return Run(stage, variant, seed, overrides, load_config(self.options.config, [*self.options.overrides, *own]), folder, options)
 
-    def require(self, *keys: str) -> None:
-        """Refuse a config that lacks one of these settings."""
+    def require(self, *keys: str, judge: bool = False, curves: bool = False) -> None:
+        """Refuse a config that lacks one of these settings, or a judge of policies at the end or (for `curves`) along the run."""
         for key in keys:
             if reduce(lambda part, name: getattr(part, name, None), key.split("."), self.config) is None:
                 raise InputError(f"{self.options.config}: {key} is not set, and {self.name} needs it")
-
-    def require_judge(self) -> None:
-        """Refuse a config whose policy runs would not be judged."""
-        if self.config.evaluation.judge == "none":
+        if (judge or curves) and self.config.evaluation.judge == "none":
             raise InputError(f"{self.options.config}: evaluation.judge is none, and {self.name} compares gold; set one")
-
-    def require_curves(self) -> None:
-        """Refuse a config whose policy runs would not be judged along the way."""
-        if self.config.evaluation.judge == "none" or self.config.evaluation.every_steps == 0:
-            raise InputError(f"{self.options.config}: set evaluation.judge and evaluation.every_steps; gold is compared along the run")
+        if curves and self.config.evaluation.every_steps == 0:
+            raise InputError(f"{self.options.config}: evaluation.every_steps is 0, and {self.name} compares gold along the run; set it")
 
     def details(self, curves: Sequence, **more) -> dict:
         """For result.json: the curves behind a table, and what they were measured with."""
@@ -213,11 +207,8 @@ def add_kl_option(parser: ArgumentParser) -> None:
 
 def variants(runs: Iterable[Run], *, stage: str | None = None) -> dict[str, list[Run]]:
     """The runs (of one stage) by variant, in their order."""
-    grouped: dict[str, list[Run]] = {}
-    for run in runs:
-        if stage is None or run.stage == stage:
-            grouped.setdefault(run.variant, []).append(run)
-    return grouped
+    chosen = [run for run in runs if stage in (None, run.stage)]
+    return {variant: [run for run in chosen if run.variant == variant] for variant in dict.fromkeys(run.variant for run in chosen)}
 
 
 def check_distinct(runs: Sequence[Run]) -> None:

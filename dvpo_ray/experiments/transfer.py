@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,15 +27,11 @@ class Domain(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Domain:
-        """Read `NAME=TRAIN,HELDOUT`.
-
-        Raises:
-            InputError: it has another form.
-        """
+        """Read `NAME=TRAIN,HELDOUT`."""
         name, _, paths = text.partition("=")
         train, _, heldout = paths.partition(",")
         if not name.isidentifier() or not train or not heldout:
-            raise InputError(f"--domain {text}: expected NAME=TRAIN,HELDOUT, for example helpful=helpful.train.jsonl,helpful.dev.jsonl")
+            raise ArgumentTypeError(f"{text}: expected NAME=TRAIN,HELDOUT, for example helpful=helpful.train.jsonl,helpful.dev.jsonl")
         return cls(name, train, heldout)
 
     def overrides(self, section: str) -> list[str]:
@@ -55,19 +51,18 @@ class Transfer(Study):
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
         help = "a preference set and its held-out pairs; give the option twice, once for each domain"
-        parser.add_argument("--domain", action="append", required=True, metavar="NAME=TRAIN,HELDOUT", help=help)
+        parser.add_argument("--domain", type=Domain.parse, action="append", required=True, metavar="NAME=TRAIN,HELDOUT", help=help)
         parser.add_argument("--accuracy-only", action="store_true", help="do not optimise policies")
 
     def runs(self) -> list[Run]:
-        domains = [Domain.parse(text) for text in self.options.domain]
+        domains = self.options.domain
         if len({domain.name for domain in domains}) != 2 or len(domains) != 2:
             raise InputError(f"--domain: transfer is between two domains of different names, got {', '.join(domain.name for domain in domains)}")
         files = [file for domain in domains for file in (domain.train, domain.heldout)]
         twice = next((file for file in files if files.count(file) > 1), None)
         if twice is not None:
             raise InputError(f"--domain: {twice} is given twice; transfer needs four different files")
-        if not self.options.accuracy_only:
-            self.require_judge()
+        self.require(judge=not self.options.accuracy_only)
         return [run for seed in self.seeds for run in self._of_seed(domains, seed)]
 
     def _of_seed(self, domains: Sequence[Domain], seed: int) -> list[Run]:
@@ -90,7 +85,7 @@ class Transfer(Study):
         by_variant = variants(runs)
         gold = ("gold before", "final gold", "gold gain", "final KL")
         table = []
-        for source, target in product([Domain.parse(text).name for text in self.options.domain], repeat=2):
+        for source, target in product([domain.name for domain in self.options.domain], repeat=2):
             judged = by_variant[f"gvm-{source}" if source == target else f"eval-{source}-on-{target}"]
             row = {LABEL: f"{source} → {target}"} | columns([accuracies(run) for run in judged])
             curves = [read_curve(run) for run in by_variant.get(f"policy-{source}-on-{target}", [])]
