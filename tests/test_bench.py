@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
@@ -11,15 +12,17 @@ import yaml
 from gvm_artifacts import make_gvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from dvpo_ray import cli
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.bare import LAYOUTS, lay_out, response_log_probs
 from dvpo_ray.bench.measure import Sample, Spread, compare, take_turns
-from dvpo_ray.bench.overhead import StepProfile, StepTime
+from dvpo_ray.bench.overhead import StepProfile, StepTime, take_rounds
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.models.forward import batch_log_probs
 from dvpo_ray.models.loading import load_policy
+from dvpo_ray.monitoring.console import RunConsole
 
 SIZES = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 12)), min_size=1, max_size=9)
 
@@ -56,6 +59,20 @@ def test_a_ratio_is_of_medians_and_to_the_fastest_bare_implementation():
     assert result["product"] == {"median": 50.0, "low": 10.0, "high": 100.0}
     assert f"{Spread(**result['product']):.1f}" == "50.0 (10.0–100.0)"
     assert (result["baseline"], result["ratio"]) == ("padded", 0.5)
+
+
+def test_every_second_round_goes_the_other_way_round(tmp_path):
+    calls = []
+
+    def contestant(name: str):
+        return lambda folder, after_step: calls.append(folder.relative_to(tmp_path).as_posix()) or (name, folder.is_dir())
+
+    contestants = {name: contestant(name) for name in ("ppo", "dvpo")}
+    with RunConsole(Console(file=io.StringIO())) as console:
+        measured = take_rounds(contestants, console, tmp_path, rounds=2, steps=1)
+        take_rounds(contestants, console, tmp_path, rounds=1, steps=1)
+    assert measured == {name: [(name, True)] * 2 for name in contestants}
+    assert calls == ["ppo/round-1", "dvpo/round-1", "dvpo/round-2", "ppo/round-2", "ppo", "dvpo"]
 
 
 def test_overhead_is_what_the_computing_stages_leave_of_the_step():
