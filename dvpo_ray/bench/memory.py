@@ -220,10 +220,8 @@ class PeakMeter:
         """Bytes from the start to the peak since; None where the system does not tell."""
         if self._start is None:
             return None
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_peak()
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() - self._start
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
         return max(0, peak - self._start)
-
-
-def _resident_peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,6 @@ from dvpo_ray.gvm.model import head_parameters, new_value_model
 from dvpo_ray.models.loading import first_line, load_tokenizer, torch_dtype
 
 _HEAD_STD = 0.02
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def make_value_model(config: Config, folder: Path, section: Literal["gvm", "reward_model"] = "gvm") -> Path:
@@ -139,6 +139,6 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 def _write_prompts(config: Config, file: Path) -> None:
     """Distinct prompts of random letters, each longer than `data.max_prompt_tokens`; the encoder cuts them to that length."""
     generator = random.Random(config.seed)
-    words = ["".join(generator.choices(_LETTERS, k=5)) for _ in range(1000)]
+    words = ["".join(generator.choices(string.ascii_lowercase, k=5)) for _ in range(1000)]
     prompts = [" ".join(generator.choices(words, k=config.data.max_prompt_tokens + 1)) for _ in range(2 * config.batch.prompts_per_step + 16)]
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")

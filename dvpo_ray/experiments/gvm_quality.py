@@ -14,16 +14,12 @@ from dvpo_ray.experiments.study import Run, Study, add_numbers, override, varian
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-OBJECTIVES = ("td0", "td_lambda", "monte_carlo")
-WITH_BRADLEY_TERRY, WITH_SCORES, WITH_EXAMPLES = "+bt", "+score", "+tau"
 REWARD_MODEL = "bradley_terry"
 VARIANTS = (
-    *OBJECTIVES,
-    *(objective + WITH_BRADLEY_TERRY for objective in OBJECTIVES),
-    REWARD_MODEL,
-    *(objective + WITH_SCORES for objective in ("td_lambda", "monte_carlo")),
-    "monte_carlo" + WITH_EXAMPLES,
+    *("td0", "td_lambda", "monte_carlo", "td0+bt", "td_lambda+bt", "monte_carlo+bt"),
+    *(REWARD_MODEL, "td_lambda+score", "monte_carlo+score", "monte_carlo+tau"),
 )
+"""Objectives, with a Bradley-Terry term (`+bt`), with scores as outcomes (`+score`) and with examples of the writer (`+tau`)."""
 
 
 class GVMQuality(Study):
@@ -44,11 +40,12 @@ class GVMQuality(Study):
 
     def _overrides(self, variant: str) -> list[str]:
         """Everything that variants differ in, so that none of it comes from the config."""
+        objective, _, extra = variant.partition("+")
         settings: dict[str, Any] = {
-            "objective": variant.partition("+")[0],
-            "outcome": "score" if variant.endswith(WITH_SCORES) else "binary",
-            "bradley_terry_weight": self.options.bt_weight if variant.endswith(WITH_BRADLEY_TERRY) else 0.0,
-            "context.examples": self.options.examples if variant.endswith(WITH_EXAMPLES) else 0,
+            "objective": objective,
+            "outcome": "score" if extra == "score" else "binary",
+            "bradley_terry_weight": self.options.bt_weight if extra == "bt" else 0.0,
+            "context.examples": self.options.examples if extra == "tau" else 0,
         }
         return [override(f"gvm.{key}", value) for key, value in settings.items()]
 

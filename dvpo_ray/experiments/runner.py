@@ -20,19 +20,16 @@ from dvpo_ray.monitoring.summary import write_summary
 # ----------------------------------------------------------------------------------------------------------- stages
 
 
-def _train_policy(run: Run, console: RunConsole) -> None:
-    """`dvpo train`, from its last checkpoint where it was stopped."""
-    from dvpo_ray.training.policy import train
+def _train(run: Run, console: RunConsole) -> None:
+    """`dvpo train`, `dvpo gvm train` or `dvpo rm train`, from its last checkpoint where it was stopped."""
+    from dvpo_ray.training import policy, value_model
 
-    train(run.config, resume=_goes_on(run), console=console)
-
-
-def _train_value_model(run: Run, console: RunConsole) -> None:
-    """`dvpo gvm train` or `dvpo rm train`, from its last checkpoint where it was stopped."""
-    from dvpo_ray.training.value_model import train_value_model
-
-    settings = run.config.gvm if run.stage == "gvm" else run.config.reward_model
-    train_value_model(run.config, settings, run.folder, resume=_goes_on(run), console=console)
+    resume = _goes_on(run)
+    if run.stage == "policy":
+        policy.train(run.config, resume=resume, console=console)
+    else:
+        settings = run.config.gvm if run.stage == "gvm" else run.config.reward_model
+        value_model.train_value_model(run.config, settings, run.folder, resume=resume, console=console)
 
 
 def _goes_on(run: Run) -> bool:
@@ -67,9 +64,9 @@ def _measurement(measure: Callable[[Run], dict]) -> Callable[[Run, RunConsole], 
 
 
 STAGES: dict[str, Callable[[Run, RunConsole], None]] = {
-    "policy": _train_policy,
-    "gvm": _train_value_model,
-    "rm": _train_value_model,
+    "policy": _train,
+    "gvm": _train,
+    "rm": _train,
     "gvm-eval": _measurement(_evaluate_value_model),
     "shift": _measurement(measure_shift),
     "bound": _measurement(measure_bound),
