@@ -17,7 +17,7 @@ from dvpo_ray import cli
 from dvpo_ray.bench.overhead import StepProfile, StepTime
 from dvpo_ray.bench.random_weights import make_value_model
 from dvpo_ray.bench.trl import TRL_VERSION, check_trl, run_trl, same_work, trl_request, with_models
-from dvpo_ray.bench.trl_results import TRLRun, lines, of_profile, trl_results
+from dvpo_ray.bench.trl_results import Measured, lines, of_profile, trl_results
 from dvpo_ray.bench.trl_reward import Accuracy, heldout_scores, new_reward_model, pair_rows, result_lines, train_with_trl
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
@@ -85,7 +85,7 @@ def results_of(rounds: int) -> dict:
     stages = {"generate": 1.0, "score": 0.2, "reference": 0.1, "advantage": 0.1, "update": 2.0, "sync": 0.5, "step": 3.9}
     settings = config(batch={"prompts_per_step": 8, "update_epochs": 4, "minibatches_per_epoch": 4}, rollout={"max_response_tokens": 16})
     of_rounds = [10.0, 12.0, 11.0], [22.0] * 3  # the machine is half as fast in the second round
-    trl = [TRLRun([{"step": s, "generation": 2.0, "scoring": 1.0, "training": 7.0} for s in steps], 6.0) for steps in of_rounds]
+    trl = [Measured([{"step": s, "generation": 2.0, "scoring": 1.0, "training": 7.0} for s in steps], 6.0) for steps in of_rounds]
     ours = {
         name: [of_profile(StepProfile([StepTime(slower * seconds, stages, 0.0)] * 3, 1.5)) for slower in (1, 2)]
         for name, seconds in (("ppo", 8.8), ("dvpo", 4.0))

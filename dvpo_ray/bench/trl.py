@@ -12,7 +12,7 @@ from pathlib import Path
 from dvpo_ray.bench.measure import describe_measurement
 from dvpo_ray.bench.overhead import StepProfile, profile_steps, take_rounds
 from dvpo_ray.bench.random_weights import make_value_model
-from dvpo_ray.bench.trl_results import TRLRun, lines, of_profile, trl_results
+from dvpo_ray.bench.trl_results import Measured, lines, of_profile, trl_results
 from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
@@ -68,7 +68,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
     contestants = {algorithm: partial(profile, algorithm) for algorithm in ALGORITHMS} | {"trl": partial(run_trl, request, trl_python)}
     with RunConsole() as console:
         measured = take_rounds(contestants, console, run_folder, rounds, repeats + 1)
-        trl: list[TRLRun] = measured.pop("trl")
+        trl: list[Measured] = measured.pop("trl")
         results = trl_results(config, trl, {algorithm: list(map(of_profile, profiles)) for algorithm, profiles in measured.items()})
         for line in lines(results):
             console.say(line)
@@ -146,7 +146,7 @@ def trl_request(config: Config, prompts: list[list[int]], repeats: int) -> dict:
     }
 
 
-def run_trl(request: dict, python: Path, run_folder: Path, after_step: Callable[[], None]) -> TRLRun:
+def run_trl(request: dict, python: Path, run_folder: Path, after_step: Callable[[], None]) -> Measured:
     """Run the script in TRL's environment, alone on the cores. Its threads wait actively, which is OpenMP's default; those of actors sleep.
 
     Raises:
@@ -178,4 +178,4 @@ def run_trl(request: dict, python: Path, run_folder: Path, after_step: Callable[
     for step in result["steps"]:
         if (sampled := step.pop("response_tokens")) != wanted:
             raise ResourceError(f"TRL's PPO sampled {sampled} tokens in a step, the comparison needs {wanted}; see {log}")
-    return TRLRun(result["steps"][1:], memory.peak_gib, result["versions"])
+    return Measured(result["steps"][1:], memory.peak_gib, result["versions"])

@@ -16,12 +16,11 @@ from dvpo_ray.bench.overhead import StepProfile, by_round
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 
-MEASURED = ("step", "generation", "scoring", "training")
-SHOWN = (*MEASURED, "rest")
+SHOWN = ("step", "generation", "scoring", "training", "rest")
 TARGETS = {"ppo": 1.4, "dvpo": 2.5}
 
 
-class TRLRun(NamedTuple):
+class Measured(NamedTuple):
     """Measured steps and peak memory of all processes; for TRL also the versions of TRL, transformers and torch."""
 
     steps: list[dict[str, float]]
@@ -29,13 +28,22 @@ class TRLRun(NamedTuple):
     versions: Mapping[str, str] = {}
 
 
-def of_profile(profile: StepProfile) -> TRLRun:
+def of_profile(profile: StepProfile) -> Measured:
     """Steps of this system in the stages of TRL's."""
-    spent = [(step.total, s["generate"], s["score"] + s["reference"] + s["advantage"], s["update"]) for step in profile.steps for s in [step.stages]]
-    return TRLRun([dict(zip(MEASURED, seconds, strict=True)) for seconds in spent], profile.peak_memory_gib)
+    scoring = ("score", "reference", "advantage")
+    steps = [
+        {
+            "step": step.total,
+            "generation": step.stages["generate"],
+            "scoring": sum(step.stages[name] for name in scoring),
+            "training": step.stages["update"],
+        }
+        for step in profile.steps
+    ]
+    return Measured(steps, profile.peak_memory_gib)
 
 
-def trl_results(config: Config, trl: Sequence[TRLRun], ours: Mapping[str, Sequence[TRLRun]]) -> dict:
+def trl_results(config: Config, trl: Sequence[Measured], ours: Mapping[str, Sequence[Measured]]) -> dict:
     """Everything that `dvpo bench trl` measured, from the rounds of TRL and of each algorithm of ours."""
     plan = derive_batch(config)
     tokens = config.rollout.max_response_tokens
@@ -58,7 +66,7 @@ def trl_results(config: Config, trl: Sequence[TRLRun], ours: Mapping[str, Sequen
     }
 
 
-def _contestant(rounds: Sequence[TRLRun], samples: int) -> dict:
+def _contestant(rounds: Sequence[Measured], samples: int) -> dict:
     """Seconds are medians over rounds of a round's median; the range of samples per second is that of all steps."""
     medians = [_medians(run.steps) for run in rounds]
     seconds = {name: statistics.median(one[name] for one in medians) for name in SHOWN}
@@ -76,7 +84,7 @@ def _medians(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(step[name] for step in whole) for name in SHOWN}
 
 
-def _steps(rounds: Sequence[TRLRun]) -> list[float]:
+def _steps(rounds: Sequence[Measured]) -> list[float]:
     """Median seconds of a step in each round."""
     return [_medians(run.steps)["step"] for run in rounds]
 
