@@ -15,7 +15,7 @@ from dvpo_ray.experiments.distribution_shift import measure_shift
 from dvpo_ray.experiments.results import markdown, write_result
 from dvpo_ray.experiments.study import Run, Study
 from dvpo_ray.monitoring.console import RunConsole
-from dvpo_ray.monitoring.summary import write_summary
+from dvpo_ray.monitoring.run_files import write_summary
 
 # ----------------------------------------------------------------------------------------------------------- stages
 
