@@ -13,7 +13,7 @@ from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.health.diagnostics import ensemble_std
 from dvpo_ray.models.compiling import compile_layers
-from dvpo_ray.models.forward import batch_log_probs, batch_values
+from dvpo_ray.models.forward import MinLength, batch_log_probs, batch_values
 from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.runtime.process import Actor
 
@@ -92,14 +92,19 @@ class RewardScorer(ValueScorer):
 
 
 class ReferenceModel(FrozenModel):
-    """The frozen copy of the policy. KL is measured from it."""
+    """The frozen copy of the policy. KL is measured from it.
+
+    Args:
+        stop_token_ids: tokens that end a response.
+    """
 
     role = "reference"
 
-    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+    def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int] = frozenset()) -> None:
         super().__init__(index, run_folder)
         self.max_tokens = config.reference.micro_batch_tokens
         self.temperature = config.rollout.temperature
+        self.min_length = MinLength.of(config.rollout.min_response_tokens, stop_token_ids)
         self.model = load_policy(config.model, default_device())
         if config.reference.compile:
             compile_layers(self.model, "reference.compile")
@@ -108,4 +113,5 @@ class ReferenceModel(FrozenModel):
     def score(self, batch: RaggedBatch) -> Fields:
         """`reference_log_probs` of the response tokens, 0 on prompts."""
         with self.clock.busy():
-            return Fields(by_token={"reference_log_probs": batch_log_probs(self.model, batch, self.max_tokens, self.temperature)})
+            log_probs = batch_log_probs(self.model, batch, self.max_tokens, self.temperature, min_length=self.min_length)
+            return Fields(by_token={"reference_log_probs": log_probs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from dvpo_ray.actors.minibatches import Minibatch, cut_minibatches
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
+from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.deepspeed import gather_parameters
-from dvpo_ray.models.forward import batch_log_probs, response_log_probs
-from dvpo_ray.models.loading import load_policy, load_tokenizer, torch_dtype
+from dvpo_ray.models.forward import MinLength, batch_log_probs, response_log_probs
+from dvpo_ray.models.loading import first_line, load_policy, load_tokenizer, save_policy, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
 from dvpo_ray.policy.losses import combine_metrics, policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import mismatch_metrics
@@ -32,13 +34,21 @@ class PolicyLearner(DeepSpeedRank):
 
     A shard has the token fields `advantages`, `loss_mask`, `log_probs` (the rollout engine's) and
     `reference_log_probs`; every rank gets the same number of rows.
+
+    Args:
+        stop_token_ids: tokens that end a response.
     """
 
     role = "learner"
 
-    def __init__(self, config: Config, index: int, run_folder: str) -> None:
+    def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int] = frozenset()) -> None:
         super().__init__(index, run_folder)
         self.config = config
+        self.run_folder = Path(run_folder)
+        self.sampled = {
+            "temperature": config.rollout.temperature,
+            "min_length": MinLength.of(config.rollout.min_response_tokens, stop_token_ids),
+        }
         self.micro_batch_tokens = config.batch.micro_batch_tokens
         self.optimizer_steps_per_batch = config.batch.update_epochs * config.batch.minibatches_per_epoch
 
@@ -55,8 +65,23 @@ class PolicyLearner(DeepSpeedRank):
         if config.policy.lora is not None:
             model = apply_lora(model, config.policy.lora)
         self._shard(model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps)
-        # The engines load the same checkpoint, so weights that are not trained never travel.
-        self.sender = make_sender(transport, config, engines, partial(self._weights, changing_only=True), self.index)
+        self._rehearse_saving()
+        self.sender = make_sender(transport, config, engines, self._weights, self.index)
+        self.engines_are_whole = False
+
+    def _rehearse_saving(self) -> None:
+        """Save the policy without its weights: what cannot be saved shows before the first step, not after the last."""
+        if self.index == 0:
+            with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.run_folder) as folder:
+                try:
+                    self._save({}, Path(folder))
+                except (OSError, ValueError, TypeError) as error:
+                    raise ResourceError(f"the policy of {self.config.model.path} cannot be saved: {first_line(error)}") from error
+
+    def _save(self, weights: dict[str, Tensor], folder: Path) -> None:
+        base = self.model.get_base_model() if self.config.policy.lora is not None else self.model
+        tokenizer = load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
+        save_policy(base, weights, tokenizer, self.config.model, folder)
 
     def _weights(self, changing_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         gather = gather_parameters if self.config.policy.deepspeed.zero_stage == 3 else None
@@ -88,7 +113,7 @@ class PolicyLearner(DeepSpeedRank):
 
     def log_probs(self, batch: RaggedBatch) -> np.ndarray:
         """Log-probability of every response token under the current weights, float32 [N], 0 on prompts."""
-        return batch_log_probs(self.model, batch, self.micro_batch_tokens, self.config.rollout.temperature, run=self.engine)
+        return batch_log_probs(self.model, batch, self.micro_batch_tokens, **self.sampled, run=self.engine)
 
     def _losses(self, minibatch: Minibatch, kl_coefficient: float, tally: _Tally) -> list[Callable[[], Tensor]]:
         """One loss function per pass; every rank has the same number of them."""
@@ -101,7 +126,7 @@ class PolicyLearner(DeepSpeedRank):
             self.model,
             batch,
             rows,
-            temperature=self.config.rollout.temperature,
+            **self.sampled,
             entropy_gradient=settings.entropy_coefficient > 0,
             run=self.engine,
         )
@@ -135,9 +160,13 @@ class PolicyLearner(DeepSpeedRank):
     # ------------------------------------------------------------------------- weights, checkpoints, final model
 
     def sync_weights(self, version: int) -> None:
-        """Bring the current weights to all rollout engines as policy version `version`; a collective of all ranks."""
+        """Bring the current weights to all rollout engines as policy version `version`; a collective of all ranks.
+
+        The first time all weights travel, because the engines start without any. Later those that training changes do.
+        """
         with self.clock.busy():
-            self.sender.send(version)
+            self.sender.send(version, changing_only=self.engines_are_whole)
+            self.engines_are_whole = True
 
     def save_pretrained(self, folder: str) -> None:
         """Write a Hugging Face checkpoint with its tokenizer, LoRA merged; a collective of all ranks, written by rank 0."""
@@ -146,10 +175,8 @@ class PolicyLearner(DeepSpeedRank):
             if self.index == 0:
                 weights[name] = tensor.cpu().clone()
         if self.index == 0:
-            base = self.model.get_base_model() if self.config.policy.lora is not None else self.model
             with clear_when_full(Path(folder)):
-                base.save_pretrained(folder, state_dict=weights)
-                load_tokenizer(self.config.model.path, self.config.model.trust_remote_code).save_pretrained(folder)
+                self._save(weights, Path(folder))
 
 
 class _Tally:

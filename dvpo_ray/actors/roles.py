@@ -101,8 +101,16 @@ def started_roles(
     actors: dict[str, list[ActorHandle]] = {}
     with reserved(bundles, config.ray) as room:
         try:
+            gets_weights = only is None or "learner" in only
+            more_of = {
+                # Engines beside a learner start with random weights: the first sync brings all of them, and the check of the first
+                # rollouts then shows that every part arrives.
+                "rollout": (stop_token_ids, transport, max_sequence_tokens, not gets_weights),
+                "reference": (stop_token_ids,),
+                "learner": (stop_token_ids,),
+            }
             for bundle in bundles:
-                more = (stop_token_ids, transport, max_sequence_tokens) if bundle.role == "rollout" else ()
+                more = more_of.get(bundle.role, ())
                 actors.setdefault(bundle.role, []).append(_start(config, bundle, room, run_folder, *more))
             pids = wait_until_ready(actors, patience)
             roles = Roles(actors, [pid for role in pids.values() for pid in role], room, run_folder)

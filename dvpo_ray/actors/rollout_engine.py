@@ -20,14 +20,24 @@ class RolloutEngine(Actor):
         stop_token_ids: tokens that end a response.
         transport: how new weights arrive: `object_store`, `nccl` or `ipc`.
         max_sequence_tokens: longest prompt and response together.
+        loads_weights: take the weights of the checkpoint. Without it the first sync must bring all of them.
     """
 
     role = "rollout"
 
-    def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        run_folder: str,
+        stop_token_ids: frozenset[int],
+        transport: str,
+        max_sequence_tokens: int,
+        loads_weights: bool = True,
+    ) -> None:
         super().__init__(index, run_folder)
         self.chunk_rows = config.rollout.rollouts_per_chunk
-        self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens)
+        self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens, loads_weights)
         self.policy_version = 0
 
     def generate(self, prompts: Sequence[Sequence[int]], step: int, row_ids: Sequence[int], seed: int, greedy: bool = False) -> Iterator[RaggedBatch]:
@@ -87,18 +97,21 @@ class RolloutEngine(Actor):
         self.policy_version = version
 
 
-def make_backend(config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int) -> RolloutBackend:
-    """The backend that `rollout.backend` names, with the policy's initial weights loaded.
+def make_backend(
+    config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int, loads_weights: bool = True
+) -> RolloutBackend:
+    """The backend that `rollout.backend` names.
 
     Args:
         stop_token_ids: tokens that end a response.
         transport: how new weights will arrive: `object_store`, `nccl` or `ipc`.
         max_sequence_tokens: longest prompt and response together.
+        loads_weights: take the weights of the checkpoint; transformers always does.
     """
     if config.rollout.backend == "vllm":
         from dvpo_ray.actors.vllm_backend import VLLMBackend
 
-        return VLLMBackend(config, stop_token_ids, transport, max_sequence_tokens)
+        return VLLMBackend(config, stop_token_ids, transport, max_sequence_tokens, loads_weights)
     from dvpo_ray.actors.transformers_backend import TransformersBackend
 
     return TransformersBackend(config, stop_token_ids)

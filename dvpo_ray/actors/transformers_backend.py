@@ -19,7 +19,6 @@ class TransformersBackend:
 
     def __init__(self, config: Config, stop_token_ids: frozenset[int]) -> None:
         self.model = load_policy(config.model, default_device())
-        self.model.generation_config = GenerationConfig()  # else what the checkpoint suggests fills in what the settings below leave open
         self.parameters = dict(self.model.named_parameters())
         self.batch_size = config.rollout.max_concurrent_sequences
         self.pad_token_id = min(stop_token_ids)  # fills rows that have ended; nothing reads it

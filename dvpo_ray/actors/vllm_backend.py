@@ -19,7 +19,7 @@ WeightTransferEngineFactory.register_engine("object_store", "dvpo_ray.sync.vllm_
 class VLLMBackend:
     """One vLLM engine in this process (and in its tensor-parallel workers)."""
 
-    def __init__(self, config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int) -> None:
+    def __init__(self, config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int, loads_weights: bool = True) -> None:
         rollout = config.rollout
         on_gpu = rollout.gpus_per_actor > 0
         if not rollout.enforce_eager:
@@ -27,6 +27,7 @@ class VLLMBackend:
         self.llm = LLM(
             model=config.model.path,
             dtype=config.model.dtype,
+            load_format="auto" if loads_weights else "dummy",
             trust_remote_code=config.model.trust_remote_code,
             skip_tokenizer_init=True,  # prompts arrive as token ids and text is made elsewhere
             generation_config="vllm",  # sampling is what this config says, not what the checkpoint suggests

@@ -16,7 +16,7 @@ from dvpo_ray.config.inputs import MANIFEST, no_artifact
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
-from dvpo_ray.gvm.model import head_parameters, load_token_classifier
+from dvpo_ray.gvm.model import head_parameters, load_value_model, value_head
 from dvpo_ray.models.loading import default_device, first_line, load_model_config, torch_dtype
 
 FORMAT_VERSION = 1
@@ -107,7 +107,8 @@ def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
         ResourceError: the disk is full; the folder is left as it was.
     """
     with whole_folder(folder) as draft:
-        model.save_pretrained(draft, state_dict={name: tensor.contiguous() for name, tensor in state.items()})
+        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+        model.save_pretrained(draft, state_dict=contiguous, save_original_format=False)
         tokenizer.save_pretrained(draft)
         hashes = {file.name: _file_hash(file) for file in sorted(draft.glob("*.safetensors"))}
         whole = manifest.model_copy(update={"weights_sha256": hashes, "config_sha256": _file_hash(draft / CONFIG)})
@@ -161,12 +162,12 @@ def load_gvm(
         check_tokenizer(folder, manifest, tokenizer, chat_template)
     check_files(folder, manifest)
     config = load_model_config(str(folder), trust_remote_code)
-    model, report = load_token_classifier(str(folder), config, dtype, attention, trust_remote_code)
+    model, report = load_value_model(str(folder), config, dtype, attention, trust_remote_code)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{folder}: weights are missing and would be newly initialised: {', '.join(missing[:3])}; train the GVM again")
     model.requires_grad_(False).eval().to(device)
-    _float32_head(model)
+    value_head(model).float()
     return model, manifest
 
 
@@ -282,12 +283,6 @@ def _tensor_shapes(files: list[Path]) -> dict[str, list[int]]:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: damaged or truncated weights ({first_line(error)}); copy the artifact again") from error
     return shapes
-
-
-def _float32_head(model: PreTrainedModel) -> None:
-    name = _head_weight(model).removesuffix(".weight")
-    head = model.get_submodule(name).float()
-    head.register_forward_pre_hook(lambda _module, args: (args[0].float(),))
 
 
 # ---------------------------------------------------------------------------------------------------- fingerprints

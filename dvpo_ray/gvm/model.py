@@ -1,16 +1,65 @@
-"""The value model: a transformers token classifier with one label. Its logit at a token is the value of the state after the token."""
+"""The value model: the trunk of a causal language model with a linear head. Its output at a token is the value of the state after the token.
+
+It exists for every causal language model. Where transformers has a token classifier for the architecture, the value model is that class
+with one label, so that the artifact loads as `AutoModelForTokenClassification`. Elsewhere the class is made here, in the same form.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-from torch import nn
-from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import TokenClassifierOutput
 
 from dvpo_ray.config.schema import LoraConfig
 from dvpo_ray.errors import InputError
-from dvpo_ray.models.cpu_linear import use_fast_linears
-from dvpo_ray.models.loading import load_checkpoint, load_model_config
+from dvpo_ray.models.cpu_linear import OneDNNLinear, onednn_is_faster, use_fast_linears
+from dvpo_ray.models.loading import load_checkpoint, load_model_config, turn_off_randomness
 from dvpo_ray.models.trainable import apply_lora
+
+
+class ValueHead(nn.Linear):
+    """A linear layer that computes in float32, whatever the dtype of the trunk and of its own weight.
+
+    Rounding a value near 1 to bfloat16 would cost 0.004, more than most tokens change it.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.weight.dtype == torch.float32 and onednn_is_faster():
+            return OneDNNLinear.forward(self, hidden.float())
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden.float(), self.weight.float(), bias)
+
+
+def value_model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of value models of an architecture."""
+    if type(config) in AutoModelForTokenClassification._model_mapping:
+        return AutoModelForTokenClassification._model_mapping[type(config)]
+    return _made_class(AutoModelForCausalLM._model_mapping[type(config)])
+
+
+@cache
+def _made_class(language_model: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A token classifier of one label on the trunk of a language model, like those of transformers."""
+    base = next(cls for cls in language_model.__mro__ if cls.__name__.endswith("PreTrainedModel"))  # the architecture's own
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        base.__init__(self, config)
+        setattr(self, self.base_model_prefix, AutoModel.from_config(config))
+        # What the output projection would read; in some architectures that is not the hidden size.
+        width = getattr(config.get_text_config(), "word_embed_proj_dim", config.get_text_config().hidden_size)
+        self.score = nn.Linear(width, 1)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **inputs) -> TokenClassifierOutput:
+        hidden = getattr(self, self.base_model_prefix)(input_ids=input_ids, **inputs).last_hidden_state
+        return TokenClassifierOutput(logits=self.score(hidden))
+
+    name = language_model.__name__.removesuffix("LMHeadModel").removesuffix("ForCausalLM") + "ForTokenClassification"
+    return type(name, (base,), {"__init__": __init__, "forward": forward, "__module__": __name__})
 
 
 def new_value_model(
@@ -31,13 +80,12 @@ def new_value_model(
         keep_head: the checkpoint is a value model; keep its head.
 
     Raises:
-        InputError: the checkpoint is missing, lacks trunk weights or has fewer layers, or transformers has no token classifier for it.
+        InputError: the checkpoint is missing, lacks trunk weights, has fewer layers, or is not a causal language model.
     """
     config = load_model_config(path, trust_remote_code, num_labels=1)
-    remove_dropout(config)
     if num_layers is not None:
         keep_first_layers(config, num_layers, path)
-    model, report = load_token_classifier(path, config, dtype, attention, trust_remote_code)
+    model, report = load_value_model(path, config, dtype, attention, trust_remote_code)
     head = [name for name, _ in head_parameters(model)]
     missing = sorted(set(report["missing_keys"]) - set(head))
     if missing:
@@ -51,37 +99,35 @@ def new_value_model(
     return model.eval()
 
 
-def load_token_classifier(
+def load_value_model(
     path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, dict]:
-    """Load weights quietly and return the model with transformers' loading report.
+    """Load weights quietly and return the model, without dropout, with transformers' loading report.
 
     For the checkpoint of a language model the report names a new head and an unused output projection; the caller decides
     which other entries are errors.
     """
-    model, report = load_checkpoint(
-        "value model",
-        path,
-        lambda p: AutoModelForTokenClassification.from_pretrained(
-            p, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code, output_loading_info=True
-        ),
-    )
-    return use_fast_linears(model), report
+    turn_off_randomness(config)
+    options = {"config": config, "dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    cls = value_model_class(config)
+    if trust_remote_code and cls in AutoModelForTokenClassification._model_mapping.values():
+        cls, options = AutoModelForTokenClassification, options | {"trust_remote_code": True}
+    model, report = load_checkpoint("value model", path, lambda p: cls.from_pretrained(p, **options))
+    model = use_fast_linears(model)
+    value_head(model).__class__ = ValueHead
+    return model, report
+
+
+def value_head(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns a hidden state into a value."""
+    name = next(name for name, _ in head_parameters(model) if name.endswith(".weight"))
+    return model.get_submodule(name.removesuffix(".weight"))
 
 
 def head_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
     """The parameters of the value head by name: all outside the trunk (`score.weight` and `score.bias` in most architectures)."""
     trunk = f"{model.base_model_prefix}."
     return [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(trunk)]
-
-
-def remove_dropout(config: PretrainedConfig) -> None:
-    """Set every dropout in a model config to 0, in place; values must not differ between two passes."""
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if isinstance(value, (int, float)) and ("dropout" in name or name.endswith("_pdrop")):
-                setattr(part, name, 0.0)
-        part.classifier_dropout = 0.0  # transformers takes 0.1 if it is absent
 
 
 def keep_first_layers(config: PretrainedConfig, num_layers: int, path: str, key: str = "gvm.num_layers") -> None:
@@ -118,5 +164,5 @@ def check_trunk(path: str, num_layers: int | None, lora: LoraConfig | None, sect
         keep_first_layers(config, num_layers, path, key=f"{section}.num_layers")
     if lora is not None:
         with torch.device("meta"):
-            skeleton = AutoModelForTokenClassification.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = value_model_class(config)(config)
             apply_lora(skeleton.base_model, lora, task_type=None, key=f"{section}.lora")

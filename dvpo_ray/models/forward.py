@@ -6,7 +6,7 @@ fast attention kernels, and a row's result does not depend on its padding or on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.models.token_log_probs import token_log_probs
+from dvpo_ray.models.token_log_probs import Excluded, token_log_probs
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
@@ -84,6 +84,30 @@ def project_only(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[No
 
 
 @dataclass(frozen=True)
+class MinLength:
+    """The engine samples no stop token before a response has so many tokens.
+
+    Attributes:
+        tokens: `rollout.min_response_tokens`.
+        stop_token_ids: tokens that end a response.
+    """
+
+    tokens: int
+    stop_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokens: int, stop_token_ids: Iterable[int]) -> MinLength | None:
+        """None where there is no minimum."""
+        return cls(tokens, tuple(sorted(stop_token_ids))) if tokens else None
+
+    def excluded(self, batch: RaggedBatch, token_index: torch.Tensor) -> Excluded:
+        """What could not be sampled at some response tokens, given by their positions in the batch's flat arrays, int64 [n]."""
+        before = np.arange(batch.num_tokens) - np.repeat(batch.offsets[:-1] + batch.prompt_lengths, batch.lengths)
+        early = torch.from_numpy(before < self.tokens).to(token_index.device)
+        return Excluded(early[token_index], torch.tensor(self.stop_token_ids, device=token_index.device))
+
+
+@dataclass(frozen=True)
 class ResponseLogits:
     """Result of one forward pass for the response tokens of some rows.
 
@@ -104,6 +128,7 @@ def response_log_probs(
     rows: np.ndarray,
     *,
     temperature: float = 1.0,
+    min_length: MinLength | None = None,
     entropy: bool = True,
     entropy_gradient: bool = False,
     run: torch.nn.Module | None = None,
@@ -114,6 +139,7 @@ def response_log_probs(
         model: a causal language model of transformers; it has the output projection.
         rows: row indices of one micro-batch.
         temperature: logits are divided by it, as the rollout engine does before it samples.
+        min_length: as the rollout engine keeps it.
         entropy: compute the entropies.
         entropy_gradient: the entropies are differentiable.
         run: is called instead of `model`: a DeepSpeed engine around it.
@@ -126,18 +152,28 @@ def response_log_probs(
     predicts[:, :-1] = response[:, 1:]  # the logits at position j predict the token at j + 1
     with project_only(model, predicts):
         logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits.squeeze(0)
-    log_probs, entropies = token_log_probs(logits, padded.input_ids[response], temperature=temperature, entropy=entropy)
+    token_index = padded.token_index[response]
+    excluded = min_length.excluded(batch, token_index) if min_length is not None else None
+    log_probs, entropies = token_log_probs(logits, padded.input_ids[response], temperature=temperature, entropy=entropy, excluded=excluded)
     if entropies is not None and not entropy_gradient:
         entropies = entropies.detach()
-    return ResponseLogits(log_probs, entropies, padded.token_index[response])
+    return ResponseLogits(log_probs, entropies, token_index)
 
 
 @torch.no_grad()
-def batch_log_probs(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int, temperature: float = 1.0, *, run=None) -> np.ndarray:
+def batch_log_probs(
+    model: torch.nn.Module,
+    batch: RaggedBatch,
+    max_tokens: int,
+    temperature: float = 1.0,
+    *,
+    min_length: MinLength | None = None,
+    run: torch.nn.Module | None = None,
+) -> np.ndarray:
     """Log-probability of every response token of a batch, float32 [N], 0 on prompts; without gradients."""
     flat = torch.zeros(batch.num_tokens)
     for rows in micro_batches(batch.lengths, max_tokens):
-        out = response_log_probs(model, batch, rows, temperature=temperature, entropy=False, run=run)
+        out = response_log_probs(model, batch, rows, temperature=temperature, min_length=min_length, entropy=False, run=run)
         flat[out.token_index.cpu()] = out.log_probs.cpu()
     return flat.numpy()
 

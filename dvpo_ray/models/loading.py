@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from dvpo_ray.config.inputs import is_local, no_checkpoint
@@ -80,20 +90,64 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return load_checkpoint("tokenizer", path, lambda p: AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code))
 
 
-def load_policy(model: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The SFT checkpoint as a causal language model in evaluation mode (dropout off).
+def load_policy(model: ModelConfig, device: torch.device | str = "cpu", *, keeps_randomness: bool = False) -> PreTrainedModel:
+    """The SFT checkpoint as a causal language model in evaluation mode, which computes the same numbers in training mode.
+
+    What its generation_config.json suggests is left out; `save_policy` copies the file.
+
+    Args:
+        keeps_randomness: leave the dropout of the checkpoint's config on in training mode.
 
     Raises:
         InputError: the checkpoint is missing or is not a causal language model.
     """
+    config = load_model_config(model.path, model.trust_remote_code)
+    if not keeps_randomness:
+        turn_off_randomness(config)
     loaded = load_checkpoint(
         "model",
         model.path,
         lambda p: AutoModelForCausalLM.from_pretrained(
-            p, dtype=torch_dtype(model.dtype), attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
+            p, config=config, dtype=torch_dtype(model.dtype), attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
         ),
     )
+    ends = loaded.generation_config
+    loaded.generation_config = GenerationConfig(bos_token_id=ends.bos_token_id, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)
     return use_fast_linears(loaded.eval().to(device))
+
+
+def turn_off_randomness(config: PretrainedConfig) -> None:
+    """Set every dropout, layer drop and router jitter in a model config to 0, in place.
+
+    Sampling and training must use the same distribution, and values must not differ between two passes. Many architectures pass
+    the number to a function, so no module shows it; their configs have it under some name with `drop` or `jitter` in it.
+    """
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            turn_off_randomness(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and ("drop" in name or "jitter" in name or name.endswith("pdrop")):
+            setattr(config, name, 0.0)
+    config.classifier_dropout = 0.0  # transformers takes 0.1 if it is absent
+
+
+def save_policy(
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, source: ModelConfig, folder: Path
+) -> None:
+    """Write a Hugging Face checkpoint: the weights with the config, the generation config and the tokenizer of the source.
+
+    Args:
+        model: names the architecture.
+        weights: under their checkpoint names, as `full_weights` yields them. Without weights the call rehearses the saving.
+        source: the checkpoint that the model started from.
+    """
+    model.save_pretrained(folder, state_dict=weights, save_original_format=False)
+    config = load_model_config(source.path, source.trust_remote_code)  # with its own dropout, which is off in `model`
+    config.architectures, config.dtype = model.config.architectures or [type(model).__name__], model.config.dtype
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    suggestions = cached_file(str(Path(source.path).expanduser()), "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    if suggestions is not None:  # as it is: transformers refuses to write some files that it reads
+        shutil.copyfile(suggestions, folder / "generation_config.json")
 
 
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from dvpo_ray.config.schema import LoraConfig, ModelConfig, PolicyConfig
@@ -44,12 +47,13 @@ def train_last_layers(model: PreTrainedModel, count: int) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn every dropout off for good: sampling and training must use the same distribution."""
+    """Turn every dropout off for good, whatever the config of the model says: modules, and numbers that modules pass to functions."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str | None = "CAUSAL_LM", key: str = "lora") -> PeftModel:
@@ -126,10 +130,23 @@ def check_partial_training(model: ModelConfig, policy: PolicyConfig) -> None:
             apply_lora(skeleton, policy.lora, key="policy.lora")
 
 
-def _merged(module: LoraLayer, adapter: str = "default") -> tuple[Callable[[], torch.Tensor], list[nn.Parameter]]:
-    """A function that computes the adapted weight of a LoRA layer, W + scaling * B A, and the parameters that it needs."""
-    parameters = [module.base_layer.weight, module.lora_A[adapter].weight, module.lora_B[adapter].weight]
-    return lambda: parameters[0] + module.get_delta_weight(adapter).to(parameters[0].dtype), parameters
+def _adapted(base: PreTrainedModel) -> dict[int, LoraLayer]:
+    """The LoRA layer of each adapted parameter, by the id of the parameter. Wrappers of one module can be nested."""
+    found: dict[int, LoraLayer] = {}
+    for module in base.modules():
+        if isinstance(module, ParamWrapper):
+            found[id(module.get_param())] = module
+        elif isinstance(module, LoraLayer):
+            found[id(module.get_base_layer().weight)] = module
+    return found
+
+
+def _merged(parameter: torch.Tensor, layer: LoraLayer | None) -> torch.Tensor:
+    """The parameter with its adapter, W + scaling * B A, summed in float32 at least."""
+    if layer is None:
+        return parameter.detach()
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return (parameter.to(dtype) + layer.get_delta_weight("default").to(dtype)).to(parameter.dtype).detach()
 
 
 def _changing(base: PreTrainedModel) -> set[str]:
@@ -138,36 +155,43 @@ def _changing(base: PreTrainedModel) -> set[str]:
     Inference engines fuse the projections of a layer and can't load half of a fused weight, so a layer travels whole.
     """
     trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
-    layers = decoder_layers(base)
-    blocks = tuple(f"{name}." for name, module in base.named_modules() if any(module is layer for layer in layers))
-    moving = tuple(block for block in blocks if any(name.startswith(block) for name in trained))
+    moving = tuple(block for block in _blocks(base) if any(name.startswith(block) for name in trained))
     return trained | {name for name, _ in base.named_parameters() if name.startswith(moving)}
 
 
+def _blocks(base: PreTrainedModel) -> list[str]:
+    """The prefix of each decoder layer's parameters."""
+    layers = {id(layer) for layer in decoder_layers(base)}
+    return [f"{name}." for name, module in base.named_modules() if id(module) in layers]
+
+
 def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight of a model, whole, under its checkpoint name and with LoRA merged.
+    """Every weight and saved buffer of a model, whole, with LoRA merged, under the names and in the shapes of its checkpoints.
+
+    A model may hold several weights of a checkpoint as one parameter (the experts of a layer, for example). The weights of a decoder
+    layer are turned back together.
 
     Args:
         model: a transformers model, or a peft LoRA model around one.
-        gather: makes a context manager in which the given parameters are whole (ZeRO-3); entered for one weight at a time,
-            never nested.
-        changing_only: leave out decoder layers, embeddings and norms without trained parameters.
+        gather: makes a context manager in which the given parameters are whole (ZeRO-3); entered for one decoder layer or one
+            other weight at a time, never nested.
+        changing_only: leave out buffers, and decoder layers, embeddings and norms without trained parameters.
 
     Yields:
         (name, tensor), detached. Tied weights appear once, under their first name.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    lora_layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    adapted = _adapted(base)
     chosen = _changing(base) if changing_only else None
-    for name, parameter in base.named_parameters():
-        if ".lora_" in name or (chosen is not None and name not in chosen):
-            continue
-        compute, parts, clean = (lambda p=parameter: p), [parameter], name.replace(".base_layer.", ".")
-        owner = name.removesuffix(".base_layer.weight")
-        if owner in lora_layers and owner != name:
-            compute, parts = _merged(lora_layers[owner])
-        if gather is None:
-            yield clean, compute().detach()
-        else:
-            with gather(parts):
-                yield clean, compute().detach()
+    blocks = _blocks(base)
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    buffers = [(name, buffer) for name, buffer in base.named_buffers() if name in base.state_dict()] if not changing_only else []
+    for name, parameter in [*base.named_parameters(), *buffers]:
+        if ".lora_" not in name and (chosen is None or name in chosen):
+            groups.setdefault(next((block for block in blocks if name.startswith(block)), name), {})[name] = parameter
+    for group in groups.values():
+        layers = [adapted[id(parameter)] for parameter in group.values() if id(parameter) in adapted]
+        parts = [*group.values(), *(p for layer in layers for n, p in layer.named_parameters() if n.startswith("lora_"))]
+        with nullcontext() if gather is None else gather(parts):
+            whole = {name.replace(".base_layer", ""): _merged(parameter, adapted.get(id(parameter))) for name, parameter in group.items()}
+            yield from revert_weight_conversion(base, whole).items()

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dvpo_ray.config.inputs import is_made, value_model_start
 from dvpo_ray.config.schema import Config, ModelConfig, PreferenceTraining
-from dvpo_ray.gvm.model import keep_first_layers
+from dvpo_ray.gvm.model import keep_first_layers, value_model_class
 from dvpo_ray.models.loading import load_model_config, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, decoder_layers, train_last_layers
 
@@ -66,8 +66,10 @@ class ModelPlan:
 
     def build(self) -> PreTrainedModel:
         """The model on the current device, without adapters; `trainable_layers` are applied."""
-        auto = AutoModelForTokenClassification if self.has_value_head else AutoModelForCausalLM
-        model = auto.from_config(self.model_config, dtype=torch_dtype(self.settings.dtype), attn_implementation=self.settings.attention)
+        options = {"dtype": torch_dtype(self.settings.dtype), "attn_implementation": self.settings.attention}
+        if self.has_value_head:
+            return value_model_class(self.model_config)._from_config(self.model_config, **options)
+        model = AutoModelForCausalLM.from_config(self.model_config, **options)
         if self.policy is not None and self.policy.trainable_layers is not None:
             train_last_layers(model, self.policy.trainable_layers)
         return model

@@ -16,7 +16,8 @@ from ray.actor import ActorHandle
 
 from dvpo_ray.errors import ResourceError
 
-WeightStream = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+WeightStream = Callable[[bool], Iterable[tuple[str, torch.Tensor]]]
+"""The learner's weights under their checkpoint names: all of them, or (with True) those that training changes."""
 
 
 class EngineClient:
@@ -70,5 +71,9 @@ class EngineClient:
 class WeightSender(Protocol):
     """The learner's end of a transport. Every learner rank calls `send`; rank 0 talks to the engines."""
 
-    def send(self, version: int) -> None:
-        """Replace the engines' weights by the learner's current ones, as policy version `version`."""
+    def send(self, version: int, *, changing_only: bool) -> None:
+        """Replace the engines' weights by the learner's current ones, as policy version `version`.
+
+        Args:
+            changing_only: leave out the weights that training does not change, because the engines have them.
+        """

@@ -24,14 +24,14 @@ class ObjectStoreSender:
         if is_sender:
             client.init_weight_transfer_engine({})
 
-    def send(self, version: int) -> None:
+    def send(self, version: int, *, changing_only: bool) -> None:
         if not self.is_sender:
-            for _ in self.weights():  # gathering sharded weights is a collective of all ranks
+            for _ in self.weights(changing_only):  # gathering sharded weights is a collective of all ranks
                 pass
             return
         self.client.begin()
         self.client.start_weight_update()
-        for bucket in pack(self.weights(), self.bucket_bytes, self.checksum):
+        for bucket in pack(self.weights(changing_only), self.bucket_bytes, self.checksum):
             self.client.update_weights(ray.put(bucket))
         self.client.finish_weight_update()
         self.client.set_policy_version(version)

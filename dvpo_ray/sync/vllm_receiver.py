@@ -9,6 +9,7 @@ import numpy as np
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from dvpo_ray.sync.object_store import unpack
 
@@ -39,11 +40,12 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
         pass
 
     def start_weight_update(self) -> None:
+        self.loaded: set[str] = set()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         weights: Any = unpack(update_info.names, update_info.dtypes, update_info.shapes, update_info.data, update_info.crc32)
-        self.model.load_weights(weights)
+        self.loaded |= set(self.model.load_weights(weights) or ())
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -52,6 +54,16 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
+        if current_platform.is_cpu():
+            self._pack_experts()
+
+    def _pack_experts(self) -> None:
+        """Pack new weights of mixtures of experts for the CPU's kernel. vLLM does it at the first loading only, and a reload leaves
+        plain weights where the kernel reads packed ones."""
+        for name, module in self.model.named_modules():
+            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+            if kernel is not None and any(loaded.startswith(f"{name}.") for loaded in self.loaded):
+                kernel.fused_experts.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         pass

@@ -21,16 +21,17 @@ class LearnerWeights(WeightSource):
 
     def __init__(self, weights: WeightStream) -> None:
         self._weights = weights
-        self._metadata: list[ParamMeta] | None = None
+        self._metadata: dict[bool, list[ParamMeta]] = {}
+        self.changing_only = False
 
     def metadata(self) -> list[ParamMeta]:
         """Names, dtypes and shapes; the first call gathers every weight once to find them."""
-        if self._metadata is None:
-            self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self._weights()]
-        return self._metadata
+        if self.changing_only not in self._metadata:
+            self._metadata[self.changing_only] = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+        return self._metadata[self.changing_only]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self._weights())
+        return iter(self._weights(self.changing_only))
 
 
 class VLLMSender:
@@ -49,10 +50,11 @@ class VLLMSender:
             )
         else:
             init_info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=bucket_bytes, rank=rank)
-        self.is_sender = rank == 0
-        self.engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=LearnerWeights(weights))
+        self.is_sender, self.source = rank == 0, LearnerWeights(weights)
+        self.engine = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=self.source)
 
-    def send(self, version: int) -> None:
+    def send(self, version: int, *, changing_only: bool) -> None:
+        self.source.changing_only = changing_only
         self.client.begin()
         self.engine.send_weights()
         if self.is_sender:
