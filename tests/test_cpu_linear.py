@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dvpo_ray.config.schema import LoraConfig, ModelConfig
-from dvpo_ray.gvm.model import new_value_model
+from dvpo_ray.gvm.model import ValueHead, new_value_model
 from dvpo_ray.models import cpu_linear
 from dvpo_ray.models.cpu_linear import OneDNNLinear, use_fast_linears
 from dvpo_ray.models.loading import load_policy
@@ -62,7 +62,7 @@ def test_models_are_loaded_with_it_and_adapters_find_its_layers(everywhere, tiny
     policy = load_policy(ModelConfig(path=str(tiny_model), dtype="float32"))
     kinds = {type(module) for module in policy.modules() if isinstance(module, nn.Linear)}
     assert kinds == {OneDNNLinear}
-    assert {type(m) for m in new_value_model(str(tiny_model)).modules() if isinstance(m, nn.Linear)} == {OneDNNLinear}
+    assert {type(m) for m in new_value_model(str(tiny_model)).modules() if isinstance(m, nn.Linear)} == {OneDNNLinear, ValueHead}
     adapted = apply_lora(policy, LoraConfig(rank=2))
     adapted(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
     assert any("lora_B" in name and p.grad is not None and p.grad.abs().sum() > 0 for name, p in adapted.named_parameters())

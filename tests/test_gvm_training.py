@@ -152,7 +152,7 @@ def test_a_run_is_not_resumed_with_another_length(run, settings, tmp_path):
     fewer = settings["data"]["preferences"] | {"path": write_pairs(tmp_path / "train.jsonl", 30, 0)}
     kept = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(kept.replace(settings["data"]["preferences"]["path"], fewer["path"]))
-    with pytest.raises(InputError, match="the run had 18 steps, .*train.jsonl gives 8 now; resume with the data that it started with"):
+    with pytest.raises(InputError, match="the run had 18 steps, .*train.jsonl gives 8 now; resume with the data of its start"):
         train(settings | {"data": settings["data"] | {"preferences": fewer}}, out, resume=True)
     (out / "config.yaml").write_text(kept)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -19,6 +19,7 @@ from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.health.diagnostics import confidence, health_statistics
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 from dvpo_ray.policy.advantages import compute_advantages, value_targets
+from dvpo_ray.policy.mismatch import check_same_weights
 from dvpo_ray.policy.statistics import batch_statistics, sequence_kl
 from dvpo_ray.refresh.samples import usable_samples, write_samples
 from dvpo_ray.runtime.process import Actor
@@ -101,6 +102,14 @@ class ExperienceBuilder(Actor):
         """The batch in `count` parts that hold what their reader needs."""
         lean = self.batch.only(*fields)
         return [lean.select(rows) for rows in balanced_shards(lean.lengths, count)]
+
+    def check_start(self, chunks: list[ScoredChunk]) -> None:
+        """Check that engine and reference agree on the first rollouts of a run; see `check_same_weights`."""
+        with self.clock.busy():
+            batch = _gather(chunks)
+            mask = batch.response_mask
+            engine, reference = (batch.by_token[name][mask] for name in ("log_probs", "reference_log_probs"))
+            check_same_weights(engine, reference, self.config.model.dtype)
 
     def gather(self, chunks: list[ScoredChunk]) -> RaggedBatch:
         """The rows of some chunks as one batch, in the order of their ids."""

@@ -115,6 +115,7 @@ def profile_steps(
     ):
         memory.add_pids(roles.local_pids)
         loop = PolicyLoop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
+        loop.sync(0)
         for step in range(1, config.train.steps + 1):
             with around_last_step(roles) if step == config.train.steps else nullcontext():
                 started = time.perf_counter()

@@ -135,11 +135,20 @@ def too_long_rows(config: Config, context: int | None = None) -> str | None:
     )
 
 
+def biased_sampling(config: Config) -> str | None:
+    """Why a run of policy optimisation cannot sample like this; None where it can."""
+    if config.rollout.top_p == 1.0:
+        return None
+    return (
+        f"rollout.top_p is {config.rollout.top_p:g}: the engine would sample from a distribution that is cut off differently for every policy, so "
+        "importance ratios and KL would be biased; set rollout.top_p=1 (dvpo eval takes any)"
+    )
+
+
 def policy_misfits(config: Config) -> list[str]:
     """What a run of policy optimisation asks of `model.path` that its config.json does not have; nothing for a hub name."""
-    too_long = too_long_rows(config)
     layers = _too_many_layers("policy.trainable_layers", config.policy.trainable_layers, config.model.path)
-    return layers if too_long is None else [*layers, too_long]
+    return [*layers, *(problem for problem in (too_long_rows(config), biased_sampling(config)) if problem is not None)]
 
 
 def value_model_misfits(config: Config, section: Literal["gvm", "reward_model"] = "gvm") -> list[str]:

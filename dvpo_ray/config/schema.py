@@ -278,7 +278,9 @@ class RolloutConfig(RoleConfig):
     max_response_tokens: Count = Field(1024, description="A response that reaches this length is cut off there.")
     min_response_tokens: CountOrZero = Field(0, description="EOS is not sampled before this many tokens.")
     temperature: Positive = Field(1.0, description="Log-probs are those of the tempered distribution.")
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="Below 1, log-probs are renormalised and importance ratios are biased.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0, description="For `dvpo eval` alone; `dvpo train` refuses a value below 1, which would bias its importance ratios."
+    )
     max_concurrent_sequences: Count = Field(256, description="Sequences that an engine decodes at the same time.")
     rollouts_per_chunk: Count = Field(16, description="Finished rollouts that an engine hands on for scoring at a time.")
     kv_cache_gib: Count = Field(1, description="vLLM's KV cache on a CPU; on a GPU `gpu_memory_utilization` decides.")
@@ -334,6 +336,8 @@ class PolicyConfig(RoleConfig, OptimizerConfig):
     def _one_kind_of_partial_training(self) -> PolicyConfig:
         if self.lora is not None and self.trainable_layers is not None:
             raise ValueError("set lora or trainable_layers, not both (lora.layers chooses the adapted layers)")
+        if self.lora is not None and self.lora.dropout > 0:
+            raise ValueError("lora.dropout must be 0: the policy that is trained would not be the one that sampled (gvm.lora.dropout may be set)")
         return self
 
 

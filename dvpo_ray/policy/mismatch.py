@@ -50,3 +50,33 @@ def check_mismatch(metrics: dict[str, float], max_token_mult_error: float | None
         "check that both use the same dtype, that rollout.top_p is 1 and that the weights arrive (weight_sync.checksum=true), "
         "or set mismatch.max_token_mult_error higher or to null"
     )
+
+
+START_BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (0.01, 1.0), "float16": (0.005, 0.5)}
+"""By dtype: the largest |mean difference| per token and the largest difference of one token, in nats, of two computations of one model.
+docs/metrics.md has measured values."""
+
+
+def check_same_weights(engine_log_probs: np.ndarray, reference_log_probs: np.ndarray, dtype: str) -> None:
+    """Stop a run whose engine and reference disagree while both have the same weights: before the first update.
+
+    The two are compared on the run's own first rollouts. The mean of the difference is the KL of the policy to the reference per token,
+    which is 0 for equal weights.
+
+    Args:
+        engine_log_probs, reference_log_probs: float [n], of the response tokens.
+        dtype: of the computation, a key of `START_BOUNDS`.
+
+    Raises:
+        ResourceError: a difference is out of bounds; names both numbers.
+    """
+    difference = engine_log_probs.astype(np.float64) - reference_log_probs
+    mean, largest = float(difference.mean()), float(np.abs(difference).max())
+    mean_bound, largest_bound = START_BOUNDS[dtype]
+    if abs(mean) <= mean_bound and largest <= largest_bound:
+        return
+    raise ResourceError(
+        f"the engine and the reference have the same weights, but their log-probs differ on the first {len(difference)} tokens: KL {mean:.3g} nats "
+        f"per token (at most {mean_bound:g} in {dtype}), largest difference {largest:.3g} nats (at most {largest_bound:g}); the engine does not "
+        "compute this model as transformers does: try rollout.backend=transformers, or another vLLM"
+    )

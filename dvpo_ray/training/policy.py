@@ -55,6 +55,7 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
     """All steps from the checkpoint or the start on, and what comes after them."""
     config = run.config
     if run.checkpoint is None:
+        loop.sync(0)  # engines start without weights
         state.evaluate(loop, console)
     else:
         loop.load(*run.checkpoint)
@@ -101,6 +102,7 @@ class PolicyLoop(Stages):
                 wait(ref for chunk in [*chunks, *greedy] for role, ref in chunk.scores.items() if role != "reference")
             with watch.stage("reference"):
                 wait(chunk.scores["reference"] for chunk in chunks)
+            self.check_start(chunks)
             with watch.stage("advantage"):
                 batch_metrics, shards = self.advantages(chunks, greedy)
             if is_due(step, self.config.train.save_rollouts_every_steps):

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.inputs import too_long_rows
+from dvpo_ray.config.inputs import biased_sampling, too_long_rows
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
@@ -56,9 +56,9 @@ def load_inputs(config: Config) -> Inputs:
     check_partial_training(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     context = context_tokens(config.model.path, config.model.trust_remote_code)
-    too_long = too_long_rows(config, context)
-    if too_long is not None:
-        raise InputError(too_long)
+    for problem in (biased_sampling(config), too_long_rows(config, context)):
+        if problem is not None:
+            raise InputError(problem)
     manifest = _scoring_manifest(config, tokenizer)
     _check_examples(config, manifest.context, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
     _check_ensemble(config, manifest, tokenizer)

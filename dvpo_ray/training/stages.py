@@ -48,6 +48,7 @@ class Stages:
         self.algorithm = ALGORITHMS[config.algorithm]
         self.kl = AdaptiveKLController(config.kl.coefficient, config.kl.adaptive_target_nats, config.kl.adaptive_horizon)
         self.policy_version = 0
+        self.start_is_checked = False
         self.pool = RolloutPool(roles.engines, config.seed)
         self.samples_per_step = derive_batch(config).samples_per_step
         self._turns = itertools.count()
@@ -82,6 +83,12 @@ class Stages:
         """
         scored_by = list(scored_by)
         return [self._score(chunk, scored_by, examples) for chunk in self.pool.sample(prompts, step, stream=stream, greedy=greedy)]
+
+    def check_start(self, chunks: list[ScoredChunk]) -> None:
+        """Before the first update engine and reference have the same weights: check on the first rollouts that they agree."""
+        if self.policy_version == 0 and not self.start_is_checked:
+            get(self.roles.builder.check_start.remote(chunks), what="the check of the first rollouts")
+        self.start_is_checked = True
 
     def _score(self, rollouts: ObjectRef, roles: Sequence[str], examples: ObjectRef | None) -> ScoredChunk:
         turn, scores = next(self._turns), {}
@@ -128,6 +135,7 @@ class Stages:
     def evaluate(self, step: int) -> dict[str, float]:
         """Sample one response to each held-out prompt and judge it; the sampling seed is the same at every step."""
         chunks = self.rollout(self.heldout, step=0, scored_by=("reference",))
+        self.check_start(chunks)
         result = get(self.roles.builder.evaluate.remote(step, chunks), what="evaluation")
         self.role_statistics()  # what was spent here is not part of the next step
         return result
