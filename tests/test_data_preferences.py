@@ -108,6 +108,10 @@ def test_ultrafeedback_ties_state_no_preference_and_unscored_completions_do_not_
     path = write_jsonl(tmp_path / "uf.jsonl", rows)
     sets = load_preferences(PreferenceData(path=path), "error")
     assert len(sets.train) + len(sets.heldout) == 20
+    assert sets.notes == [f"{path}: left out 1 of 21 rows: all scored completions have the same score; the first is {path}:21"]
+    only_ties = write_jsonl(tmp_path / "ties.jsonl", rows[-1:])
+    with pytest.raises(InputError, match="ties.jsonl: in every pair the scores tie"):
+        load_preferences(PreferenceData(path=only_ties), "skip")
     with pytest.raises(BadRow, match="has 1 scored responses; a pair needs two"):
         parse_pair({"instruction": "q", "completions": [completion("a", 5.0), completion("b", None)]}, "uf")
 
@@ -147,6 +151,10 @@ BAD_ROWS = [
     ({**GOOD, "source_model": 7}, "`source_model` must be text, got int"),
     ({**GOOD, "chosen": "bad \ud800 text"}, "`chosen` has an unpaired surrogate at character 4"),
     ({"instruction": "q", "completions": ["a"]}, "`completions` must be a list of objects"),
+    ({**GOOD, "prompt": [USER, {**BLUE, "tool_calls": [{"name": "look"}]}, USER]}, "`prompt[1]` has `tool_calls` beside `content`, and only"),
+    ({"prompt": [USER], "chosen": [{**BLUE, "reasoning_content": "Why?"}], "rejected": [GREEN]}, "`chosen[0]` has `reasoning_content` beside"),
+    ({"prompt": [USER], "chosen": [BLUE], "rejected": [{**GREEN, "thinking": "Hm"}]}, "`rejected[0]` has `thinking` beside `content`"),
+    ({**GOOD, "prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "`prompt[0]` needs `content` as text, got list"),
 ]
 
 
@@ -160,15 +168,23 @@ def test_a_bad_row_names_file_line_and_fault(tmp_path, columns, message):
     assert "\n" not in str(error.value)
 
 
-def test_skipped_rows_are_counted_and_listed(tmp_path):
+def test_skipped_rows_are_counted_by_fault(tmp_path):
     rows = text_pairs(20)
     rows[4] = {"prompt": "p", "chosen": "c"}
+    rows[6] = {"prompt": "p", "chosen": "c", "extra": "e"}
+    rows[8] = {**rows[8], "chosen_score": 1, "rejected_score": 2}
+    rows[9] = {**rows[9], "chosen_score": 3.5, "rejected_score": 11}
     path = tmp_path / "pairs.jsonl"
     write_jsonl(path, rows)
     path.write_bytes(path.read_bytes() + b"\xff\n")
     sets = load_preferences(PreferenceData(path=str(path)), "skip")
-    assert len(sets.train) + len(sets.heldout) == 19
-    assert [line.split(": ")[0] for line in sets.skipped] == [f"{path}:5", f"{path}:21"]
+    assert len(sets.train) + len(sets.heldout) == 16
+    start = f"{path}: left out {{}} of 21 rows: bad (data.on_bad_row skip); the first is {path}:"
+    assert sets.notes == [
+        start.format(2) + "5: no `rejected`; the row has prompt, chosen",
+        start.format(2) + "9: `chosen_score` 1 is below `rejected_score` 2; swap the responses or leave the scores out",
+        start.format(1) + "21: not UTF-8 at byte 0; save the file as UTF-8",
+    ]
 
 
 def test_an_empty_or_wholly_bad_set_is_an_error(tmp_path):
@@ -238,13 +254,12 @@ def test_prompt_keys(one, other, equal):
     assert (prompt_key(one) == prompt_key(other)) is equal
 
 
-def test_heldout_file_is_used_as_it_is_and_its_overlap_reported(tmp_path, caplog):
+def test_heldout_file_is_used_as_it_is_and_its_overlap_reported(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", text_pairs(10))
     heldout = write_jsonl(tmp_path / "heldout.jsonl", text_pairs(12)[8:])
     sets = load_preferences(PreferenceData(path=train, heldout_path=heldout), "error")
     assert (len(sets.train), len(sets.heldout)) == (10, 4)
-    assert sets.warnings == [f"{train}: 2 of 4 held-out prompts are training prompts too; held-out results are too good"]
-    assert sets.warnings[0] in caplog.text
+    assert sets.notes == [f"{train}: 2 of 4 held-out prompts are training prompts too; held-out results are too good"]
 
 
 @pytest.mark.parametrize(
@@ -279,6 +294,11 @@ def test_limit_and_min_score_gap(tmp_path):
     assert len(apart.train) == 5
     assert all(pair.score_gap > 0.15 for pair in apart.train + apart.heldout)
     assert [pair.where for pair in apart.train] == [pair.where for pair in everything.train if pair.score_gap > 0.15][:5]
+    far = [pair.where for pair in everything.train if pair.score_gap > 0.15]
+    assert everything.notes == [] and apart.notes == [
+        f"{path}: left out 40 of 60 pairs: the scores are closer than data.preferences.min_score_gap 0.15; the first is {path}:1",
+        f"{path}: left out {len(far) - 5} of {len(far)} training pairs: data.preferences.limit is 5; the first is {far[5]}",
+    ]
 
     unscored = write_jsonl(tmp_path / "unscored.jsonl", text_pairs(20))
     with pytest.raises(InputError, match=r"min_score_gap: .*unscored.jsonl has no scores"):

@@ -1,6 +1,7 @@
 """Prompt sets: layouts, distinct prompts, held-out prompts."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -66,10 +67,29 @@ def test_a_bad_row_names_itself(tmp_path, columns, message):
 
 def test_a_repeated_prompt_is_taken_once(tmp_path):
     rows = [{"prompt": f"Question {i % 30}?", "chosen": f"c{i}", "rejected": "r"} for i in range(90)]
-    sets = load_prompts(PromptData(path=write_jsonl(tmp_path / "pairs.jsonl", rows), limit=20), "error")
-    assert len(sets.train) == 20
-    texts = [prompt.text for prompt in sets.train + sets.heldout]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    everything, limited = load_prompts(PromptData(path=path), "error"), load_prompts(PromptData(path=path, limit=20), "error")
+    assert len(limited.train) == 20
+    texts = [prompt.text for prompt in limited.train + limited.heldout]
     assert len(set(texts)) == len(texts)
+    repeats = f"{path}: left out 60 of 90 prompts: exact repeats of an earlier one; the first is {path}:31"
+    there, over = len(everything.train), everything.train[20].where
+    assert everything.notes == [repeats]
+    assert limited.notes == [repeats, f"{path}: left out {there - 20} of {there} training prompts: data.prompts.limit is 20; the first is {over}"]
+
+
+def test_prompts_that_only_look_alike_stay_and_are_held_out_together(tmp_path):
+    rows = []
+    for i in range(60):
+        question = f"Où est {i}?"
+        rows += [{"prompt": text} for text in (question, question.upper(), f" {question}\n", unicodedata.normalize("NFD", question), question)]
+        rows += [{"prompt": [{"role": "user", "content": question}]}, {"prompt": [{"role": "system", "content": "Hm."}, USER]}]
+    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    sets = load_prompts(PromptData(path=path, heldout_fraction=0.3), "error")
+    assert len(sets.train) + len(sets.heldout) == 60 * 5 + 1
+    assert not {prompt.key for prompt in sets.train} & {prompt.key for prompt in sets.heldout}
+    assert len({prompt.key for prompt in sets.heldout}) * 5 >= len(sets.heldout) > 40
+    assert sets.notes == [f"{path}: left out {60 + 59} of {60 * 7} prompts: exact repeats of an earlier one; the first is {path}:5"]
 
 
 def test_prompts_and_preferences_hold_out_the_same_prompts(tmp_path):
@@ -84,4 +104,4 @@ def test_the_hh_pairs_serve_as_prompts(hh_pairs):
     data = PromptData(path=str(hh_pairs / "helpful.train.jsonl"), heldout_path=str(hh_pairs / "helpful.dev.jsonl"))
     sets = load_prompts(data, "error")
     assert len(sets.train) > 1500 and len(sets.heldout) > 200
-    assert sets.warnings == []
+    assert not any("training prompts too" in note for note in sets.notes)

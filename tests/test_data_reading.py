@@ -112,6 +112,22 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, name, monkeypatch
         read_rows(str(tmp_path / name), "train")
 
 
+def test_a_file_of_a_folder_whose_rows_are_not_read_is_a_bad_row(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS[:1])
+    (folder / "dataset_infos.json").write_text("{}")
+    assert columns(folder) == ROWS[:1]
+
+    write_jsonl(folder / "more.jsonl", ROWS[1:])  # its name says no split, beside one that does
+    write_jsonl(folder / "train-2.jsonl", ROWS[1:])
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "train-3.parquet")  # another format
+    rows = list(read_rows(str(folder), "train"))
+    unread = {row.where: row.problem.partition(":")[0] for row in rows if row.problem}
+    assert unread == dict.fromkeys((f"{folder}/more.jsonl", f"{folder}/train-3.parquet"), "the rows of this file are in no split")
+    assert sorted(row.columns["n"] for row in rows if not row.problem) == [1, 2]
+
+
 def test_a_folder_names_the_bad_line_inside_it_and_an_unknown_split(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.jsonl").write_bytes(b'{"prompt": "a"}\n{oops\n')

@@ -53,7 +53,9 @@ def test_what_becomes_of_long_rows_is_said(tiny_chat_model, tmp_path):
     tokenizer = load_tokenizer(str(tiny_chat_model))
     settings.data.max_response_tokens, settings.data.long_response = len(tokenizer("A good day")["input_ids"]) + 1, "drop"
     rows, notes = encode_pairs(settings, tokenizer)
-    assert len(rows) == 1 and notes == [f"dropped 1 rows (long_response), the first is {tmp_path}/path.jsonl:2"]
+    limit = f"data.max_response_tokens {settings.data.max_response_tokens}"
+    assert len(rows) == 1
+    assert notes == [f"left out 1 of 2 pairs: the response is over {limit}; the first is {tmp_path}/path.jsonl:2"]
 
 
 def test_no_pair_left_is_one_line(tiny_chat_model, tmp_path):

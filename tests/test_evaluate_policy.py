@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -41,6 +42,19 @@ def test_prompts_that_are_all_too_long(tiny_chat_model, prompts, tmp_path):
     settings.data.max_prompt_tokens, settings.data.long_prompt = 2, "drop"
     with pytest.raises(InputError, match="no held-out prompt is left after data.max_prompt_tokens 2"):
         evaluate_policy(settings, str(tiny_chat_model), tmp_path / "out")
+
+
+def test_the_prompts_that_are_not_evaluated_are_counted(tiny_chat_model, prompts):
+    from dvpo_ray.data.encoding import Encoder
+    from dvpo_ray.models.loading import load_tokenizer
+    from dvpo_ray.training.evaluate import heldout_prompts
+
+    settings = config(prompts, prompts=4)
+    chosen, ids, notes = heldout_prompts(settings, Encoder(load_tokenizer(str(tiny_chat_model)), settings.data, "auto", 256))
+    [note] = notes
+    assert len(chosen) == len(ids) == 4
+    found = re.fullmatch(r"left out (\d+) of (\d+) held-out prompts: evaluations use 4 of them \(evaluation.prompts\); the first is (.*)", note)
+    assert int(found[2]) - int(found[1]) == 4 and found[3] not in {prompt.where for prompt in chosen}
 
 
 @pytest.mark.slow

@@ -65,9 +65,18 @@ def test_pairs(config, gvm, tmp_path):
     assert "response" not in row
 
 
-def test_a_response_that_the_limits_drop_is_null(config, gvm, tmp_path):
+def test_a_response_that_the_limits_drop_is_null_and_counted(config, gvm, tmp_path, caplog):
     rows = score(config, gvm, tmp_path, {"prompt": "The", "response": " dog" * 50}, {"prompt": "The", "response": " dog"})
     assert rows[0]["response"] is None and rows[1]["response"] is not None
+    note = f"left out 1 of 2 responses: the response is over data.max_response_tokens 12; the first is {tmp_path}/in.jsonl:1"
+    assert [record.getMessage() for record in caplog.records if record.name == "dvpo_ray.gvm.scoring"] == [note]
+
+
+def test_bad_rows_that_are_skipped_are_counted(config, gvm, tmp_path, caplog):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "The"}) + "\n" + json.dumps({"prompt": "The", "response": " dog"}) + "\n")
+    skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "skip"})})
+    assert score_file(skipping, gvm, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == 1
+    assert "left out 1 of 2 rows: bad (data.on_bad_row skip)" in caplog.text
 
 
 def test_only_dropped_responses(config, gvm, tmp_path):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from gvm_artifacts import make_gvm
+from transformers import AutoTokenizer
 
-from dvpo_ray.config.schema import Config
+from dvpo_ray.config.schema import Config, PromptData
+from dvpo_ray.data.prompts import load_prompts
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.gvm.artifact import ObjectiveSpec
 from dvpo_ray.training.policy import train
@@ -106,6 +108,38 @@ def test_what_the_policy_has(settings, tmp_path, policy):
     assert load_inputs(changed(settings, tmp_path / "run", policy={"lora": {"target_modules": ["q_proj"], "layers": [1]}})).prompts
 
 
+def test_every_prompt_that_is_left_out_is_counted_by_reason(settings, tmp_path):
+    rows = [{"prompt": f"{letter} day " * 40} for letter in "abcdefgh"] + [{"prompt": f"Tell me story {i}"} for i in range(40)]
+    rows += [rows[10], rows[17], {"prompt": "tell me story 0"}, {"text": "no prompt"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {"path": str(path), "heldout_fraction": 0.3}
+    sets = load_prompts(PromptData(**prompts), "skip")
+    train, heldout = ([prompt.where for prompt in part] for part in (sets.train, sets.heldout))
+    long = {f"{path}:{number}" for number in range(1, 9)}
+    assert len(train) + len(heldout) == 49 and long & set(train[:25]) and len(set(heldout) - long) > 3
+
+    data = {"prompts": {**prompts, "limit": 25}, "on_bad_row": "skip", "long_prompt": "drop"}
+    inputs = load_inputs(changed(settings, tmp_path / "run", data=data, evaluation={"prompts": 3}))
+    dropped = [where for where in [*train[:25], *heldout] if where in long]
+    assert {prompt.where for prompt in inputs.texts} == set(train[:25]) - long and len(inputs.heldout) == 3
+    *counted, evaluated = [note for note in inputs.notes if str(path) in note]
+    assert counted == [
+        f"{path}: left out 1 of 52 rows: bad (data.on_bad_row skip); the first is {path}:52: no `prompt`; the row has text",
+        f"{path}: left out 2 of 51 prompts: exact repeats of an earlier one; the first is {path}:49",
+        f"{path}: left out {len(train) - 25} of {len(train)} training prompts: data.prompts.limit is 25; the first is {train[25]}",
+        f"left out {len(dropped)} of {25 + len(heldout)} prompts: the prompt is over data.max_prompt_tokens 24; the first is {dropped[0]}",
+    ]
+    others = len(set(heldout) - long) - 3
+    assert evaluated.startswith(f"left out {others} of {others + 3} held-out prompts: evaluations use 3 of them (evaluation.prompts); the first is ")
+
+
+def test_pairs_of_a_refresh_that_are_left_out_are_counted(settings, tmp_path):
+    data = {"preferences": {**settings["data"]["preferences"], "limit": 5}}
+    config = changed(settings, tmp_path / "run", data=data, gvm={"refresh": {"source": "judge"}, "refresh_every_steps": 1})
+    assert any("training pairs: data.preferences.limit is 5" in note for note in load_inputs(config).notes)
+
+
 def test_gpus_of_another_cluster_are_its_own_affair(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert load_inputs(changed(settings, tmp_path, policy={"gpus_per_actor": 1}, ray={"address": "ray://somewhere:1"})).prompts
@@ -187,6 +221,48 @@ def test_a_reward_model_is_told_by_its_own_keys(settings, tmp_path):
     out = tmp_path / "run"
     config = changed(settings, out, reward_model={"num_layers": 3})
     assert refused(lambda: train_value_model(config, config.reward_model, out), out).startswith("reward_model.num_layers is 3, but ")
+
+
+# --------------------------------------------------------------------------------------- tokenizer and embedding fit
+
+
+def test_more_tokens_than_rows_are_refused_by_every_command(settings, gvm, tiny_model, tmp_path):
+    from dvpo_ray.gvm.evaluation import evaluate_gvm
+    from dvpo_ray.gvm.scoring import score_file
+    from dvpo_ray.training.dpo import train_dpo
+    from dvpo_ray.training.evaluate import evaluate_policy
+    from dvpo_ray.training.sft import train_sft
+
+    grown = shutil.copytree(tiny_model, tmp_path / "grown")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<|tool|>", "<|answer|>"], special_tokens=True)
+    tokenizer.save_pretrained(grown)
+    out, pairs = tmp_path / "run", tmp_path / "pairs.jsonl"
+    config = changed(settings, out, model={"path": str(grown)})
+    stages = [
+        train,
+        lambda c: train_gvm(c, out),
+        lambda c: train_value_model(c, c.reward_model, out),
+        lambda c: train_sft(c, out, False),
+        lambda c: train_dpo(c, out, False),
+        lambda c: evaluate_policy(c, c.model.path, out),
+        lambda c: evaluate_gvm(c, gvm, out),
+        lambda c: score_file(c, gvm, pairs, out / "values.jsonl"),
+    ]
+    for stage in stages:
+        line = refused(lambda stage=stage: stage(config), out)
+        assert line.startswith(f"{grown}: the tokenizer has {rows + 2} tokens, but the model's embedding has {rows} rows (vocab_size in config.json)")
+        assert "the first token without a row is '<|tool|>'" in line
+
+
+@pytest.mark.parametrize("section", ["gvm", "scorer"])
+def test_a_value_model_has_a_row_for_every_token_too(settings, tiny_model, tmp_path, section):
+    small = make_gvm(tmp_path / "small", tiny_model, bias=0.5)
+    for file, changes in (("config.json", {"vocab_size": 300}), ("gvm.json", {"config_sha256": None})):
+        (small / file).write_text(json.dumps(json.loads((small / file).read_text()) | changes))
+    config = changed(settings, tmp_path / "run", **{section: {"path": str(small)} if section == "gvm" else {"ensemble": [str(small)]}})
+    assert refused(lambda: load_inputs(config), tmp_path / "run").startswith(f"{small}: the tokenizer has ")
 
 
 # ------------------------------------------------------------------------------------------- a GVM is no policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -15,7 +16,7 @@ from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
 from dvpo_ray.models import loading
-from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer
+from dvpo_ray.models.loading import check_vocabulary, context_tokens, load_policy, load_tokenizer
 
 
 def refusal(load, path) -> str:
@@ -62,6 +63,41 @@ def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(monkeypatch):
 def test_an_error_that_only_announces_the_rest_is_given_with_it():
     assert loading.first_line(OSError("No backend from one of:\n(1) a file,\n(2) a library")) == "No backend from one of: (1) a file, (2) a library"
     assert loading.first_line(OSError("Not valid.\nMore about it")) == "Not valid."
+
+
+# ------------------------------------------------------------------------------------------- tokens and their rows
+
+
+def with_rows(tiny_model, folder: Path, rows: int) -> str:
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": rows}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_every_token_needs_a_row(tiny_model, tmp_path):
+    tokens = len(load_tokenizer(str(tiny_model)))
+    load_tokenizer(with_rows(tiny_model, tmp_path / "padded", tokens + 500))
+    line = refusal(load_tokenizer, with_rows(tiny_model, tmp_path / "small", tokens - 3))
+    assert line.startswith(f"{tmp_path}/small: the tokenizer has {tokens} tokens, but the model's embedding has {tokens - 3} rows")
+    assert f"resize_token_embeddings({tokens})" in line
+
+
+def test_tokens_are_counted_up_to_the_largest_id(tiny_model, tmp_path):
+    class WithGap:
+        def get_vocab(self):
+            return {"a": 0, "far": 450, "b": 1, "farther": 460}
+
+    with pytest.raises(InputError, match="the tokenizer has 461 tokens, but the model's embedding has 450 rows .*without a row is 'far'"):
+        check_vocabulary(WithGap(), with_rows(tiny_model, tmp_path / "gap", 450))
+    check_vocabulary(WithGap(), with_rows(tiny_model, tmp_path / "fits", 461))
+
+
+def test_a_tokenizer_alone_is_not_compared(tiny_model, tmp_path):
+    load_tokenizer(str(tiny_model))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, tmp_path)
+    assert load_tokenizer(str(tmp_path)).eos_token
 
 
 # ----------------------------------------------------------------------------------------------------------- the hub

@@ -25,7 +25,7 @@ from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.models.loading import load_tokenizer
 from dvpo_ray.refresh import labels as label_sources
 from dvpo_ray.refresh.labels import CandidatePair, Label, candidate_pairs, labelled_rows, labels_from_endpoint, labels_from_file, parse_label
-from dvpo_ray.refresh.pairs import HELDOUT, NEW, TRAINING, as_row, old_pairs, write_pairs
+from dvpo_ray.refresh.pairs import HELDOUT, NEW, TRAINING, as_row, old_pairs, preference_rows, write_pairs
 from dvpo_ray.refresh.samples import Sample, read_samples, usable_samples, write_samples
 from dvpo_ray.training.refresh import Refreshed, Refresher, training_config
 from dvpo_ray.training.run import Run
@@ -51,7 +51,7 @@ def test_samples_are_those_that_give_their_tokens_again(tiny_model, tmp_path):
     cut = tokenizer(" went home", add_special_tokens=False)["input_ids"]
     split = [tokenizer.convert_tokens_to_ids(letter) for letter in "inexact"] + [tokenizer.eos_token_id]
     batch = RaggedBatch.from_rows([ids[0]] * 3 + [ids[1]] * 3, [good, good, split, cut, good, [tokenizer.eos_token_id]], truncated=[0, 0, 0, 1, 0, 0])
-    samples = usable_samples(batch, prompts, 3, encoder, VaderJudge())
+    samples, notes = usable_samples(batch, prompts, 3, encoder, VaderJudge())
     assert [[(s.text, s.truncated) for s in answers] for answers in samples] == [
         [(" was happy.", False)],  # a repetition and one that reads alike in other tokens are left out
         [(" went home", True), (" was happy.", False)],  # and so is a blank one
@@ -59,7 +59,25 @@ def test_samples_are_those_that_give_their_tokens_again(tiny_model, tmp_path):
     assert samples[0][0].score == pytest.approx(0.5719, abs=1e-4)
     write_samples(tmp_path / "samples.jsonl", prompts, samples)
     assert read_samples(tmp_path / "samples.jsonl") == list(zip(prompts, samples, strict=True))
-    assert usable_samples(batch, prompts, 3, encoder, None)[0][0].score is None
+    assert usable_samples(batch, prompts, 3, encoder, None)[0][0][0].score is None
+    assert notes == [
+        "left out 1 of 6 samples: the response is blank; the first is p:2",
+        "left out 1 of 6 samples: the text of the response does not give its tokens again; the first is p:1",
+        "left out 1 of 6 samples: the same response to the same prompt; the first is p:1",
+    ]
+
+
+def test_pairs_of_samples_that_are_not_made_are_counted():
+    def scored(*scores):
+        return [Sample(f"text {i}", False, score) for i, score in enumerate(scores)]
+
+    answered = [(Prompt("a", "p:1"), scored(1.0, 0.0, 0.52, 0.5)), (Prompt("b", "p:2"), scored(0.3, 0.3)), (Prompt("c", "p:3"), scored(0.1))]
+    rows, notes = preference_rows(answered, 2, 0.1)
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("text 0", "text 1")]
+    assert notes == [
+        "left out 1 of 3 prompts: fewer than two different usable samples; the first is p:3",
+        "left out 2 of 3 pairs of samples: the scores tie or are closer than 0.1; the first is p:1",
+    ]
 
 
 @given(st.lists(st.integers(0, 7), max_size=5), st.integers(1, 4))
@@ -263,8 +281,8 @@ def test_a_pair_survives_being_written(changes):
 
 def test_new_pairs_are_split_by_prompt_and_old_ones_join_the_training_pairs_only(tmp_path):
     rows = [{"prompt": f"prompt {i}", "chosen": "good", "rejected": "bad"} for i in range(20) for _ in range(2)]
-    old = [preference(i, chosen="old") for i in range(60)]
-    write_pairs(tmp_path, rows, "policy@7", 0.3, old, share=0.5, seed=0)
+    old = [preference(i, chosen="old", where=f"pairs.jsonl:{i}") for i in range(60)]
+    notes = write_pairs(tmp_path, rows, "policy@7", 0.3, old, share=0.5, seed=0)
     new, heldout, training = (rows_of(tmp_path / name) for name in (NEW, HELDOUT, TRAINING))
     assert len(new) + len(heldout) == 40 and not {row["prompt"] for row in new} & {row["prompt"] for row in heldout}
     mixed = training[len(new) :]
@@ -272,7 +290,10 @@ def test_new_pairs_are_split_by_prompt_and_old_ones_join_the_training_pairs_only
     assert not {row["prompt"] for row in training} & {row["prompt"] for row in heldout}
     assert {row["source_model"] for row in new + heldout} == {"policy@7"} and not any("source_model" in row for row in mixed)
     sets = load_preferences(PreferenceData(path=str(tmp_path / TRAINING), heldout_path=str(tmp_path / HELDOUT)), "error")
-    assert len(sets.train) == len(training) and sets.warnings == []
+    assert len(sets.train) == len(training) and sets.notes == []
+    held = [int(row["prompt"].split()[1]) for row in heldout]
+    assert notes[0] == f"left out {len(set(held))} of 60 old pairs: their prompt is held out in this refresh; the first is pairs.jsonl:{min(held)}"
+    assert f"left out {60 - len(set(held)) - len(mixed)} of 60 old pairs: 0.5 old pairs are mixed in for each new one" in notes[1]
 
 
 def test_all_old_pairs_are_taken_where_they_are_too_few(tmp_path):
@@ -293,9 +314,12 @@ def test_old_pairs_are_the_data_and_what_earlier_refreshes_collected(tmp_path):
     earlier.mkdir()
     (earlier / NEW).write_text(json.dumps(as_row(preference(99))) + "\n")
     data = DataConfig(preferences=PreferenceData(path=str(original)))
-    pairs = old_pairs(data, [earlier])
+    pairs, notes = old_pairs(data, [earlier])
+    assert notes == []
     assert pairs[-1].prompt == "prompt 99" and len(pairs) == len(load_preferences(data.preferences, "error").train) + 1
-    assert [p.prompt for p in old_pairs(DataConfig(), [earlier])] == ["prompt 99"] and old_pairs(DataConfig(), []) == []
+    assert [p.prompt for p in old_pairs(DataConfig(), [earlier])[0]] == ["prompt 99"] and old_pairs(DataConfig(), []) == ([], [])
+    limited = data.model_copy(update={"preferences": PreferenceData(path=str(original), limit=3)})
+    assert "data.preferences.limit is 3" in old_pairs(limited, [])[1][0]
 
 
 # ------------------------------------------------------------------------------------------------------- training

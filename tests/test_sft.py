@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from loop_runs import without_times
@@ -62,7 +63,10 @@ def test_bad_rows_are_named(tmp_path, row, line):
     with pytest.raises(InputError) as caught:
         load_answers(path, "error")
     assert str(caught.value) == f"{tmp_path}/{line}"
-    assert len(load_answers(path, "skip")) == 1
+    answers, notes = load_answers(path, "skip")
+    fault = line.removeprefix("rows.jsonl:2: ")
+    assert len(answers) == 1
+    assert notes == [f"{path}: left out 1 of 2 rows: bad (data.on_bad_row skip); the first is {path}:2: {fault}"]
 
 
 def test_only_answers_are_learned_and_each_ends_once(tiny_chat_model):
@@ -70,13 +74,41 @@ def test_only_answers_are_learned_and_each_ends_once(tiny_chat_model):
     from dvpo_ray.training.sft import Answer, encode_answers
 
     tokenizer = load_tokenizer(str(tiny_chat_model))
-    chat, text = encode_answers([Answer([USER], [ASSISTANT], "a"), Answer(None, "Once", "b")], tokenizer, config(tiny_chat_model))
+    answers = [Answer([USER], [ASSISTANT], "a"), Answer(None, "Once", "b"), Answer(None, "Once<|im_end|>\n", "c")]
+    (chat, text, ended), notes = encode_answers(answers, tokenizer, config(tiny_chat_model))
+    assert ended == text and notes == []
     prompt = tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
     answer = [*tokenizer("Good day", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert tokenizer.decode(chat["input_ids"][: -len(answer)]) == prompt
     assert chat["input_ids"][-len(answer) :] == answer
     assert chat["labels"] == [-100] * (len(chat["input_ids"]) - len(answer)) + answer
     assert text["labels"] == text["input_ids"] == [*tokenizer("Once")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_what_is_left_out_or_cut_is_said(tiny_chat_model, tmp_path):
+    from dvpo_ray.models.loading import load_tokenizer
+    from dvpo_ray.training.sft import encode_answers, load_answers
+
+    long = {"role": "user", "content": "good day " * 60}
+    rows = [
+        {"messages": [ASSISTANT, USER, ASSISTANT]},
+        {"prompt": [long], "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": [{"role": "assistant", "content": "good day " * 60}]},
+        {"text": "good day " * 60},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    answers, notes = load_answers(path, "error")
+    assert notes == [f"{path}: left out 1 of 5 answers: they begin their dialogue, so they answer nothing; the first is {path}:1"]
+    tokenizer = load_tokenizer(str(tiny_chat_model))
+    encoded, notes = encode_answers(answers, tokenizer, config(tiny_chat_model, path, sft={"max_tokens": 40}))
+    assert [len(row["input_ids"]) for row in encoded][1:] == [40, 40] and all(any(label != -100 for label in row["labels"]) for row in encoded)
+    assert notes == [
+        f"left out 1 of 4 answers: the prompt leaves no room for the answer in sft.max_tokens 40; the first is {path}:2",
+        f"cut off the end of 2 of 4 answers: with their prompt they are over sft.max_tokens 40; the first is {path}:3",
+    ]
+    with pytest.raises(InputError, match="rows.jsonl: no row is left; no prompt leaves room for its answer in the model's context of 256 tokens"):
+        longer = [replace(answers[1], prompt=[{**long, "content": long["content"] * 3}])]
+        encode_answers(longer, tokenizer, config(tiny_chat_model, path, sft={"max_tokens": 999}))
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ class ExperienceBuilder(Actor):
         with self.clock.busy():
             return _gather(chunks)
 
-    def write_samples(self, chunks: list[ScoredChunk], prompts: list[Prompt], path: str) -> int:
+    def write_samples(self, chunks: list[ScoredChunk], prompts: list[Prompt], path: str) -> tuple[int, list[str]]:
         """Write the usable responses of some rollouts for a refresh of the value model, with gold scores if the judge is its source.
 
         Args:
@@ -124,7 +124,7 @@ class ExperienceBuilder(Actor):
             prompts: as the data has them.
 
         Returns:
-            Usable responses.
+            Usable responses, and one line for each reason why others are left out.
         """
         with self.clock.busy():
             config, settings = self.config, self.config.gvm.refresh
@@ -133,9 +133,9 @@ class ExperienceBuilder(Actor):
             context = context_tokens(config.model.path, config.model.trust_remote_code)
             encoder = Encoder(self.tokenizer, data, config.model.chat_template, context)
             judge = self.judge if settings.source == "judge" else None
-            samples = usable_samples(_gather(chunks), prompts, settings.samples_per_prompt, encoder, judge)
+            samples, notes = usable_samples(_gather(chunks), prompts, settings.samples_per_prompt, encoder, judge)
             write_samples(Path(path), prompts, samples)
-            return sum(map(len, samples))
+            return sum(map(len, samples)), notes
 
     def write_rollouts(self, step: int) -> None:
         """Write the last batch to rollouts/step_*.jsonl, one row per rollout."""

@@ -1,8 +1,9 @@
 """From text to token ids: chat templates and plain text, ends of responses, and what happens to rows that are too long.
 
-Three rules hold for every row (each has a property test):
+Four rules hold for every row (each has a property test):
 
     the prompt has the ids that the rollout engine gets: a response is tokenised as the continuation of its prompt;
+    the response has the text of the data, as a sampled response has the text of the model, whatever a chat template makes of it;
     a finished response ends with exactly one end token, whatever the padding token is, and a cut-off one has none;
     the beginning-of-text token is there once, by the chat template or by the tokenizer, not by both.
 """
@@ -18,10 +19,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import DataConfig
-from dvpo_ray.data.chat import PROBE, Turn, probe_turn, render, special_tokens
+from dvpo_ray.data.chat import PROBE, Turn, left_out_message, probe_turn, render, special_tokens, writes_itself
 from dvpo_ray.data.preferences import PreferencePair
 from dvpo_ray.data.prompts import Prompt
-from dvpo_ray.data.rows import Content, Messages, content_text
+from dvpo_ray.data.rows import Content, Messages, content_text, count_note
 from dvpo_ray.errors import InputError
 
 # No merge rule joins this text to what follows it. Tokenised before a continuation, it keeps a tokenizer of the
@@ -66,6 +67,20 @@ def rows_of_pairs(pairs: Sequence[EncodedPair]) -> RaggedBatch:
 _Cut = tuple[list[int], bool]
 """Ids of a response, and whether it has no end token because it was cut off."""
 
+_DROPPED = ("long_prompt", "long_response", "chat_template", "empty", "equal")
+_TRUNCATED = ("long_prompt", "long_response")
+_TEMPLATE = ("response", "message", "reasoning")
+_REASONS = {
+    "long_response": "the response is over data.max_response_tokens {max_response_tokens}",
+    "chat_template": "the chat template refuses the messages",
+    "empty": "a cut-off response has no tokens",
+    "equal": "both responses have the same tokens",
+    "response": "the chat template changes a response (for example removes text), which is encoded as it is",
+    "message": "the chat template leaves out or changes a message of the prompt, in rollouts too",
+    "reasoning": "the generation prompt opens a reasoning that a response lacks, which is encoded as its continuation",
+}
+"""Why rows are dropped, shortened, or differ from what the chat template makes of them."""
+
 
 class Dropped(Exception):
     """The settings leave this row out."""
@@ -101,6 +116,9 @@ class Encoder:
             refuses the messages), `empty` (a cut-off response without a token), `equal` (both responses have the same ids, for
             example after truncation).
         truncated: labels of the rows shortened so far, by `long_prompt` and `long_response`.
+        template: labels of the rows so far that the chat template would change: `response`, `message` (of the prompt), or that
+            lack the `reasoning` that the generation prompt opens.
+        rows: rows encoded or dropped so far.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, chat_template: str, context_tokens: int) -> None:
@@ -120,8 +138,11 @@ class Encoder:
         self.data = data
         self.context_tokens = context_tokens
         self.is_chat = chat_template == "auto" and bool(tokenizer.chat_template)
-        self.dropped: dict[str, list[str]] = {name: [] for name in ("long_prompt", "long_response", "chat_template", "empty", "equal")}
-        self.truncated: dict[str, list[str]] = {"long_prompt": [], "long_response": []}
+        self.dropped: dict[str, list[str]] = {reason: [] for reason in _DROPPED}
+        self.truncated: dict[str, list[str]] = {reason: [] for reason in _TRUNCATED}
+        self.template: dict[str, list[str]] = {reason: [] for reason in _TEMPLATE}
+        self.rows = 0
+        self._marks: dict[tuple[str, str], str] = {}  # of the row at work: what is to be counted once the row is kept
         self._special = special_tokens(tokenizer)
         self._anchor_ids = self._ids(ANCHOR)
         self._text_prefix = self._added_before_text()
@@ -162,8 +183,15 @@ class Encoder:
         encoded = self._encode(prompt, [(answer, truncated)], where)
         return encoded and (encoded[0], encoded[1][0][0])
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a whole text that is learned without a prompt, with the beginning-of-text and the end token once each."""
+        self.rows += 1
+        return [*self._plain_prompt(self._without_end(text)).ids, self.end_token_id]
+
     def _encode(self, prompt: Content, responses: Sequence[tuple[Content, bool]], where: str) -> tuple[list[int], list[_Cut]] | None:
         """Ids of a prompt, and ids of its responses with whether each was cut off; None if the settings drop the row."""
+        self.rows += 1
+        self._marks = {}
         try:
             encoded = self._prompt(prompt, where)
             answers = [self._response(encoded, content, truncated, where) for content, truncated in responses]
@@ -171,6 +199,8 @@ class Encoder:
                 self._drop("equal", where)
         except Dropped:
             return None
+        for (kind, reason), label in self._marks.items():
+            getattr(self, kind)[reason].append(label)
         prompt_length, response_length = len(encoded.ids), max((len(ids) for ids, _ in answers), default=1)
         if prompt_length + response_length > self.context_tokens:
             raise InputError(
@@ -179,10 +209,32 @@ class Encoder:
             )
         return encoded.ids, answers
 
+    def notes(self, rows: str, long_prompt: str = "the prompt is over data.max_prompt_tokens {max_prompt_tokens}") -> list[str]:
+        """One line for each reason why rows were dropped, shortened or not what the chat template makes of them.
+
+        Args:
+            rows: what the rows are called, in the plural.
+            long_prompt: what is said of a prompt over the limit.
+        """
+        reasons = {**_REASONS, "long_prompt": long_prompt}
+        return [
+            line
+            for start, counted in (("left out", self.dropped), ("shortened", self.truncated), ("kept", self.template))
+            for reason, labels in counted.items()
+            for line in count_note(start, labels, self.rows, rows, reasons[reason].format(**self.data.model_dump()))
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, exactly as it continues the prompt, without special tokens and without the template's own text."""
-        text = self._text([token for token in ids if token not in self.stop_token_ids])
-        return text.removeprefix(self._turn.lead).removesuffix(self._turn.close)
+        kept = [token for token in ids if token not in self.stop_token_ids]
+        text = self._text(kept).removeprefix(self._turn.lead)
+        return text.removesuffix(self._turn.close) if len(kept) < len(ids) else text
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The texts whose encoding may give these ids of a sampled response: the decoded one, and one that begins with what the
+        generation prompt begins of the answer. The second is for a reasoning that was cut off."""
+        text = self.decode(ids)
+        return [text, self._turn.prefill + text] if self._turn.prefill else [text]
 
     # -------------------------------------------------------------------------------------------------- tokenizer
 
@@ -214,9 +266,12 @@ class Encoder:
             prompt = self._chat_prompt([{"role": "user", "content": content}] if isinstance(content, str) else content, where)
         else:
             prompt = self._plain_prompt(content)
-        if not self._is_over("prompt", prompt.ids, where):
-            return prompt
-        return self._shorten_chat(prompt, where) if self.is_chat else self._shorten_plain(prompt)
+        if self._is_over("prompt", prompt.ids, where):
+            prompt = self._shorten_chat(prompt, where) if self.is_chat else self._shorten_plain(prompt)
+        role = left_out_message(prompt.messages, prompt.text) if self.is_chat else None
+        if role is not None:
+            self._marks["template", "message"] = f"{where} ({role} message)"
+        return prompt
 
     def _chat_prompt(self, messages: Messages, where: str) -> _PromptIds:
         try:
@@ -278,8 +333,8 @@ class Encoder:
 
     def _response(self, prompt: _PromptIds, response: Content, truncated: bool, where: str) -> _Cut:
         content = self._without_end(content_text(response))
-        body = self._turn_text(prompt, content, truncated)
-        ids = self._body_ids(prompt, body, content)
+        lead, text = self._turn_text(prompt, content, where) if self.is_chat else ("", content)
+        ids = self._body_ids(prompt, lead, text, "" if truncated else self._turn.close)
         if not truncated:
             ids = [*ids, self.end_token_id]
         if not ids:
@@ -293,28 +348,59 @@ class Encoder:
             content = next(stripped.removesuffix(end) for end in ends if stripped.endswith(end))
         return content
 
-    def _turn_text(self, prompt: _PromptIds, content: str, truncated: bool) -> str:
-        """What follows the prompt's text up to the end token, as the chat template has it."""
-        close = "" if truncated else self._turn.close
-        if not self.is_chat:
-            return content
-        dialogue = render(self.tokenizer, [*prompt.messages, {"role": "assistant", "content": content}], generation_prompt=False)
-        if dialogue.startswith(prompt.text) and dialogue.endswith(self._turn.tail):
-            return dialogue[len(prompt.text) :].removesuffix(self._turn.tail) + close
-        return content + close  # the template writes a past answer differently from one that is to be generated
+    def _turn_text(self, prompt: _PromptIds, content: str, where: str) -> tuple[str, str]:
+        """What follows the prompt's text up to `close`: the template's own text, then the content.
 
-    def _body_ids(self, prompt: _PromptIds, body: str, content: str) -> list[int]:
-        """Ids of a response's text as the continuation of the prompt's ids.
+        The content stays as it is, so that a response of the data and the same response sampled by the policy have the same ids.
+        The template only says what it writes before this content. Two parts are not written twice: what the generation prompt
+        has begun of the answer, and a reasoning that the content has itself.
+        """
+        turn = self._turn
+        opening = prompt.text.removesuffix(turn.prefill)
+        has_prefill = prompt.text.endswith(turn.prefill)
+        dialogue = self._dialogue(prompt, content)
+        start = len(dialogue) - len(content + turn.tail)
+        is_kept = dialogue.endswith(content + turn.tail) and (start >= len(opening) or not dialogue.startswith(opening))
+        before = dialogue[len(prompt.text) : start] if is_kept and dialogue.startswith(prompt.text) else None
+        rest = turn.after_prefill(content) if has_prefill else None
+        if rest is not None:
+            lead, content = "", rest
+        elif writes_itself(content, turn.lead):
+            lead = "" if before is None or writes_itself(content, before) else before
+        elif before in (None, turn.lead):
+            lead = turn.lead
+        else:  # a lead of this prompt's own, or a content whose first characters happen to be those of the template around it
+            lead = self._lead(prompt)
+            is_kept = before == lead
+        if not is_kept:
+            self._marks["template", "response"] = where
+        if rest is None and has_prefill and turn.lacks_reasoning(content):
+            self._marks["template", "reasoning"] = where
+        return lead, content
+
+    def _dialogue(self, prompt: _PromptIds, content: str) -> str:
+        """The prompt and an answer as the template writes them; empty if it refuses the answer."""
+        try:
+            return render(self.tokenizer, [*prompt.messages, {"role": "assistant", "content": content}], generation_prompt=False)
+        except TemplateError:
+            return ""
+
+    def _lead(self, prompt: _PromptIds) -> str:
+        """What the template writes between a prompt and any answer to it."""
+        before, _, tail = self._dialogue(prompt, PROBE).rpartition(PROBE)
+        return before.removeprefix(prompt.text) if before.startswith(prompt.text) and tail == self._turn.tail else self._turn.lead
+
+    def _body_ids(self, prompt: _PromptIds, lead: str, text: str, close: str) -> list[int]:
+        """Ids of a response's text, with what the template writes around it, as the continuation of the prompt's ids.
 
         It is tokenised together with the prompt if that leaves the prompt's ids as they are, and apart if a merge would
         cross the border. Special tokens that the data has written out inside a response are text, not tokens.
         """
-        if self._special.search(content):
-            lead = body[: max(body.find(content.strip()), 0)]
-            return self._continuation_ids(lead) + self._continuation_ids(body.removeprefix(lead), split_special_tokens=True)
-        together = self._ids(prompt.border + body)
+        if self._special.search(text):
+            return self._continuation_ids(lead) + self._continuation_ids(text + close, split_special_tokens=True)
+        together = self._ids(prompt.border + lead + text + close)
         start = len(prompt.border_ids)
-        return together[start:] if together[:start] == prompt.border_ids else self._continuation_ids(body)
+        return together[start:] if together[:start] == prompt.border_ids else self._continuation_ids(lead + text + close)
 
     # ------------------------------------------------------------------------------------------------------- rows
 
@@ -330,7 +416,7 @@ class Encoder:
             )
         if setting == "drop":
             self._drop(f"long_{part}", where)
-        self.truncated[f"long_{part}"].append(where)
+        self._marks["truncated", f"long_{part}"] = where
         return True
 
     def _refuse(self, reason: str, where: str, message: str) -> NoReturn:

@@ -16,6 +16,7 @@ from dvpo_ray.data.rows import (
     BadRow,
     Content,
     Messages,
+    NothingSaid,
     checked_content,
     checked_flag,
     checked_name,
@@ -23,6 +24,7 @@ from dvpo_ray.data.rows import (
     checked_response,
     checked_score,
     content_text,
+    count_note,
     first_present,
     required,
 )
@@ -85,25 +87,27 @@ def load_preferences(data: PreferenceData, on_bad_row: Literal["error", "skip"])
             `min_score_gap` for data without scores.
     """
 
-    def far_apart(path: str, rows: list[PreferencePair | None]) -> list[PreferencePair]:
-        pairs = [pair for pair in rows if pair is not None and (pair.score_gap is None or pair.score_gap >= data.min_score_gap)]
-        if not pairs:
-            raise InputError(f"{path}: in every pair the scores tie or are closer than data.preferences.min_score_gap {data.min_score_gap}")
-        if data.min_score_gap > 0 and all(pair.score_gap is None for pair in pairs):
+    def far_apart(path: str, pairs: list[PreferencePair]) -> tuple[list[PreferencePair], list[str]]:
+        if data.min_score_gap > 0 and pairs and all(pair.score_gap is None for pair in pairs):
             raise InputError(f"data.preferences.min_score_gap: {path} has no scores; remove the setting or add chosen_score and rejected_score")
-        return pairs
+        close = [pair.where for pair in pairs if pair.score_gap is not None and pair.score_gap < data.min_score_gap]
+        if len(close) == len(pairs):
+            raise InputError(f"{path}: in every pair the scores tie or are closer than data.preferences.min_score_gap {data.min_score_gap}")
+        why = f"the scores are closer than data.preferences.min_score_gap {data.min_score_gap:g}"
+        apart = [pair for pair in pairs if pair.score_gap is None or pair.score_gap >= data.min_score_gap]
+        return apart, count_note(f"{path}: left out", close, len(pairs), "pairs", why)
 
-    return load_sets("data.preferences", data, on_bad_row, parse_pair, far_apart)
+    return load_sets("data.preferences", "pairs", data, on_bad_row, parse_pair, far_apart)
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
 
 
-def parse_pair(columns: Mapping, where: str) -> PreferencePair | None:
-    """The pair in a row of any layout; None for an UltraFeedback row that prefers no completion.
+def parse_pair(columns: Mapping, where: str) -> PreferencePair:
+    """The pair in a row of any layout.
 
     Raises:
-        BadRow: the row is not a preference pair.
+        BadRow: the row is not a preference pair. NothingSaid: an UltraFeedback row that prefers no completion.
     """
     if columns.get("completions") is not None:
         return _ultrafeedback_pair(columns, where)
@@ -192,7 +196,7 @@ def _last_boundary(text: str) -> int:
     return end - 1 if text[:end].endswith(" ") else end
 
 
-def _ultrafeedback_pair(columns: Mapping, where: str) -> PreferencePair | None:
+def _ultrafeedback_pair(columns: Mapping, where: str) -> PreferencePair:
     """The best-scored completion against one of the lower-scored others, drawn by a hash of the instruction.
 
     The published binarized form draws among all others and so keeps ties; a tie states no preference and is left out here.
@@ -203,7 +207,7 @@ def _ultrafeedback_pair(columns: Mapping, where: str) -> PreferencePair | None:
     best_score, best = max(candidates, key=lambda candidate: candidate[0])
     others = [candidate for candidate in candidates if candidate[0] < best_score]
     if not others:
-        return None
+        raise NothingSaid("all scored completions have the same score")
     draw = int.from_bytes(hashlib.sha256(f"rejected:{content_text(prompt)}".encode()).digest()[:8])
     other_score, other = others[draw % len(others)]
     return PreferencePair(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from dvpo_ray.config.schema import PromptData
 from dvpo_ray.data.preferences import separate_prompt
-from dvpo_ray.data.rows import BadRow, Content, Messages, checked_content, checked_prompt, content_text, required
+from dvpo_ray.data.rows import BadRow, Content, Messages, checked_content, checked_prompt, content_text, count_note, required
 from dvpo_ray.data.splitting import Sets, load_sets, prompt_key
 
 
@@ -27,7 +29,7 @@ class Prompt:
 
     @cached_property
     def key(self) -> str:
-        """Equal for equal prompts; see `prompt_key`."""
+        """Equal for prompts that are held out together; see `prompt_key`."""
         return prompt_key(self.content)
 
     @property
@@ -37,19 +39,33 @@ class Prompt:
 
 
 def load_prompts(data: PromptData, on_bad_row: Literal["error", "skip"]) -> Sets[Prompt]:
-    """Read, check and split the prompts that the config names; a prompt that repeats is taken once.
+    """Read, check and split the prompts that the config names.
+
+    Only an exact repeat is left out: the same text, or messages of the same roles and texts. Prompts that differ in letter case or
+    white space stay, on the same side of the split.
 
     Raises:
         InputError: a missing, unreadable or empty source; a bad row, unless bad rows are skipped.
     """
 
-    def distinct(_: str, prompts: list[Prompt]) -> list[Prompt]:
+    def distinct(path: str, prompts: list[Prompt]) -> tuple[list[Prompt], list[str]]:
         first: dict[str, Prompt] = {}
         for prompt in prompts:
-            first.setdefault(prompt.key, prompt)
-        return list(first.values())
+            first.setdefault(json.dumps(prompt.content), prompt)
+        repeats = [prompt.where for prompt in prompts if first[json.dumps(prompt.content)] is not prompt]
+        return list(first.values()), count_note(f"{path}: left out", repeats, len(prompts), "prompts", "exact repeats of an earlier one")
 
-    return load_sets("data.prompts", data, on_bad_row, parse_prompt, distinct)
+    return load_sets("data.prompts", "prompts", data, on_bad_row, parse_prompt, distinct)
+
+
+def sample_prompts(prompts: Sequence[tuple[Prompt, list[int]]], count: int, seed: int) -> tuple[list[tuple[Prompt, list[int]]], list[str]]:
+    """At most `count` held-out prompts with their ids, drawn by the seed, and a line if others are left out."""
+    if len(prompts) <= count:
+        return list(prompts), []
+    chosen = random.Random(seed).sample(range(len(prompts)), count)
+    others = [prompts[i][0].where for i in sorted(set(range(len(prompts))) - set(chosen))]
+    why = f"evaluations use {count} of them (evaluation.prompts)"
+    return [prompts[i] for i in chosen], count_note("left out", others, len(prompts), "held-out prompts", why)
 
 
 def parse_prompt(columns: Mapping, where: str) -> Prompt:

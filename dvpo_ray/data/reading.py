@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pyarrow
@@ -20,6 +21,8 @@ from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
 from dvpo_ray.errors import InputError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
+"""Files beside the data of a hub's folder that hold no rows."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
 
     Yields:
         Rows labelled `file.jsonl:LINE` (lines count from 1) or `name[row]` (rows count from 0). A line that is not UTF-8,
-        not JSON or not an object is yielded with its `problem`, so that the caller decides whether to stop.
+        not JSON or not an object is yielded with its `problem`, so that the caller decides whether to stop; so is a file of a
+        folder whose rows are in no split.
 
     Raises:
         InputError: nothing is there, it cannot be read, or its format is not one of these.
@@ -135,14 +139,27 @@ def _as_row(where: str, value: object) -> Row:
 def _read_folder(path: Path, split: str) -> Iterator[Row]:
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _read_saved(path, split)
-    files = [file for file in sorted(path.rglob("*")) if file.suffix in DATA_SUFFIXES]
+    files = [file for file in sorted(path.rglob("*")) if file.suffix in DATA_SUFFIXES and file.name not in _ABOUT_DATA]
     if not files:
         raise InputError(f"{path}: a folder without .jsonl, .json or .parquet files, and not one written by save_to_disk")
     for file in files:  # `datasets` would refuse a bad line without naming it
         for row in _read_jsonl(file) if file.suffix in JSONL_SUFFIXES else ():
             if row.problem:
                 raise InputError(f"{row.where}: {row.problem}")
-    return _read_datasets(str(path), str(path), split=split)
+    rows = _read_datasets(str(path), str(path), split=split)
+    return chain(_unread(path, files), rows)
+
+
+def _unread(path: Path, files: list[Path]) -> Iterator[Row]:
+    """The files of a folder that `datasets` passes over: it reads files of one format, and all of them say their split or none does."""
+    from datasets import load_dataset_builder
+
+    splits = load_dataset_builder(str(path)).config.data_files or {}
+    read = {Path(file).resolve() for names in splits.values() for file in names}
+    for file in files:
+        if file.resolve() not in read:
+            problem = "the rows of this file are in no split: its name says none, or its format is not that of the other files"
+            yield Row(str(file), problem=f"{problem}; rename or convert it, or move it away")
 
 
 def _read_saved(path: Path, split: str) -> Iterator[Row]:

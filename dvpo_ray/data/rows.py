@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeVar
 
 from dvpo_ray.data.reading import Row
@@ -14,11 +14,29 @@ Messages = list[dict[str, str]]
 Content = str | Messages
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
+_OTHER_TEXT = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+"""Keys under which a message holds text beside its `content`. Templates differ in what they make of it, so none of it is read."""
 
 
 class BadRow(ValueError):
     """A row that cannot be used; the message says what is wrong and what would be right."""
+
+
+class NothingSaid(ValueError):
+    """A row that is as it should be, but has nothing to learn from; the message says why."""
+
+
+def count_note(start: str, labels: Sequence[str], total: int, rows: str, why: str) -> list[str]:
+    """One line on rows that were treated in one way, for the user: how many of how many, why, and the first; nothing without rows.
+
+    Args:
+        start: what was done, after the source of the rows if need be.
+        labels: of the rows.
+        total: how many rows there were.
+        rows: what the rows are called, in the plural.
+        why: the reason, with the setting behind it.
+    """
+    return [f"{start} {len(labels)} of {total} {rows}: {why}; the first is {labels[0]}"] if labels else []
 
 
 def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T], on_bad_row: Literal["error", "skip"]) -> tuple[list[T], list[str]]:
@@ -30,28 +48,37 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
         on_bad_row: stop at the first bad row, or go on and list it.
 
     Returns:
-        The items in order, and one line `where: reason` for each bad row.
+        The items in order, and one line for each reason why rows are left out.
 
     Raises:
-        InputError: a bad row when `on_bad_row` is "error"; no rows at all; no good row.
+        InputError: a bad row when `on_bad_row` is "error"; no rows at all; only bad rows.
     """
-    items, skipped = [], []
+    items: list[T] = []
+    bad: dict[str, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     for row in rows:
         try:
             if row.problem:
                 raise BadRow(row.problem)
             items.append(parse(row.columns, row.where))
+        except NothingSaid as error:
+            left_out.setdefault(str(error), []).append(row.where)
         except BadRow as error:
             if on_bad_row == "error":
                 raise InputError(f"{row.where}: {error}") from error
-            skipped.append(f"{row.where}: {error}")
-    if not items and not skipped:
+            bad.setdefault(_fault(str(error)), []).append(f"{row.where}: {error}")
+    total = len(items) + sum(map(len, [*bad.values(), *left_out.values()]))
+    if not total:
         raise InputError(f"{path}: no rows; the data set is empty")
-    if not items:
-        raise InputError(f"{path}: all {len(skipped)} rows are bad; the first is {skipped[0]}")
-    if skipped:
-        logger.warning("%s: skipped %d bad rows of %d; the first is %s", path, len(skipped), len(skipped) + len(items), skipped[0])
-    return items, skipped
+    if not items and not left_out:
+        raise InputError(f"{path}: all {total} rows are bad; the first is {next(iter(bad.values()))[0]}")
+    notes = [line for labels in bad.values() for line in count_note(f"{path}: left out", labels, total, "rows", "bad (data.on_bad_row skip)")]
+    return items, notes + [line for why, labels in left_out.items() for line in count_note(f"{path}: left out", labels, total, "rows", why)]
+
+
+def _fault(message: str) -> str:
+    """What bad rows with one fault have in common: the message without its numbers, quotations, details and advice."""
+    return re.sub(r"'.*?'|\(.*?\)|-?\d+(\.\d+)?(e[-+]?\d+)?", "", message.partition(";")[0])
 
 
 def required(columns: Mapping, name: str) -> object:
@@ -88,6 +115,9 @@ def _checked_messages(value: list, name: str) -> Messages:
             if not isinstance(message.get(key), str):
                 raise BadRow(f"`{name}[{index}]` needs `{key}` as text, got {type(message.get(key)).__name__}")
         _checked_text(message["content"], f"{name}[{index}]")
+        for key in _OTHER_TEXT:
+            if message.get(key):
+                raise BadRow(f"`{name}[{index}]` has `{key}` beside `content`, and only `content` is read; write it there, or remove it")
     if not value[-1]["content"].strip():
         raise BadRow(f"`{name}` ends with a message whose content is empty")
     return [{"role": message["role"], "content": message["content"]} for message in value]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +16,15 @@ from typing import Generic, Literal, TypeVar
 
 from dvpo_ray.config.schema import SplitData
 from dvpo_ray.data.reading import has_splits, read_rows
-from dvpo_ray.data.rows import Content, parse_rows
+from dvpo_ray.data.rows import Content, count_note, parse_rows
 from dvpo_ray.errors import InputError
 
-logger = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
-"""A preference pair or a prompt: its `key` is equal for equal prompts."""
+"""A preference pair or a prompt, with its `key`, which is equal for prompts that are the same to the split, and its label `where`."""
 
 
 def prompt_key(prompt: Content) -> str:
-    """SHA-256 of the normalised prompt, in hex.
+    """SHA-256 of the normalised prompt, in hex: what counts as the same prompt for holding out, so that no near copy is on both sides.
 
     Equal for prompts that differ only in letter case, white space or Unicode composition, and for a text and the same text
     as a single user message.
@@ -70,39 +67,45 @@ class Sets(Generic[Item]):
     Attributes:
         train: items to train on, in the order of the data.
         heldout: items of other prompts.
-        skipped: one line `where: reason` for each bad row that was left out.
-        warnings: what the user should know, one line each.
+        notes: what the user should know, one line each; every row that is left out is counted in one of them.
     """
 
     train: list[Item]
     heldout: list[Item]
-    skipped: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def load_sets(
     section: str,
+    items: str,
     data: SplitData,
     on_bad_row: Literal["error", "skip"],
     parse: Callable[[Mapping, str], Item],
-    choose: Callable[[str, list[Item]], list[Item]],
+    choose: Callable[[str, list[Item]], tuple[list[Item], list[str]]],
 ) -> Sets[Item]:
     """Read, check and split what a config section names. The training items are cut to `limit`.
 
     Args:
         section: the section's key, for messages.
+        items: what the items are called, in the plural.
         parse: makes an item from a row; see `parse_rows`.
-        choose: the items to use of those of a path.
+        choose: the items to use of those of a path, and one line for each reason why others are left out.
 
     Raises:
         InputError: as in `parse_rows`; a held-out set that is the training set; a split of a single file.
     """
-    skipped: list[str] = []
+    notes: list[str] = []
 
     def load(path: str, split: str) -> list[Item]:
-        items, bad = parse_rows(path, read_rows(path, split), parse, on_bad_row)
-        skipped.extend(bad)
-        return choose(path, items)
+        parsed, of_rows = parse_rows(path, read_rows(path, split), parse, on_bad_row)
+        chosen, of_choice = choose(path, parsed)
+        notes.extend([*of_rows, *of_choice])
+        return chosen
+
+    def limited(train: list[Item]) -> list[Item]:
+        over = [item.where for item in train[data.limit :]] if data.limit is not None else []
+        notes.extend(count_note(f"{data.path}: left out", over, len(train), f"training {items}", f"{section}.limit is {data.limit}"))
+        return train[: data.limit]
 
     if data.split != "train" and not has_splits(data.path):
         raise InputError(f"{section}.split is {data.split}, but {data.path} is a single file and has no splits; leave it out, or cut with limit")
@@ -112,22 +115,21 @@ def load_sets(
             train, heldout = split_by_prompt(train, data.heldout_fraction)
         except InputError as error:
             raise InputError(f"{data.path}: {error}") from error
-        return Sets(train[: data.limit], heldout, skipped)
+        return Sets(limited(train), heldout, notes)
     path, split = data.heldout_path or data.path, data.heldout_split or data.split
     if data.heldout_split is not None and not has_splits(path):
         raise InputError(f"{section}.heldout_split: {path} is a single file and has no splits; give {section}.heldout_path instead")
     if path == data.path and (split == data.split or not has_splits(path)):
         raise InputError(f"{section}: the held-out set is the training set; give another heldout_path or heldout_split, or leave both out")
     heldout = load(path, split)
-    return Sets(train[: data.limit], heldout, skipped, _overlap_warning(data.path, train, heldout))
+    notes.extend(_overlap_note(data.path, train, heldout))
+    return Sets(limited(train), heldout, notes)
 
 
-def _overlap_warning(name: str, train: Iterable[Item], heldout: Iterable[Item]) -> list[str]:
-    """One line if prompts of the held-out set are in the training set too, else nothing; also logged."""
+def _overlap_note(name: str, train: Iterable[Item], heldout: Iterable[Item]) -> list[str]:
+    """One line if prompts of the held-out set are in the training set too, else nothing."""
     heldout_keys = {item.key for item in heldout}
     shared = heldout_keys & {item.key for item in train}
     if not shared:
         return []
-    warning = f"{name}: {len(shared)} of {len(heldout_keys)} held-out prompts are training prompts too; held-out results are too good"
-    logger.warning(warning)
-    return [warning]
+    return [f"{name}: {len(shared)} of {len(heldout_keys)} held-out prompts are training prompts too; held-out results are too good"]

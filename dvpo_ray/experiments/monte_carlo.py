@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log
 from dvpo_ray.models.loading import context_tokens, default_device, load_policy, load_tokenizer
 from dvpo_ray.policy.statistics import sequence_kl
 from dvpo_ray.training.evaluate import heldout_prompts, policy_sampler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def sample_monte_carlo(config: Config, policy: str, shares: Sequence[float], cou
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     context = context_tokens(config.model.path, config.model.trust_remote_code)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
-    prompts, prompt_ids = heldout_prompts(config, encoder)
+    prompts, prompt_ids, notes = heldout_prompts(config, encoder)
+    for note in notes:
+        logger.warning("%s", note)
     limit = config.rollout.max_response_tokens
     longest = min(context, config.data.max_prompt_tokens + 2 * limit)  # room for a whole response after any beginning of one
     sampling = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})

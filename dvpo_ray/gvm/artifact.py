@@ -17,7 +17,7 @@ from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.model import head_parameters, load_value_model, value_head
-from dvpo_ray.models.loading import default_device, first_line, load_model_config, torch_dtype
+from dvpo_ray.models.loading import check_vocabulary, default_device, first_line, load_model_config, torch_dtype
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -161,6 +161,8 @@ def load_gvm(
     if tokenizer is not None:
         check_tokenizer(folder, manifest, tokenizer, chat_template)
     check_files(folder, manifest)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, str(folder), trust_remote_code)
     config = load_model_config(str(folder), trust_remote_code)
     model, report = load_value_model(str(folder), config, dtype, attention, trust_remote_code)
     missing = sorted(report["missing_keys"])

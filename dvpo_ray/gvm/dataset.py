@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class GVMData:
         train, heldout: the pairs.
         tokenizer: of the policy and the GVM.
         description: the entry in the manifest.
-        notes: one line for each kind of skipped, dropped or shortened rows.
+        notes: rows that are left out, shortened or not what the chat template makes of them, one line for each reason.
     """
 
     train: PairBatch
@@ -70,21 +70,28 @@ def load_gvm_data(config: Config, settings: TrainingSettings) -> GVMData:
     description = TrainingDataSpec(
         path=config.data.preferences.path, fingerprint=dataset_fingerprint(sets.train), pairs=train.num_pairs, heldout_pairs=heldout.num_pairs
     )
-    return GVMData(train, heldout, tokenizer, description, [*sets.warnings, *sets.skipped, *encoding_notes(encoder)])
+    return GVMData(train, heldout, tokenizer, description, [*sets.notes, *encoder.notes("pairs")])
 
 
-def load_heldout(config: Config, settings: TrainingSettings, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase) -> PairBatch:
+def load_heldout(
+    config: Config, settings: TrainingSettings, manifest: GVMManifest, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PairBatch, list[str]]:
     """Read, check and encode the held-out pairs, with outcomes and examples as in the training of a value model.
 
     Args:
         settings: name the checkpoint whose context the rows must fit.
         manifest: of the value model.
 
+    Returns:
+        The pairs, and notes as in `GVMData`.
+
     Raises:
         InputError: anything missing, unreadable or unfit, in one line.
     """
     encoder = make_encoder(config, settings, tokenizer)
-    return _encode(encoder, _load_pairs(config).heldout, "held-out", manifest.outcome, manifest.context, config.seed)
+    sets = _load_pairs(config)
+    pairs = _encode(encoder, sets.heldout, "held-out", manifest.outcome, manifest.context, config.seed)
+    return pairs, [*sets.notes, *encoder.notes("held-out pairs")]
 
 
 def manifest_entries(config: Config, settings: TrainingSettings, data: GVMData) -> dict:
@@ -167,11 +174,3 @@ def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outco
         return rows
     origins = [Origin(pair.where, i, pair.key, model) for i, (pair, _) in enumerate(encoded) for model in pair.response_models]
     return PairBatch(with_peer_examples(rows.batch, origins, context, seed, encoder.context_tokens))
-
-
-def encoding_notes(encoder: Encoder) -> Iterator[str]:
-    """One line for each reason for which rows were dropped or shortened."""
-    for verb, reasons in (("dropped", encoder.dropped), ("shortened", encoder.truncated)):
-        for reason, rows in reasons.items():
-            if rows:
-                yield f"{verb} {len(rows)} rows ({reason}), the first is {rows[0]}"

@@ -46,17 +46,17 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
         out: folder for evaluation.json and the plots.
 
     Returns:
-        The content of evaluation.json; see `heldout_report`.
+        The content of evaluation.json: see `heldout_report`; and `notes`, one line for each reason why pairs are left out or shortened.
 
     Raises:
         InputError: as in `load_gvm` and `load_heldout`.
     """
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model, manifest = load_gvm_of_run(config.model, gvm_path, tokenizer)
-    heldout = load_heldout(config, config.gvm, manifest, tokenizer)
+    heldout, notes = load_heldout(config, config.gvm, manifest, tokenizer)
     flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)
     values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[heldout.batch.state_index])])
-    report = heldout_report(values, manifest.outcome.kind)
+    report = heldout_report(values, manifest.outcome.kind) | {"notes": notes}
     write_evaluation(out, values, report)
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from dvpo_ray.gvm.context import Origin, with_peer_examples
 from dvpo_ray.gvm.dataset import make_encoder
 from dvpo_ray.models.forward import batch_values
 from dvpo_ray.models.loading import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,15 @@ def score_file(config: Config, gvm_path: Path, input_path: Path, output_path: Pa
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     model, manifest = load_gvm_of_run(config.model, gvm_path, tokenizer)
     encoder = make_encoder(config, config.gvm, tokenizer)
-    items, _ = parse_rows(str(input_path), read_rows(str(input_path), "train"), _parse, config.data.on_bad_row)
+    items, notes = parse_rows(str(input_path), read_rows(str(input_path), "train"), _parse, config.data.on_bad_row)
     encoded = {
         (i, name): ids
         for i, item in enumerate(items)
         for name, response in item.responses.items()
         if (ids := encoder.encode_answer(item.prompt, response.content, item.where, response.truncated)) is not None
     }
+    for note in [*notes, *encoder.notes("responses")]:
+        logger.warning("%s", note)
     batch = RaggedBatch.from_rows([prompt for prompt, _ in encoded.values()], [response for _, response in encoded.values()])
     if manifest.context.examples:
         keys = [prompt_key(item.prompt) for item in items]

@@ -85,9 +85,33 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of a checkpoint.
 
     Raises:
-        InputError: the folder or hub name has none.
+        InputError: the folder or hub name has none, or one with more tokens than the model's embedding has rows.
     """
-    return load_checkpoint("tokenizer", path, lambda p: AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code))
+    tokenizer = load_checkpoint("tokenizer", path, lambda p: AutoTokenizer.from_pretrained(p, trust_remote_code=trust_remote_code))
+    if not is_local(path) or no_checkpoint(path) is None:  # a folder may hold a tokenizer alone
+        check_vocabulary(tokenizer, path, trust_remote_code)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, trust_remote_code: bool = False) -> None:
+    """Refuse a tokenizer with more tokens than the input embedding of a checkpoint has rows. Fewer are fine: the rest is padding.
+
+    Args:
+        path: checkpoint folder or hub name of a policy or a value model.
+
+    Raises:
+        InputError: names both numbers.
+    """
+    ids = tokenizer.get_vocab()
+    rows = getattr(load_model_config(path, trust_remote_code).get_text_config(), "vocab_size", None)
+    tokens = max(ids.values(), default=-1) + 1
+    if rows is None or tokens <= rows:
+        return
+    first = min((id_, text) for text, id_ in ids.items() if id_ >= rows)[1]
+    raise InputError(
+        f"{path}: the tokenizer has {tokens} tokens, but the model's embedding has {rows} rows (vocab_size in config.json); the first token "
+        f"without a row is {first!r}; add rows with resize_token_embeddings({tokens}) and save the model, or remove the added tokens"
+    )
 
 
 def load_policy(model: ModelConfig, device: torch.device | str = "cpu", *, keeps_randomness: bool = False) -> PreTrainedModel:

@@ -86,16 +86,22 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
     if judge is None:
         raise InputError("evaluation.judge is none; name a judge to score the samples, such as vader")
     from dvpo_ray.data.prompts import load_prompts
+    from dvpo_ray.data.rows import count_note
     from dvpo_ray.refresh.pairs import preference_rows
     from dvpo_ray.refresh.samples import judged
 
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
+    for note in sets.notes:
+        console.warn(note)
     sampler = Sampler(config)
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, prompts) in enumerate((("train", sets.train), ("heldout", sets.heldout)), start=config.seed):
         with console.stage(f"{split} samples", total=len(prompts) * samples) as progress:
             answered = [(prompt, judged(prompt, texts, judge)) for prompt, texts in sampler.sample(prompts, samples, seed, progress)]
-        rows = list(preference_rows(answered, pairs, min_score_gap))
+        rows, left_out = preference_rows(answered, pairs, min_score_gap)
+        dropped = sorted({prompt.where for prompt in prompts} - {prompt.where for prompt, _ in answered})
+        for note in [*count_note("left out", dropped, len(prompts), f"{split} prompts", "dropped by the settings of data"), *left_out]:
+            console.warn(note)
         path = folder / f"preferences.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         scores = [sample.score for _, answers in answered for sample in answers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from dvpo_ray.config.schema import DataConfig
 from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.reading import read_rows
-from dvpo_ray.data.rows import parse_rows
+from dvpo_ray.data.rows import count_note, parse_rows
 from dvpo_ray.data.splitting import split_by_prompt
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
@@ -49,16 +49,26 @@ def pair_row(prompt: Prompt, chosen: Sample, rejected: Sample) -> dict:
     return row | {"chosen_truncated": chosen.truncated, "rejected_truncated": rejected.truncated}
 
 
-def preference_rows(judged: Sequence[tuple[Prompt, list[Sample]]], pairs: int, min_score_gap: float) -> Iterator[dict]:
-    """Rows of a preference file, prompt by prompt."""
+def preference_rows(judged: Sequence[tuple[Prompt, list[Sample]]], pairs: int, min_score_gap: float) -> tuple[list[dict], list[str]]:
+    """Rows of a preference file, prompt by prompt, and one line for each reason why prompts or pairs are left out."""
+    rows, close = [], []
     for prompt, samples in judged:
-        for chosen, rejected in pair_up(samples, pairs, min_score_gap):
-            yield pair_row(prompt, chosen, rejected)
+        apart = pair_up(samples, pairs, min_score_gap)
+        rows += [pair_row(prompt, chosen, rejected) for chosen, rejected in apart]
+        close += [prompt.where] * (min(pairs, len(samples) // 2) - len(apart))
+    why = f"the scores tie or are closer than {min_score_gap:g}"
+    return rows, [*single_note(judged), *count_note("left out", close, len(close) + len(rows), "pairs of samples", why)]
+
+
+def single_note(answered: Sequence[tuple[Prompt, list[Sample]]]) -> list[str]:
+    """One line if prompts have fewer than two usable samples, so that no pair can be made, else nothing."""
+    single = [prompt.where for prompt, samples in answered if len(samples) < 2]
+    return count_note("left out", single, len(answered), "prompts", "fewer than two different usable samples")
 
 
 def write_pairs(
     folder: Path, rows: Sequence[dict], source: str, heldout_fraction: float, old: Sequence[PreferencePair], share: float, seed: int
-) -> None:
+) -> list[str]:
     """Write the three files of a refresh: new pairs to train on, new pairs to hold out, and the former mixed with old pairs.
 
     Args:
@@ -66,6 +76,9 @@ def write_pairs(
         source: their `source_model`, a name of the policy.
         old: pairs to draw from; those whose prompt is held out are left out.
         share: old pairs for each new one.
+
+    Returns:
+        One line for each reason why old pairs are left out.
 
     Raises:
         InputError: too few pairs or prompts to train on some and hold out others.
@@ -80,19 +93,31 @@ def write_pairs(
         ) from error
     heldout_prompts = {pair.key for pair in heldout}
     usable = [pair for pair in old if pair.key not in heldout_prompts]
-    mixed = random.Random(seed).sample(usable, min(len(usable), round(share * len(train))))
+    chosen = random.Random(seed).sample(range(len(usable)), min(len(usable), round(share * len(train))))
+    mixed = [usable[i] for i in chosen]
     for name, content in ((NEW, train), (HELDOUT, heldout), (TRAINING, [*train, *mixed])):
         with whole_file(folder / name) as file:
             file.writelines(json.dumps(as_row(pair), ensure_ascii=False) + "\n" for pair in content)
+    on_other_side = [pair.where for pair in old if pair.key in heldout_prompts]
+    not_drawn = [usable[i].where for i in sorted(set(range(len(usable))) - set(chosen))]
+    why = f"{share:g} old pairs are mixed in for each new one (gvm.refresh.old_pairs_per_new)"
+    return [
+        *count_note("left out", on_other_side, len(old), "old pairs", "their prompt is held out in this refresh"),
+        *count_note("left out", not_drawn, len(old), "old pairs", why),
+    ]
 
 
-def old_pairs(data: DataConfig, earlier: Iterable[Path]) -> list[PreferencePair]:
-    """The training pairs of `data.preferences` if it is set, and those that earlier refreshes collected in their folders."""
-    pairs = load_preferences(data.preferences, data.on_bad_row).train if data.preferences is not None else []
+def old_pairs(data: DataConfig, earlier: Iterable[Path]) -> tuple[list[PreferencePair], list[str]]:
+    """The training pairs of `data.preferences`, where set, and those that earlier refreshes collected in their folders; and the notes
+    on what is left out of `data.preferences`."""
+    pairs, notes = [], []
+    if data.preferences is not None:
+        sets = load_preferences(data.preferences, data.on_bad_row)
+        pairs, notes = sets.train, sets.notes
     for folder in earlier:
         path = str(folder / NEW)
         pairs = [*pairs, *parse_rows(path, read_rows(path, "train"), parse_pair, "error")[0]]
-    return pairs
+    return pairs, notes
 
 
 def as_row(pair: PreferencePair) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt
+from dvpo_ray.data.rows import count_note
 from dvpo_ray.evaluation.judges import Judge
 from dvpo_ray.files import whole_file
 from dvpo_ray.monitoring.run_files import read_json_lines
@@ -32,27 +33,49 @@ class Sample:
 
 def exact_text(encoder: Encoder, prompt: Prompt, token_ids: list[int], truncated: bool) -> str | None:
     """Text of a sampled response; None when it is blank, or when its text after its prompt would not give the sampled tokens again."""
-    text = encoder.decode(token_ids)
-    answer = encoder.encode_answer(prompt.content, text, prompt.where, truncated) if text.strip() else None
-    return text if answer is not None and answer[1] == token_ids else None
+    if not encoder.decode(token_ids).strip():
+        return None
+    for text in encoder.texts(token_ids):
+        answer = encoder.encode_answer(prompt.content, text, prompt.where, truncated)
+        if answer is not None and answer[1] == token_ids:
+            return text
+    return None
 
 
 def usable_samples(
     batch: RaggedBatch, prompts: Sequence[Prompt], samples_per_prompt: int, encoder: Encoder, judge: Judge | None
-) -> list[list[Sample]]:
-    """The different responses to each prompt whose text gives their tokens again, scored if there is a judge.
+) -> tuple[list[list[Sample]], list[str]]:
+    """The different responses to each prompt whose text gives their tokens again, scored if there is a judge, and notes on the others.
 
     Args:
         batch: rows in the order of their ids; row i answers prompt i // samples_per_prompt.
+
+    Returns:
+        The samples of each prompt, and one line for each reason why samples are left out.
     """
+    blank, inexact, repeated = [], [], []
     answers: list[dict[str, bool]] = [{} for _ in prompts]
     for r in range(batch.num_rows):
         p = int(batch.row_ids[r]) // samples_per_prompt
         truncated = bool(batch.truncated[r])
-        text = exact_text(encoder, prompts[p], batch.tokens[batch.response(r)].tolist(), truncated)
-        if text is not None:
-            answers[p].setdefault(text, truncated)
-    return [judged(prompt, list(texts.items()), judge) for prompt, texts in zip(prompts, answers, strict=True)]
+        ids = batch.tokens[batch.response(r)].tolist()
+        text = exact_text(encoder, prompts[p], ids, truncated)
+        if text is None:
+            (inexact if encoder.decode(ids).strip() else blank).append(prompts[p].where)
+        elif text in answers[p]:
+            repeated.append(prompts[p].where)
+        else:
+            answers[p][text] = truncated
+    notes = [
+        line
+        for labels, why in (
+            (blank, "the response is blank"),
+            (inexact, "the text of the response does not give its tokens again"),
+            (repeated, "the same response to the same prompt"),
+        )
+        for line in count_note("left out", labels, batch.num_rows, "samples", why)
+    ]
+    return [judged(prompt, list(texts.items()), judge) for prompt, texts in zip(prompts, answers, strict=True)], notes
 
 
 def judged(prompt: Prompt, answers: Sequence[tuple[str, bool]], judge: Judge | None) -> list[Sample]:

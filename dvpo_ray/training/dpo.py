@@ -13,7 +13,6 @@ from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import refuse_as_policy
-from dvpo_ray.gvm.dataset import encoding_notes
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer
 from dvpo_ray.monitoring.logs import library_output
 from dvpo_ray.training.run import Run
@@ -64,7 +63,7 @@ def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     """The ids of every training pair, under the same limits as in `dvpo gvm train`.
 
     Returns:
-        Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, and one line for each kind of row that is left out or shortened.
+        Rows of `prompt_ids`, `chosen_ids` and `rejected_ids`, and one line for each reason why pairs are left out or shortened.
 
     Raises:
         InputError: a file is missing or unreadable, or no pair is left.
@@ -76,7 +75,7 @@ def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     if not encoded:
         raise InputError(f"{config.data.preferences.path}: no training pair is left; raise data.max_prompt_tokens or give more pairs")
     rows = [{"prompt_ids": ids.prompt, "chosen_ids": ids.chosen, "rejected_ids": ids.rejected} for ids in encoded]
-    return rows, [*sets.warnings, *sets.skipped, *encoding_notes(encoder)]
+    return rows, [*sets.notes, *encoder.notes("pairs")]
 
 
 class EncodedDPOTrainer(DPOTrainer):

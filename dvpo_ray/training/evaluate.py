@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from dvpo_ray.actors.roles import started_roles
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
-from dvpo_ray.data.prompts import Prompt, load_prompts
+from dvpo_ray.data.prompts import Prompt, load_prompts, sample_prompts
 from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.gain import mean_ci
 from dvpo_ray.evaluation.judges import make_judge
@@ -39,8 +38,8 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         out: folder that gets `evaluation.jsonl` with one row per prompt, and the engines' logs.
 
     Returns:
-        `policy`, `judge`, `prompts` (their number), `gold.mean`, `gold.ci95`, `response_length.mean` in tokens and
-        `response_length.truncated_fraction`.
+        `policy`, `judge`, `prompts` (their number), `gold.mean`, `gold.ci95`, `response_length.mean` in tokens,
+        `response_length.truncated_fraction`, and `notes`, one line for each reason why prompts are left out or shortened.
 
     Raises:
         InputError: no judge, no prompts or no such checkpoint.
@@ -54,7 +53,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
     tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
-    prompts, prompt_ids = heldout_prompts(config, encoder)
+    prompts, prompt_ids, notes = heldout_prompts(config, encoder)
     out.mkdir(parents=True, exist_ok=True)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with policy_sampler(config, frozenset(encoder.stop_token_ids), longest, out.resolve()) as sample:
@@ -69,23 +68,23 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         "prompts": len(prompts),
         "gold": {"mean": mean, "ci95": [low, high]},
         "response_length": {"mean": float(batch.response_lengths.mean()), "truncated_fraction": float(batch.truncated.mean())},
+        "notes": notes,
     }
 
 
-def heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], list[list[int]]]:
-    """The held-out prompts that the settings keep, at most `evaluation.prompts` of them, and their token ids.
+def heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], list[list[int]], list[str]]:
+    """The held-out prompts that the settings keep, at most `evaluation.prompts` of them, their token ids, and notes on those left out.
 
     Raises:
         InputError: no prompt is left.
     """
-    heldout = load_prompts(config.data.prompts, config.data.on_bad_row).heldout
-    kept = [(prompt, ids) for prompt in heldout if (ids := encoder.encode_prompt(prompt)) is not None]
+    sets = load_prompts(config.data.prompts, config.data.on_bad_row)
+    kept = [(prompt, ids) for prompt in sets.heldout if (ids := encoder.encode_prompt(prompt)) is not None]
     if not kept:
         raise InputError(f"{config.data.prompts.path}: no held-out prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
-    if len(kept) > config.evaluation.prompts:
-        kept = random.Random(config.seed).sample(kept, config.evaluation.prompts)
-    prompts, prompt_ids = zip(*kept, strict=True)
-    return list(prompts), list(prompt_ids)
+    chosen, notes = sample_prompts(kept, config.evaluation.prompts, config.seed)
+    prompts, prompt_ids = zip(*chosen, strict=True)
+    return list(prompts), list(prompt_ids), [*sets.notes, *encoder.notes("held-out prompts"), *notes]
 
 
 class Sample(Protocol):

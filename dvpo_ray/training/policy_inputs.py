@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from dvpo_ray.config.inputs import biased_sampling, too_long_rows
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
-from dvpo_ray.data.prompts import Prompt, load_prompts
+from dvpo_ray.data.prompts import Prompt, load_prompts, sample_prompts
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_files, check_tokenizer, read_manifest, refuse_as_policy
 from dvpo_ray.gvm.model import check_trunk
-from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.models.loading import check_vocabulary, context_tokens, load_tokenizer
 from dvpo_ray.models.trainable import check_partial_training
 from dvpo_ray.planning.placement import plan_placement, wanted_gpus
 from dvpo_ray.refresh.pairs import old_pairs
@@ -34,7 +33,7 @@ class Inputs:
         heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
         stop_token_ids: tokens that end a response.
         manifest: of the GVM, or of a baseline's reward model.
-        notes: settings that are probably a mistake, and rows that are left out, one line each.
+        notes: settings that are probably a mistake, and rows that are left out or shortened, one line for each reason.
     """
 
     prompts: list[list[int]]
@@ -62,21 +61,23 @@ def load_inputs(config: Config) -> Inputs:
     manifest = _scoring_manifest(config, tokenizer)
     _check_examples(config, manifest.context, config.data.max_prompt_tokens + config.rollout.max_response_tokens)
     _check_ensemble(config, manifest, tokenizer)
+    pair_notes: list[str] = []
     if config.gvm.refresh.source is not None:
-        old_pairs(config.data, [])  # read again at each refresh; a mistake in them shows now
+        _, pair_notes = old_pairs(config.data, [])  # read again at each refresh; a mistake in them shows now
         check_trunk(config.gvm.path, None, config.gvm.lora, "gvm", config.model.trust_remote_code)
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
     train, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
     if not train:
         raise InputError(f"{config.data.prompts.path}: no prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
+    evaluated, evaluation_notes = sample_prompts(heldout, config.evaluation.prompts, config.seed)
     return Inputs(
         prompts=[ids for _, ids in train],
         texts=[prompt for prompt, _ in train],
-        heldout=_sample([ids for _, ids in heldout], config.evaluation.prompts, config.seed),
+        heldout=[ids for _, ids in evaluated],
         stop_token_ids=frozenset(encoder.stop_token_ids),
         manifest=manifest,
-        notes=[*training_notes(config), *sets.skipped, *(f"{row}: dropped, {reason}" for reason, rows in encoder.dropped.items() for row in rows)],
+        notes=[*training_notes(config), *pair_notes, *sets.notes, *encoder.notes("prompts"), *evaluation_notes],
     )
 
 
@@ -91,6 +92,7 @@ def _scoring_manifest(config: Config, tokenizer: PreTrainedTokenizerBase) -> GVM
         raise InputError(f"{path}: this value model takes examples before each prompt, and a reward model gets no examples; give one without")
     check_tokenizer(path, manifest, tokenizer, config.model.chat_template)
     check_files(path, manifest)
+    check_vocabulary(tokenizer, str(path), config.model.trust_remote_code)
     return manifest
 
 
@@ -107,6 +109,7 @@ def _check_ensemble(config: Config, manifest: GVMManifest, tokenizer: PreTrained
         _check_is_value_model(path, other, "scorer.ensemble")
         check_tokenizer(path, other, tokenizer, config.model.chat_template)
         check_files(path, other)
+        check_vocabulary(tokenizer, str(path), config.model.trust_remote_code)
         same = next((name for name, earlier in known.items() if earlier.weights_sha256 == other.weights_sha256), None)
         if same is not None:
             raise InputError(
@@ -145,7 +148,3 @@ def _check_examples(config: Config, context: ContextSpec, longest: int) -> None:
 def _encode(encoder: Encoder, prompts: list[Prompt]) -> list[tuple[Prompt, list[int]]]:
     encoded = ((prompt, encoder.encode_prompt(prompt)) for prompt in prompts)
     return [(prompt, ids) for prompt, ids in encoded if ids is not None]
-
-
-def _sample(prompts: list[list[int]], count: int, seed: int) -> list[list[int]]:
-    return prompts if len(prompts) <= count else random.Random(seed).sample(prompts, count)

@@ -15,13 +15,14 @@ from pathlib import Path
 from dvpo_ray.actors.roles import Roles
 from dvpo_ray.config.schema import Config, PreferenceData
 from dvpo_ray.data.prompts import Prompt
+from dvpo_ray.data.rows import count_note
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import GVMManifest, read_manifest
 from dvpo_ray.gvm.dataset import load_heldout
 from dvpo_ray.models.loading import load_tokenizer
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.refresh.labels import SOURCES, candidate_pairs, labelled_rows
-from dvpo_ray.refresh.pairs import HELDOUT, TRAINING, old_pairs, preference_rows, write_pairs
+from dvpo_ray.refresh.pairs import HELDOUT, TRAINING, old_pairs, preference_rows, single_note, write_pairs
 from dvpo_ray.refresh.samples import read_samples
 from dvpo_ray.rollouts.schedule import prompt_indices
 from dvpo_ray.runtime.cluster import get
@@ -94,10 +95,11 @@ class Refresher:
         """
         started = time.perf_counter()
         folder = self._emptied(self._folder(step))
-        rows = self._label(folder, self._sample(folder, step, loop, console), console)
+        rows = self._label(folder, step, self._sample(folder, step, loop, console), console)
         settings, manifest = self.config.gvm.refresh, read_manifest(Path(self.state.path))
-        old = old_pairs(self.config.data, [self._folder(earlier) for earlier in self.state.steps])
-        write_pairs(folder, rows, f"policy@{step}", settings.heldout_fraction, old, settings.old_pairs_per_new, self.config.seed + step)
+        old, _ = old_pairs(self.config.data, [self._folder(earlier) for earlier in self.state.steps])
+        share, seed = settings.old_pairs_per_new, self.config.seed + step
+        self._note(step, write_pairs(folder, rows, f"policy@{step}", settings.heldout_fraction, old, share, seed), console)
         config = training_config(self.config, manifest, self.state.path, folder)
         before = self._accuracy(config, manifest, loop.roles)
         artifact = train_value_model(config, config.gvm, folder, console=console, room=loop.roles.retire("scorer"))
@@ -135,27 +137,38 @@ class Refresher:
         with console.stage("samples for the refresh", total=len(requests), unit="responses") as progress:
             prompts: list[Prompt] = [texts[i] for i in chosen]
             write = loop.roles.builder.write_samples.remote(loop.sample(requests, step, SAMPLES_STREAM), prompts, str(path))
-            usable = get(write, what="samples for the refresh")
+            usable, notes = get(write, what="samples for the refresh")
             progress.advance(len(requests), f"{usable} different and usable")
+        self._note(step, notes, console)
         return path
 
-    def _label(self, folder: Path, samples: Path, console: RunConsole) -> list[dict]:
+    def _note(self, step: int, notes: list[str], console: RunConsole) -> None:
+        """Tell the user, on the console and among the notes of the run's summary."""
+        for note in notes:
+            self.inputs.notes.append(f"refresh after step {step}: {note}")
+            console.warn(self.inputs.notes[-1])
+
+    def _label(self, folder: Path, step: int, samples: Path, console: RunConsole) -> list[dict]:
         """Rows of a preference file, from the source that the config names."""
         settings, answered = self.config.gvm.refresh, read_samples(samples)
         if settings.source == "judge":
-            return list(preference_rows(answered, settings.pairs_per_prompt, settings.min_score_gap))
+            rows, notes = preference_rows(answered, settings.pairs_per_prompt, settings.min_score_gap)
+            self._note(step, notes, console)
+            return rows
         pairs = candidate_pairs(answered, settings.pairs_per_prompt)
         if not pairs:
             raise InputError(
                 f"{samples}: no prompt has two different responses to compare; raise gvm.refresh.samples_per_prompt or rollout.temperature"
             )
         labels = SOURCES[settings.source](pairs, folder, settings, console.say)
+        ties = [pair.prompt.where for pair in pairs if labels[pair.id].preferred == "tie"]
+        self._note(step, [*single_note(answered), *count_note("left out", ties, len(pairs), "pairs of samples", "labelled a tie")], console)
         return labelled_rows(pairs, labels, needs_scores=read_manifest(Path(self.state.path)).outcome.kind == "score")
 
     def _accuracy(self, config: Config, manifest: GVMManifest, roles: Roles) -> float:
         """Accuracy of the GVM in force on the new held-out pairs."""
         tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        pairs = load_heldout(config, config.gvm, manifest, tokenizer)
+        pairs, _ = load_heldout(config, config.gvm, manifest, tokenizer)  # the training that follows tells the notes
         return get(roles.by_role["scorer"][0].accuracy.remote(pairs), what="the accuracy before the refresh")
 
     # ------------------------------------------------------------------------------------------------ checkpoints

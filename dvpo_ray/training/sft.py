@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from dvpo_ray.config import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import parse_prompt
 from dvpo_ray.data.reading import read_rows
-from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, parse_rows, required
+from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt, checked_response, count_note, parse_rows, required
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
@@ -28,7 +29,7 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt and the answer to learn. Without a prompt, the answer is a text to learn as a whole."""
+    """A prompt and the answer to learn. A prompt of None makes the answer a text to learn as a whole; an empty one leaves it out."""
 
     prompt: Content | None
     answer: Content
@@ -54,25 +55,31 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
     run.open_checkpoint(last_trainer_checkpoint)
     refuse_as_policy(config.model.path, "model.path")
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    rows = encode_answers(load_answers(config.data.sft, config.data.on_bad_row), tokenizer, config)
-    longest = min(config.sft.max_tokens, context_tokens(config.model.path, config.model.trust_remote_code))
-    arguments = SFTConfig(**training_arguments(config, config.sft, out), max_length=longest)
+    answers, notes = load_answers(config.data.sft, config.data.on_bad_row)
+    rows, more_notes = encode_answers(answers, tokenizer, config)
+    arguments = SFTConfig(**training_arguments(config, config.sft, out), max_length=None)
     with library_output() as output:
         trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        return run_stage(run, trainer, OPTIMIZER_METRICS, tokenizer, output)
+        return run_stage(run, trainer, OPTIMIZER_METRICS, tokenizer, output, [*notes, *more_notes])
 
 
 # ------------------------------------------------------------------------------------------------------- rows
 
 
-def load_answers(path: str, on_bad_row: str) -> list[Answer]:
+def load_answers(path: str, on_bad_row: str) -> tuple[list[Answer], list[str]]:
     """Every answer of a file or hub set, in TRL's SFT layouts (`text`; `prompt`, `completion`; `messages`) or Alpaca's.
+
+    Returns:
+        The answers, and one line for each reason why rows or answers are left out.
 
     Raises:
         InputError: a missing, unreadable or empty source; a bad row, unless bad rows are skipped.
     """
-    answers, _ = parse_rows(path, read_rows(path, "train"), parse_answers, on_bad_row)
-    return [answer for row in answers for answer in row]
+    rows, notes = parse_rows(path, read_rows(path, "train"), parse_answers, on_bad_row)
+    answers = [answer for row in rows for answer in row]
+    first = [answer.where for answer in answers if answer.prompt == []]
+    notes += count_note(f"{path}: left out", first, len(answers), "answers", "they begin their dialogue, so they answer nothing")
+    return [answer for answer in answers if answer.prompt != []], notes
 
 
 def parse_answers(columns: Mapping, where: str) -> list[Answer]:
@@ -98,8 +105,8 @@ def _dialogue(value: object, where: str) -> list[Answer]:
     messages = checked_content(value, "messages")
     if not isinstance(messages, list):
         raise BadRow("`messages` must be a list of messages")
-    answers = [Answer(messages[:turn], [message], where) for turn, message in enumerate(messages) if turn and message["role"] == "assistant"]
-    if not answers:
+    answers = [Answer(messages[:turn], [message], where) for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if not any(answer.prompt for answer in answers):
         raise BadRow("`messages` has no assistant message after another message")
     return answers
 
@@ -113,26 +120,34 @@ def _text(value: object) -> str:
 # ---------------------------------------------------------------------------------------------------- encoding
 
 
-def encode_answers(answers: Iterable[Answer], tokenizer: PreTrainedTokenizerBase, config: Config) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of every answer that fits; rows over `sft.max_tokens` are cut off at the end by the trainer.
+def encode_answers(answers: Iterable[Answer], tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[list[dict[str, list[int]]], list[str]]:
+    """`input_ids` and `labels` of every answer that fits; rows over `sft.max_tokens` are cut off at the end.
 
     The encoder is the one of preference pairs and rollouts, so that later stages see the ids that are learned here.
+
+    Returns:
+        The rows, and one line for each reason why answers are left out, cut off or not what the chat template makes of them.
 
     Raises:
         InputError: no row is left.
     """
     context = context_tokens(config.model.path, config.model.trust_remote_code)
-    limits = {"max_prompt_tokens": context, "max_response_tokens": context, "long_prompt": "drop", "long_response": "truncate"}
-    encoder = Encoder(tokenizer, config.data.model_copy(update=limits), config.model.chat_template, 2 * context)
-    rows = [row for answer in answers if (row := _encode(answer, encoder, tokenizer)) is not None]
-    if not rows:
-        raise InputError(f"{config.data.sft}: no row is left; all prompts are longer than the model's context of {context} tokens")
-    return rows
+    longest = min(config.sft.max_tokens, context)
+    limit = f"sft.max_tokens {longest}" if longest == config.sft.max_tokens else f"the model's context of {longest} tokens"
+    limits = {"max_prompt_tokens": longest - 1, "max_response_tokens": sys.maxsize, "long_prompt": "drop"}
+    encoder = Encoder(tokenizer, config.data.model_copy(update=limits), config.model.chat_template, sys.maxsize)
+    encoded = [(answer.where, row) for answer in answers if (row := _encode(answer, encoder)) is not None]
+    if not encoded:
+        raise InputError(f"{config.data.sft}: no row is left; no prompt leaves room for its answer in {limit}")
+    cut = [where for where, row in encoded if len(row["input_ids"]) > longest]
+    notes = encoder.notes("answers", long_prompt=f"the prompt leaves no room for the answer in {limit}")
+    notes += count_note("cut off the end of", cut, encoder.rows, "answers", f"with their prompt they are over {limit}")
+    return [{name: ids[:longest] for name, ids in row.items()} for _, row in encoded], notes
 
 
-def _encode(answer: Answer, encoder: Encoder, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]] | None:
+def _encode(answer: Answer, encoder: Encoder) -> dict[str, list[int]] | None:
     if answer.prompt is None:
-        ids = [*tokenizer(answer.answer)["input_ids"], encoder.end_token_id]
+        ids = encoder.encode_text(answer.answer)
         return {"input_ids": ids, "labels": ids}
     encoded = encoder.encode_answer(answer.prompt, answer.answer, answer.where)
     if encoded is None:
