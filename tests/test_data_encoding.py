@@ -289,7 +289,7 @@ def test_a_response_keeps_the_text_of_the_data(name, answer, after_the_prompt, n
     assert tokenizer.decode(row.chosen) == after_the_prompt + end
     alone = encoder(name)
     assert alone.encode_answer("What is it?", answer, "a:1")[1] == row.chosen
-    assert {reason for reason, labels in alone.template.items() if labels} == ({noted} if noted else set())
+    assert {reason for reason, labels in alone.noted.items() if labels} == ({noted} if noted else set())
 
 
 @pytest.mark.parametrize("name", ["cuts", "qwen3", "qwen3-thinking", "r1", "glm"])
@@ -320,21 +320,21 @@ def test_what_a_template_leaves_out_of_a_prompt_is_noted():
     encode.encode_prompt(Prompt([system, hi], "p:1"))
     encode.encode_prompt(Prompt([hi], "p:2"))
     encode.encode_prompt(Prompt([message("system", "hi"), hi], "p:3"))  # the same text, but it is there once
-    assert encode.template["message"] == ["p:1 (system message)", "p:3 (system message)"]
+    assert encode.noted["message"] == ["p:1 (system message)", "p:3 (system message)"]
     assert encode.notes("prompts") == [
         "kept 2 of 3 prompts: the chat template leaves out or changes a message of the prompt, in rollouts too; the first is p:1 (system message)"
     ]
     last_only = build(byte_level(), template=CHAT_TEMPLATE.replace("in messages %}", "in messages[-1:] %}"))
     encode = Encoder(last_only, LONG, "auto", 10_000)
     encode.encode_prompt(Prompt([hi, message("assistant", "hello"), message("user", "bye")], "p:1"))
-    assert encode.template["message"] == ["p:1 (assistant message)"]
+    assert encode.noted["message"] == ["p:1 (assistant message)"]
     earlier = encoder("qwen3", LONG)
     earlier.encode_prompt(Prompt([hi, message("assistant", REASONED), message("user", "bye")], "p:1"))
-    assert earlier.template["message"] == ["p:1 (assistant message)"]
+    assert earlier.noted["message"] == ["p:1 (assistant message)"]
     for name in ("chatml", "llama3"):  # white space at the ends is not text
         encode = encoder(name, LONG)
         encode.encode_prompt(Prompt([system, message("user", " hi \n"), message("assistant", "hi there\n"), message("user", "hi")], "p:1"))
-        assert encode.template["message"] == []
+        assert encode.noted["message"] == []
 
 
 def test_a_row_that_is_dropped_is_counted_once_and_for_that_alone():
@@ -347,11 +347,21 @@ def test_a_row_that_is_dropped_is_counted_once_and_for_that_alone():
     ]
 
 
+def test_special_tokens_that_a_response_has_written_out_are_noted():
+    for name in ("plain", "chatml"):
+        encode = encoder(name)
+        encode.encode_pair(pair(chosen="a <pad> b</s>", rejected="c<|im_end|>"))
+        encode.encode_pair(pair(chosen="a", rejected=f"b{encode.tokenizer.eos_token}"))  # its end is not text
+        assert encode.notes("pairs") == [
+            "kept 1 of 2 pairs: special tokens that are written out in a response are encoded as text; the first is pairs.jsonl:7"
+        ]
+
+
 def test_an_answer_that_the_template_refuses_is_encoded_as_it_is():
     picky = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% if '<|' in m['content'] %}{{ raise_exception('no') }}{% endif %}{{ m['content'] }}")
     encode = Encoder(build(byte_level(), template=picky), LONG, "auto", 10_000)
     row = encode.encode_pair(pair(chosen="a <| b"))
-    assert encode.decode(row.chosen) == "a <| b" and encode.template["response"] == ["pairs.jsonl:7"]
+    assert encode.decode(row.chosen) == "a <| b" and encode.noted["response"] == ["pairs.jsonl:7"]
 
 
 # --------------------------------------------------------------------------------------------- the day and the machine

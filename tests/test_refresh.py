@@ -7,6 +7,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from gvm_artifacts import make_gvm
@@ -369,6 +370,28 @@ def test_when_a_refresh_is_due(tmp_path):
     alarmed = refresher(tmp_path, gvm={"path": "g", "refresh": source}, health={"on_alarm": "refresh"})
     assert alarmed.is_due(4, alarmed=True) and not alarmed.is_due(4, alarmed=False)
     assert not refresher(tmp_path, gvm={"path": "g"}).is_due(4, alarmed=True)
+
+
+@pytest.mark.parametrize("source", ["judge", "file"])
+def test_samples_that_make_no_pair_are_noted_on_the_console_and_for_the_summary(tmp_path, tiny_model, source):
+    settings = {"source": source, "pairs_per_prompt": 1, "min_score_gap": 0.2, "timeout_seconds": 0.01}
+    gvm = make_gvm(tmp_path / "gvm", tiny_model)
+    one = refresher(tmp_path / "run", gvm={"path": str(gvm), "refresh": settings})
+    one.inputs, warned = SimpleNamespace(notes=["of the start"]), []
+    scores = {"p:1": (1.0, 0.0), "p:2": (0.5, 0.4), "p:3": (0.7,)}
+    prompts = [Prompt(where, where) for where in scores]
+    write_samples(tmp_path / "samples.jsonl", prompts, [[Sample(f"{s}", False, s) for s in those] for those in scores.values()])
+    pairs = candidate_pairs(read_samples(tmp_path / "samples.jsonl"), 1)
+    answers = [{"id": pair.id, "preferred": preferred} for pair, preferred in zip(pairs, ("a", "tie"), strict=True)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    rows = one._label(tmp_path, 7, tmp_path / "samples.jsonl", SimpleNamespace(warn=warned.append, say=silent))
+    assert [row["prompt"] for row in rows] == ["p:1"]
+    why = "the scores tie or are closer than 0.2" if source == "judge" else "labelled a tie"
+    assert warned == [
+        "refresh after step 7: left out 1 of 3 prompts: fewer than two different usable samples; the first is p:3",
+        f"refresh after step 7: left out 1 of 2 pairs of samples: {why}; the first is p:2",
+    ]
+    assert one.inputs.notes == ["of the start", *warned]
 
 
 def test_a_checkpoint_names_the_artifact_relative_to_a_folder_that_may_move(tmp_path):

@@ -145,7 +145,7 @@ class DataConfig(Section):
     long_response: Literal["truncate", "drop", "error"] = Field(
         "error", description="A preference response over the limit: cut it (then it has no terminal state), drop the row (counted), or stop."
     )
-    on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at the first bad row, or skip, count and list bad rows.")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="Stop at the first bad row, or skip bad rows and count them.")
 
 
 # --------------------------------------------------------------------------------------------------------- stages

@@ -69,7 +69,7 @@ _Cut = tuple[list[int], bool]
 
 _DROPPED = ("long_prompt", "long_response", "chat_template", "empty", "equal")
 _TRUNCATED = ("long_prompt", "long_response")
-_TEMPLATE = ("response", "message", "reasoning")
+_NOTED = ("response", "message", "reasoning", "special")
 _REASONS = {
     "long_response": "the response is over data.max_response_tokens {max_response_tokens}",
     "chat_template": "the chat template refuses the messages",
@@ -78,8 +78,9 @@ _REASONS = {
     "response": "the chat template changes a response (for example removes text), which is encoded as it is",
     "message": "the chat template leaves out or changes a message of the prompt, in rollouts too",
     "reasoning": "the generation prompt opens a reasoning that a response lacks, which is encoded as its continuation",
+    "special": "special tokens that are written out in a response are encoded as text",
 }
-"""Why rows are dropped, shortened, or differ from what the chat template makes of them."""
+"""Why rows are dropped, shortened, or kept in a form that the user should know of."""
 
 
 class Dropped(Exception):
@@ -116,8 +117,8 @@ class Encoder:
             refuses the messages), `empty` (a cut-off response without a token), `equal` (both responses have the same ids, for
             example after truncation).
         truncated: labels of the rows shortened so far, by `long_prompt` and `long_response`.
-        template: labels of the rows so far that the chat template would change: `response`, `message` (of the prompt), or that
-            lack the `reasoning` that the generation prompt opens.
+        noted: labels of the rows kept so far whose `response` or prompt's `message` the chat template changes, whose response lacks
+            the `reasoning` that the generation prompt opens, or has `special` tokens written out.
         rows: rows encoded or dropped so far.
     """
 
@@ -140,7 +141,7 @@ class Encoder:
         self.is_chat = chat_template == "auto" and bool(tokenizer.chat_template)
         self.dropped: dict[str, list[str]] = {reason: [] for reason in _DROPPED}
         self.truncated: dict[str, list[str]] = {reason: [] for reason in _TRUNCATED}
-        self.template: dict[str, list[str]] = {reason: [] for reason in _TEMPLATE}
+        self.noted: dict[str, list[str]] = {reason: [] for reason in _NOTED}
         self.rows = 0
         self._marks: dict[tuple[str, str], str] = {}  # of the row at work: what is to be counted once the row is kept
         self._special = special_tokens(tokenizer)
@@ -210,7 +211,7 @@ class Encoder:
         return encoded.ids, answers
 
     def notes(self, rows: str, long_prompt: str = "the prompt is over data.max_prompt_tokens {max_prompt_tokens}") -> list[str]:
-        """One line for each reason why rows were dropped, shortened or not what the chat template makes of them.
+        """One line for each reason why rows were dropped, shortened or kept in a form that the user should know of.
 
         Args:
             rows: what the rows are called, in the plural.
@@ -219,7 +220,7 @@ class Encoder:
         reasons = {**_REASONS, "long_prompt": long_prompt}
         return [
             line
-            for start, counted in (("left out", self.dropped), ("shortened", self.truncated), ("kept", self.template))
+            for start, counted in (("left out", self.dropped), ("shortened", self.truncated), ("kept", self.noted))
             for reason, labels in counted.items()
             for line in count_note(start, labels, self.rows, rows, reasons[reason].format(**self.data.model_dump()))
         ]
@@ -270,7 +271,7 @@ class Encoder:
             prompt = self._shorten_chat(prompt, where) if self.is_chat else self._shorten_plain(prompt)
         role = left_out_message(prompt.messages, prompt.text) if self.is_chat else None
         if role is not None:
-            self._marks["template", "message"] = f"{where} ({role} message)"
+            self._marks["noted", "message"] = f"{where} ({role} message)"
         return prompt
 
     def _chat_prompt(self, messages: Messages, where: str) -> _PromptIds:
@@ -334,6 +335,8 @@ class Encoder:
     def _response(self, prompt: _PromptIds, response: Content, truncated: bool, where: str) -> _Cut:
         content = self._without_end(content_text(response))
         lead, text = self._turn_text(prompt, content, where) if self.is_chat else ("", content)
+        if self._special.search(text):
+            self._marks["noted", "special"] = where
         ids = self._body_ids(prompt, lead, text, "" if truncated else self._turn.close)
         if not truncated:
             ids = [*ids, self.end_token_id]
@@ -373,9 +376,9 @@ class Encoder:
             lead = self._lead(prompt)
             is_kept = before == lead
         if not is_kept:
-            self._marks["template", "response"] = where
+            self._marks["noted", "response"] = where
         if rest is None and has_prefill and turn.lacks_reasoning(content):
-            self._marks["template", "reasoning"] = where
+            self._marks["noted", "reasoning"] = where
         return lead, content
 
     def _dialogue(self, prompt: _PromptIds, content: str) -> str:

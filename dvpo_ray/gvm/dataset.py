@@ -44,7 +44,7 @@ class GVMData:
         train, heldout: the pairs.
         tokenizer: of the policy and the GVM.
         description: the entry in the manifest.
-        notes: rows that are left out, shortened or not what the chat template makes of them, one line for each reason.
+        notes: rows that are left out, shortened or kept in a form that the user should know of, one line for each reason.
     """
 
     train: PairBatch

@@ -126,7 +126,7 @@ def encode_answers(answers: Iterable[Answer], tokenizer: PreTrainedTokenizerBase
     The encoder is the one of preference pairs and rollouts, so that later stages see the ids that are learned here.
 
     Returns:
-        The rows, and one line for each reason why answers are left out, cut off or not what the chat template makes of them.
+        The rows, and one line for each reason why answers are left out, cut off or kept in a form that the user should know of.
 
     Raises:
         InputError: no row is left.
