@@ -61,6 +61,12 @@ CUTS = (
     "{{ m['content'].split('</think>')[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CHANNELS = (  # as in gpt-oss: special tokens before an answer, and a date
+    "<|im_start|>system\n{{ strftime_now('%Y-%m-%d') }}<|im_end|>{% for m in messages %}<|im_start|>{{ m['role'] }}"
+    "{% if m['role'] == 'assistant' %}{% if '<|im_start|>' in m['content'] %}{{ raise_exception('tags') }}{% endif %}"
+    "<|end_header_id|>final<|eot_id|>{% else %}<|eot_id|>{% endif %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
 NO_END = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}{% if add_generation_prompt %}### assistant:\n{% endif %}"
 
 
@@ -108,6 +114,7 @@ ZOO = {
     "r1": (build(byte_level(), template=R1), "</s>"),
     "glm": (build(byte_level(), eos="<|im_end|>", template=GLM), "<|im_end|>"),
     "cuts": (build(byte_level(), eos="<|im_end|>", template=CUTS), "<|im_end|>"),
+    "channels": (build(byte_level(), eos="<|im_end|>", template=CHANNELS), "<|im_end|>"),
     "no-end": (build(byte_level(), template=NO_END), "</s>"),
 }
 SHORT = DataConfig(max_prompt_tokens=100, max_response_tokens=100)
@@ -277,6 +284,9 @@ REASONED = "<think>\nwhy\n</think>\n\nYes"
         ("r1", REASONED, "why\n</think>\n\nYes", "response"),
         ("r1", "why\n</think>\n\nYes", "why\n</think>\n\nYes", "response"),
         ("r1", "Yes", "Yes", "reasoning"),
+        # special tokens before an answer: they are tokens there, and text in an answer
+        ("channels", "Yes", "<|end_header_id|>final<|eot_id|>Yes", None),
+        ("channels", "Yes <|eot_id|> no", "<|end_header_id|>final<|eot_id|>Yes <|eot_id|> no", "special"),
         # white space that a template strips
         ("llama3", " Yes\n", " Yes\n", "response"),
         ("llama3", "Yes", "Yes", None),

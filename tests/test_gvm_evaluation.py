@@ -183,7 +183,9 @@ def config(tiny_model, tmp_path):
 
 def test_evaluate_writes_json_and_plots(config, tiny_model, tmp_path):
     gvm = make_gvm(tmp_path / "gvm", tiny_model)
+    config.data.preferences.limit = 3
     report = evaluate_gvm(config, gvm, tmp_path / "out")
+    assert any("left out 1 of 4 training pairs: data.preferences.limit is 3" in note for note in report["notes"])
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
     assert report["pairs"] == 12
     for name in ("accuracy_by_position", "calibration", "value_trajectories"):

@@ -148,6 +148,7 @@ class Encoder:
         self._anchor_ids = self._ids(ANCHOR)
         self._text_prefix = self._added_before_text()
         self._turn = probe_turn(tokenizer) if self.is_chat else Turn("", "", tokenizer.eos_token, tokenizer.eos_token_id, "")
+        self._special_lead = self._continuation_ids(self._turn.lead) if self._special.search(self._turn.lead) else []
         self.end_token_id = self._turn.end_id
         self.stop_token_ids = {self.end_token_id, tokenizer.eos_token_id, *_generation_stop_ids(tokenizer.name_or_path)}
 
@@ -228,7 +229,8 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, exactly as it continues the prompt, without special tokens and without the template's own text."""
         kept = [token for token in ids if token not in self.stop_token_ids]
-        text = self._text(kept).removeprefix(self._turn.lead)
+        lead = self._special_lead
+        text = self._text(kept[len(lead) :]) if lead and kept[: len(lead)] == lead else self._text(kept).removeprefix(self._turn.lead)
         return text.removesuffix(self._turn.close) if len(kept) < len(ids) else text
 
     def texts(self, ids: Sequence[int]) -> list[str]:
@@ -368,8 +370,8 @@ class Encoder:
         rest = turn.after_prefill(content) if has_prefill else None
         if rest is not None:
             lead, content = "", rest
-        elif writes_itself(content, turn.lead):
-            lead = "" if before is None or writes_itself(content, before) else before
+        elif self._is_own(content, turn.lead):
+            lead = "" if before is None or self._is_own(content, before) else before
         elif before in (None, turn.lead):
             lead = turn.lead
         else:  # a lead of this prompt's own, or a content whose first characters happen to be those of the template around it
@@ -380,6 +382,10 @@ class Encoder:
         if rest is None and has_prefill and turn.lacks_reasoning(content):
             self._marks["noted", "reasoning"] = where
         return lead, content
+
+    def _is_own(self, content: str, lead: str) -> bool:
+        """Whether a content has itself what the tags of a lead are there for. Special tokens are no tags: in a content they are text."""
+        return writes_itself(content, self._special.sub("", lead))
 
     def _dialogue(self, prompt: _PromptIds, content: str) -> str:
         """The prompt and an answer as the template writes them; empty if it refuses the answer."""
