@@ -44,8 +44,8 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
 
     Args:
         path: name of the source in messages.
-        parse: makes an item from a row's columns and its label; raises `BadRow`.
-        on_bad_row: stop at the first bad row, or go on and list it.
+        parse: makes an item from a row's columns and its label; raises `BadRow`, or `NothingSaid`.
+        on_bad_row: stop at the first bad row, or go on and count it.
 
     Returns:
         The items in order, and one line for each reason why rows are left out.
