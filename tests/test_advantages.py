@@ -15,13 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dvpo_ray.actors import experience_builder
 from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.schema import Config
 from dvpo_ray.models.forward import batch_values
 from dvpo_ray.policy.advantages import MODES, compute_advantages
 from dvpo_ray.policy.mode_inputs import discounted_to_go, masked_whiten
+from dvpo_ray.runtime import process
 
 ALL_MODES = [name for name, mode in MODES.items() if mode.reads == ("values",)]  # the others are in test_outcome_advantages.py
 HANDLINGS = ["bootstrap", "mask", "penalty"]
+WHITENINGS = ["row", "batch"]
 
 
 def make_batch(rows: list[dict]) -> RaggedBatch:
@@ -39,7 +43,7 @@ def make_batch(rows: list[dict]) -> RaggedBatch:
 
 
 def advantages_of(rows: list[dict] | RaggedBatch, **settings_) -> SimpleNamespace:
-    defaults = dict(mode="gae", gae_lambda=1.0, kl_coefficient=0.0, whiten=False, truncated="bootstrap", truncation_penalty=0.0)
+    defaults = dict(mode="gae", gae_lambda=1.0, kl_coefficient=0.0, whiten=False, value_whitening="batch", truncated="bootstrap")
     batch = rows if isinstance(rows, RaggedBatch) else make_batch(rows)
     return compute_advantages(batch, **{**defaults, **settings_})
 
@@ -93,34 +97,74 @@ def test_hand_computed_penalty_of_a_cut_off_response(mode, expected):
 RELEASE_ROW = {"prompt": 1, "values": [-1.0, 3.0, -1.0, -1.0], "log_probs": [-1.0, -3.0, -1.0], "reference": [-2.0, -1.0, -1.5]}
 
 
-def test_hand_computed_release():
+@pytest.mark.parametrize("whitening", WHITENINGS)  # one row is the whole batch
+def test_hand_computed_release(whitening):
     # A_3 = 0.5; A_2 = -1.5 + 0.05 * -0.5; A_1 = 0.5 + 0.05 * (1.5 + 0.95 * -0.5)
-    result = advantages_of([RELEASE_ROW], mode="release")
+    result = advantages_of([RELEASE_ROW], mode="release", value_whitening=whitening)
     np.testing.assert_allclose(result.unwhitened, [0, 0.55125, -1.525, 0.5], atol=1e-6)
     # mean -0.157917, unbiased variance 1.402344, standard deviation 1.184206
     np.testing.assert_allclose(result.advantages, [0, 0.598854, -1.154430, 0.555576], atol=1e-6)
-    np.testing.assert_array_equal(result.advantages, advantages_of([RELEASE_ROW], mode="release", whiten=True).advantages)
+    whitened = advantages_of([RELEASE_ROW], mode="release", value_whitening=whitening, whiten=True)
+    np.testing.assert_array_equal(result.advantages, whitened.advantages)
 
 
-def test_hand_computed_release_with_kl():
+@pytest.mark.parametrize("whitening", WHITENINGS)
+def test_hand_computed_release_with_kl(whitening):
     # rewards -0.1 * (1, -2, 0.5): deltas 1.9 -1.8 0.45, discounted by 0.95
-    result = advantages_of([RELEASE_ROW], mode="release", kl_coefficient=0.1)
+    result = advantages_of([RELEASE_ROW], mode="release", value_whitening=whitening, kl_coefficient=0.1)
     np.testing.assert_allclose(result.unwhitened, [0, 0.596125, -1.3725, 0.45], atol=1e-6)
 
 
-def test_release_identity():
+# Two rows of different level and spread: the first has mean 6 and unbiased variance 36, the second 2.5 and 1, both together 4 and 16.
+RELEASE_ROWS = [
+    {"prompt": 1, "values": [12.0, 0.0, 6.0], "log_probs": [-1.0, -1.0], "reference": [-2.0, -1.0]},
+    {"prompt": 2, "values": [2.0, 4.0, 2.0, 2.0], "log_probs": [-1.0, -3.0], "reference": [-1.0, -1.0]},
+]
+
+
+@pytest.mark.parametrize(
+    ("whitening", "kl_coefficient", "unwhitened", "advantages"),
+    [
+        # Whitened values 1 -1 0 and -0.5 1.5 -0.5 -0.5, so V_1 V_2 are 1 -1 and 1.5 -0.5: A_2 = -V_2 and A_1 = -V_1 + 0.05 * V_2.
+        # Mean -0.26875, unbiased variance 1.463073.
+        ("row", 0.0, [-1.05, 1.0, -1.525, 0.5], [-0.645888, 1.048921, -1.038587, 0.635553]),
+        # Whitened values 2 -1 0.5 and -0.5 0 -0.5 -0.5, so V_1 V_2 are 2 -1 and 0 -0.5. Mean -0.14375, unbiased variance 1.790156.
+        ("batch", 0.0, [-2.05, 1.0, -0.025, 0.5], [-1.424736, 0.854842, 0.088754, 0.481140]),
+        # Rewards -0.1 * (1, 0) and -0.1 * (0, -2): A_1 of the first row falls by 0.1; A_2 and A_1 of the second rise by 0.2 and 0.95 * 0.2.
+        ("row", 0.1, [-1.15, 1.0, -1.335, 0.7], None),
+        ("batch", 0.1, [-2.15, 1.0, 0.165, 0.7], None),
+    ],
+)
+def test_hand_computed_release_of_two_rows(whitening, kl_coefficient, unwhitened, advantages):
+    batch = make_batch(RELEASE_ROWS)
+    result = advantages_of(batch, mode="release", value_whitening=whitening, kl_coefficient=kl_coefficient)
+    np.testing.assert_allclose(result.unwhitened[batch.response_mask], unwhitened, atol=1e-6)
+    if advantages is not None:
+        np.testing.assert_allclose(result.advantages[batch.response_mask], advantages, atol=1e-6)
+
+
+def test_hand_computed_release_with_a_penalty_and_with_a_masked_row():
+    cut = [{**RELEASE_ROWS[0], "truncated": True}, RELEASE_ROWS[1]]
+    # V_3 = -0.5 in place of 0: A_2 falls by 0.5 and A_1 by 0.95 * 0.5; the other row stays as it is.
+    result = advantages_of(cut, mode="release", value_whitening="row", truncated="penalty", truncation_penalty=0.5)
+    np.testing.assert_allclose(result.unwhitened, [0, -1.525, 0.5, 0, 0, -1.525, 0.5], atol=1e-6)
+    masked = {w: advantages_of(cut, mode="release", value_whitening=w, truncated="mask") for w in WHITENINGS}
+    np.testing.assert_allclose(masked["row"].unwhitened, [0, 0, 0, 0, 0, -1.525, 0.5], atol=1e-6)
+    np.testing.assert_array_equal(masked["batch"].unwhitened, masked["row"].unwhitened)  # one row is left
+
+
+@pytest.mark.parametrize("whitening", WHITENINGS)
+def test_release_identity(whitening):
     rng = np.random.default_rng(0)
     rows = [
         {"prompt": p, "values": rng.normal(size=p + t).tolist(), "log_probs": [0.0] * t, "reference": [0.0] * t} for p, t in [(3, 40), (1, 7), (5, 1)]
     ]
     batch = make_batch(rows)
-    result = compute_advantages(
-        batch, mode="release", gae_lambda=0.3, kl_coefficient=0.05, whiten=False, truncated="bootstrap", truncation_penalty=0.0
-    )
+    result = advantages_of(batch, mode="release", gae_lambda=0.3, kl_coefficient=0.05, value_whitening=whitening)
     values = batch.by_token["values"].astype(np.float64)
-    whitened = (values - values.mean()) / math.sqrt(values.var(ddof=1) + 1e-8)
     for r in range(batch.num_rows):
-        state = whitened[batch.states(r)][:-1]
+        together = values[batch.row(r)] if whitening == "row" else values
+        state = (values[batch.states(r)][:-1] - together.mean()) / math.sqrt(together.var(ddof=1) + 1e-8)
         expected = [-state[t] + 0.05 * sum(0.95 ** (k - t - 1) * state[k] for k in range(t + 1, len(state))) for t in range(len(state))]
         np.testing.assert_allclose(result.unwhitened[batch.response(r)], expected, atol=1e-6)
 
@@ -136,13 +180,13 @@ def test_gae_with_lambda_one_telescopes():
 # ----------------------------------------------------------------------------------- the slow, plain reference
 
 
-def reference_raw(rows: list[dict], mode: str, lam: float, beta: float, penalty: float) -> list[list[float]]:
+def reference_raw(rows: list[dict], mode: str, lam: float, beta: float, value_whitening: str, penalty: float) -> list[list[float]]:
     """Advantages before whitening, from the definitions. `penalty` is subtracted from the last value of a cut-off row."""
-    every_value = [float(np.float32(v)) for row in rows for v in row["values"]]
-    mean = sum(every_value) / len(every_value) if every_value else 0.0
-    spread = math.sqrt(sum((v - mean) ** 2 for v in every_value) / max(len(every_value) - 1, 1) + 1e-8)
     advantages = []
     for row in rows:
+        together = [float(np.float32(v)) for other in rows for v in other["values"] if value_whitening == "batch" or other is row]
+        mean = sum(together) / len(together)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in together) / max(len(together) - 1, 1) + 1e-8)
         length = len(row["log_probs"])
         v = [float(np.float32(x)) for x in row["values"][row["prompt"] - 1 :]]  # v[0..T]
         kl = [None] + [float(np.float32(a)) - float(np.float32(b)) for a, b in zip(row["log_probs"], row["reference"], strict=True)]
@@ -163,10 +207,12 @@ def reference_raw(rows: list[dict], mode: str, lam: float, beta: float, penalty:
     return advantages
 
 
-def reference_advantages(rows: list[dict], mode, gae_lambda, kl_coefficient, whiten, truncated, truncation_penalty) -> list[list[float]]:
+def reference_advantages(
+    rows: list[dict], mode, gae_lambda, kl_coefficient, whiten, value_whitening, truncated, truncation_penalty
+) -> list[list[float]]:
     in_loss = [not (truncated == "mask" and row.get("truncated")) for row in rows]
     kept = [row for row, keep in zip(rows, in_loss, strict=True) if keep]
-    raw = reference_raw(kept, mode, gae_lambda, kl_coefficient, truncation_penalty if truncated == "penalty" else 0.0)
+    raw = reference_raw(kept, mode, gae_lambda, kl_coefficient, value_whitening, truncation_penalty if truncated == "penalty" else 0.0)
     everything = [a for row in raw for a in row]
     if (whiten or mode == "release") and everything:
         mean = statistics.fmean(everything)
@@ -202,6 +248,7 @@ mode_settings = st.fixed_dictionaries(
         "gae_lambda": st.floats(0, 1),
         "kl_coefficient": st.sampled_from([0.0, 0.05, 1.0]),
         "whiten": st.booleans(),
+        "value_whitening": st.sampled_from(WHITENINGS),
         "truncated": st.sampled_from(HANDLINGS),
         "truncation_penalty": st.sampled_from([0.0, 0.5]),
     }
@@ -222,15 +269,21 @@ def test_equals_the_reference(rows, chosen):
 
 
 @pytest.mark.parametrize("kl_coefficient", [0.0, 0.2])
-def test_release_equals_the_released_recipe_in_torch(kl_coefficient):
-    """The recipe written as such code is: rectangular tensors, a mask, a reversed loop over time. Rows of one length, so no padding."""
+@pytest.mark.parametrize("whitening", WHITENINGS)
+def test_release_equals_the_released_recipe_in_torch(whitening, kl_coefficient):
+    """The recipe written as such code is: rectangular tensors, a reversed loop over time. Rows of one length, so no padding.
+
+    The forward mini-batch, whose values are whitened together, is one sequence or the whole batch.
+    """
     torch.manual_seed(0)
     rows, prompt, length = 6, 3, 30
+    levels = torch.arange(rows, dtype=torch.float64)[:, None]
     head = torch.randn(rows, prompt + length, dtype=torch.float64)
     log_probs, reference = -torch.rand(2, rows, length, dtype=torch.float64) * 3
-    head, log_probs, reference = head.float().double(), log_probs.float().double(), reference.float().double()
+    head, log_probs, reference = (head * (1 + levels) + levels).float().double(), log_probs.float().double(), reference.float().double()
 
-    values = ((head - head.mean()) * torch.rsqrt(head.var() + 1e-8))[:, prompt - 1 : -1]
+    whitened = [(part - part.mean()) * torch.rsqrt(part.var() + 1e-8) for part in head.split(1 if whitening == "row" else rows)]
+    values = torch.cat(whitened)[:, prompt - 1 : -1]
     rewards = -kl_coefficient * (log_probs - reference)
     advantages, carry = torch.zeros_like(values), torch.zeros(rows, dtype=torch.float64)
     for t in reversed(range(length)):
@@ -242,7 +295,7 @@ def test_release_equals_the_released_recipe_in_torch(kl_coefficient):
     batch = make_batch(
         [{"prompt": prompt, "values": head[r].tolist(), "log_probs": log_probs[r].tolist(), "reference": reference[r].tolist()} for r in range(rows)]
     )
-    result = advantages_of(batch, mode="release", kl_coefficient=kl_coefficient)
+    result = advantages_of(batch, mode="release", value_whitening=whitening, kl_coefficient=kl_coefficient)
     np.testing.assert_allclose(result.advantages.reshape(rows, -1)[:, prompt:], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -267,7 +320,7 @@ def test_order_and_sharding_of_rows_change_nothing(rows, chosen, random):
 
 
 @settings(max_examples=60, deadline=None)
-@given(random_rows(min_rows=2), mode_settings.filter(lambda s: s["mode"] != "release"))
+@given(random_rows(min_rows=2), mode_settings.filter(lambda s: s["mode"] != "release" or s["value_whitening"] == "row"))
 def test_before_whitening_a_row_depends_on_no_other(rows, chosen):
     batch = make_batch(rows)
     whole = compute_advantages(batch, **chosen)
@@ -294,6 +347,36 @@ def test_values_of_states_before_the_response_never_matter(rows, chosen, other):
     changed = [{**row, "values": [other] * (row["prompt"] - 1) + row["values"][row["prompt"] - 1 :]} for row in rows]
     before, after = compute_advantages(make_batch(rows), **chosen), compute_advantages(make_batch(changed), **chosen)
     np.testing.assert_array_equal(before.advantages, after.advantages)
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_rows(), mode_settings, st.lists(st.integers(-8, 8), min_size=5, max_size=5))
+def test_release_forgets_the_level_of_what_is_whitened_together(rows, chosen, levels):
+    """A number added to every value of a row, or of the batch, changes nothing. Float32 holds sums of multiples of 1/4 exactly."""
+    chosen = {**chosen, "mode": "release"}
+    if chosen["value_whitening"] == "batch":
+        levels = levels[:1] * len(rows)
+    low = [{**row, "values": [round(4 * v) / 4 for v in row["values"]]} for row in rows]
+    high = [{**row, "values": [v + level for v in row["values"]]} for row, level in zip(low, levels, strict=False)]
+    before, after = compute_advantages(make_batch(low), **chosen), compute_advantages(make_batch(high), **chosen)
+    np.testing.assert_allclose(before.unwhitened, after.unwhitened, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_rows(), mode_settings)
+def test_only_release_reads_the_whitening_of_values(rows, chosen):
+    row, batch = (compute_advantages(make_batch(rows), **{**chosen, "value_whitening": whitening}) for whitening in WHITENINGS)
+    if chosen["mode"] != "release" or len(rows) == 1:
+        np.testing.assert_array_equal(row.advantages, batch.advantages)
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers, st.integers(1, 300))
+def test_equal_values_whiten_to_exactly_zero(value, length):
+    flat = {"prompt": 1, "values": [value] * (length + 1), "log_probs": [0.0] * length, "reference": [0.0] * length}
+    batch = make_batch([*RELEASE_ROWS, flat])
+    assert not advantages_of(batch, mode="release", value_whitening="row").unwhitened[batch.row(2)].any()
+    assert not advantages_of([flat, flat], mode="release", value_whitening="batch").unwhitened.any()
 
 
 class RunningSum(torch.nn.Module):
@@ -371,6 +454,18 @@ def test_a_batch_with_nothing_in_the_loss(mode):
     rows = [{**ROW, "truncated": True}, {"prompt": 2, "values": [1.0, 2.0], "log_probs": [], "reference": []}]
     result = advantages_of(rows, mode=mode, truncated="mask", whiten=True)
     assert not result.advantages.any() and not result.loss_mask.any()
+
+
+@pytest.mark.parametrize("whitening", WHITENINGS)
+def test_the_experience_builder_passes_the_settings_on(whitening, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "redirect_process_output", lambda file: None)
+    monkeypatch.setattr(experience_builder.ray, "get", list)
+    config = Config.model_validate({"model": {"path": str(tiny_model)}, "advantage": {"mode": "release", "value_whitening": whitening}})
+    builder = experience_builder.ExperienceBuilder(config, 0, str(tmp_path))
+    batch = make_batch(RELEASE_ROWS)
+    _, shard = builder.build([experience_builder.ScoredChunk(batch)], policy_version=0, kl_reward_coefficient=0.1)
+    expected = advantages_of(batch, mode="release", value_whitening=whitening, kl_coefficient=0.1)
+    np.testing.assert_array_equal(shard.sorted_by_id().by_token["advantages"], expected.advantages)
 
 
 def test_a_number_that_is_not_finite_names_its_row():

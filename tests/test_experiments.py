@@ -121,6 +121,17 @@ def test_dry_run_lists_the_runs_and_starts_nothing(faked, tmp_path, capsys):
     assert not started and not (tmp_path / "new").exists()
 
 
+def test_release_is_compared_with_both_whitenings_of_its_values(capsys):
+    argv = [*MODES[:3], "advantage.value_whitening=row", "--seeds", 0, "--dry-run"]
+    assert dvpo(*argv) == 0 and dvpo(*argv, "--modes", "release") == 0
+    lines = [line.split()[3:] for line in capsys.readouterr().out.splitlines() if line.startswith("to do")]
+    assert lines == [
+        *([f"{mode}-seed0", f'advantage.mode="{mode}"'] for mode in ("static_q", "td", "gae")),
+        *([f"release-{w}-seed0", 'advantage.mode="release"', f'advantage.value_whitening="{w}"'] for w in ("row", "batch")),
+        ["release-seed0", 'advantage.mode="release"'],
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [

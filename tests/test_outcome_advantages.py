@@ -32,9 +32,11 @@ def make_batch(rewards, kls, values=None, truncated=None, row_ids=None, greedy=0
     return batch.with_token_fields(values=np.array(flat, np.float32))
 
 
+SETTINGS = dict(gae_lambda=1.0, kl_coefficient=0.0, whiten=False, value_whitening="batch", truncated="bootstrap", samples_per_prompt=2)
+
+
 def advantages_of(batch, mode, **changes) -> list[list[float]]:
-    chosen = dict(gae_lambda=1.0, kl_coefficient=0.0, whiten=False, truncated="bootstrap", samples_per_prompt=2)
-    result = compute_advantages(batch, mode=mode, **(chosen | changes))
+    result = compute_advantages(batch, mode=mode, **(SETTINGS | changes))
     return [result.advantages[batch.response(r)].tolist() for r in range(batch.num_rows)]
 
 
@@ -79,7 +81,7 @@ def test_samples_that_score_alike_teach_nothing():
 
 def test_returns_of_ppo_are_the_rewards_to_go_at_lambda_one():
     batch = make_batch(REWARDS, KLS, VALUES)
-    result = compute_advantages(batch, mode="ppo", gae_lambda=1.0, kl_coefficient=0.1, whiten=True, truncated="bootstrap")
+    result = compute_advantages(batch, mode="ppo", **(SETTINGS | {"kl_coefficient": 0.1, "whiten": True}))
     targets = value_targets(batch, result.unwhitened)
     np.testing.assert_allclose([targets[batch.response(0)], np.repeat(targets[batch.response(1)], 3)], [[0.9, 0.95, 0.9], [2.8] * 3], atol=1e-6)
     assert not targets[~batch.response_mask].any()
@@ -119,14 +121,7 @@ def groups(draw) -> tuple[list[float], list[list[float]], list[list[float]]]:
 @given(groups(), st.sampled_from(OUTCOME_MODES), st.booleans(), st.permutations(range(4)), st.integers(0, 4))
 def test_order_and_sharding_of_rows_change_nothing(rows, mode, whiten, order, cut):
     batch = make_batch(*rows, greedy=[0.3, 0.3, -1.0, -1.0])
-    settings_ = dict(
-        mode=mode,
-        gae_lambda=0.9,
-        kl_coefficient=0.1,
-        whiten=whiten,
-        truncated="bootstrap",
-        samples_per_prompt=2,
-    )
+    settings_ = SETTINGS | {"mode": mode, "gae_lambda": 0.9, "kl_coefficient": 0.1, "whiten": whiten}
     shuffled = RaggedBatch.concatenate([batch.select(order[cut:]), batch.select(order[:cut])])
     result = compute_advantages(shuffled, **settings_)
     restored = shuffled.with_token_fields(advantages=result.advantages).sorted_by_id()
@@ -143,5 +138,5 @@ def test_the_samples_of_a_prompt_cancel(rows, mode):
 @pytest.mark.parametrize("mode", OUTCOME_MODES)
 def test_a_batch_with_nothing_in_the_loss(mode):
     batch = make_batch([1.0, 2.0], KLS, truncated=[True, True])
-    result = compute_advantages(batch, mode=mode, gae_lambda=1.0, kl_coefficient=0.1, whiten=True, truncated="mask", samples_per_prompt=2)
+    result = compute_advantages(batch, mode=mode, **(SETTINGS | {"kl_coefficient": 0.1, "whiten": True, "truncated": "mask"}))
     assert not result.advantages.any() and not result.loss_mask.any()

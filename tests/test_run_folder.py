@@ -98,6 +98,13 @@ def test_the_first_differences_are_told_and_the_others_counted(tmp_path):
     assert "seed was 0 and is 1 now, algorithm was dvpo and is ppo now" in line and "(and 2 more)" in line
 
 
+def test_what_advantages_are_made_of_may_not_change():
+    changed = config_with(advantage__value_whitening="row", advantage__mode="td")
+    keys = [key for key, _, _ in forbidden_changes("train", config_with(), changed)]
+    assert keys == ["advantage.mode", "advantage.value_whitening"]
+    assert forbidden_changes("gvm", config_with(), changed) == []
+
+
 def test_what_the_docs_list_may_change():
     changes = {
         "train": {"train__steps": 400, "train__trackers": [], "name": "other", "out": "there", "checkpoint__every_steps": 1, "ray__num_cpus": 2}

@@ -55,7 +55,7 @@ def batch_of(inputs: dict[str, np.ndarray], lengths: list[int], steps: list[int]
 
 def advantages_of(batch: RaggedBatch, lam: float) -> AdvantageResult:
     return compute_advantages(
-        batch, mode="ppo", gae_lambda=lam, kl_coefficient=SETTINGS["kl_coef"], whiten=True, truncated="bootstrap", samples_per_prompt=1
+        batch, mode="ppo", gae_lambda=lam, kl_coefficient=SETTINGS["kl_coef"], whiten=True, value_whitening="batch", truncated="bootstrap"
     )
 
 

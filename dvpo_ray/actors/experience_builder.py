@@ -81,6 +81,7 @@ class ExperienceBuilder(Actor):
                 gae_lambda=settings.gae_lambda,
                 kl_coefficient=kl_reward_coefficient,
                 whiten=settings.whiten,
+                value_whitening=settings.value_whitening,
                 truncated=settings.truncated,
                 truncation_penalty=settings.truncation_penalty,
                 samples_per_prompt=samples,

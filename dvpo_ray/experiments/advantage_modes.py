@@ -10,7 +10,14 @@ from dvpo_ray.experiments.readings import Curve, draw_gold, read_curve
 from dvpo_ray.experiments.results import Result, columns, with_deviation
 from dvpo_ray.experiments.study import Run, Study, add_kl_option, override
 
-MODES = ("static_q", "td", "gae", "release")
+MODES = ("static_q", "td", "gae", "release-row", "release-batch")
+"""Values of `advantage.mode`. What follows a dash is `advantage.value_whitening`."""
+
+
+def mode_overrides(variant: str) -> list[str]:
+    """What a variant changes in the config."""
+    mode, _, whitening = variant.partition("-")
+    return [override("advantage.mode", mode), *([override("advantage.value_whitening", whitening)] if whitening else [])]
 
 
 class AdvantageModes(Study):
@@ -21,7 +28,8 @@ class AdvantageModes(Study):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=f"of {', '.join(MODES)} (default: all)")
+        help = f"of {', '.join(MODES)} (default: all these), or release, which whitens the values as the config says"
+        parser.add_argument("--modes", nargs="+", choices=(*MODES, "release"), default=list(MODES), metavar="MODE", help=help)
         add_kl_option(parser)
 
     def runs(self) -> list[Run]:
@@ -29,7 +37,7 @@ class AdvantageModes(Study):
         if self.config.algorithm != "dvpo":
             algorithm = self.config.algorithm
             raise InputError(f"{self.options.config}: algorithm is {algorithm}, which has no advantage modes to compare; set algorithm=dvpo")
-        return [self.run("policy", mode, seed, override("advantage.mode", mode)) for seed in self.seeds for mode in self.options.modes]
+        return [self.run("policy", mode, seed, *mode_overrides(mode)) for seed in self.seeds for mode in self.options.modes]
 
     def result(self, runs: Sequence[Run]) -> Result:
         curves = [read_curve(run) for run in runs]

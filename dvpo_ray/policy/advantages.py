@@ -22,7 +22,7 @@ import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.policy import outcome_advantages as outcome
-from dvpo_ray.policy.mode_inputs import ModeInputs, masked_whiten
+from dvpo_ray.policy.mode_inputs import ModeInputs, ValueWhitening, masked_whiten
 
 RELEASE_LAMBDA = 0.95
 
@@ -62,10 +62,11 @@ def gae(inputs: ModeInputs) -> np.ndarray:
 def release(inputs: ModeInputs) -> np.ndarray:
     """As in the authors' released code: GAE with lambda 0.95 on values whitened over every position, and zero after the last token.
 
-    The output at position j serves as the value of the state before token j+1. The output at the last token is used in the
-    whitening only. Without KL the result is -V_t + 0.05 * sum over l of 0.95^l * V_{t+1+l}.
+    The values are whitened within each row, as the authors ran it, or over the batch. The output at position j serves as the
+    value of the state before token j+1. The output at the last token is used in the whitening only. Without KL the result is
+    -V_t + 0.05 * sum over l of 0.95^l * V_{t+1+l}.
     """
-    whitened = masked_whiten(inputs.values, np.ones(len(inputs.values), dtype=bool))
+    whitened = inputs.whitened_values
     after = np.where(inputs.is_last, 0.0, whitened[inputs.position]) - inputs.truncation_penalty
     deltas = after - whitened[inputs.position - 1] - inputs.kl_penalty
     return inputs.to_go(deltas, RELEASE_LAMBDA)
@@ -106,11 +107,12 @@ def compute_advantages(
     gae_lambda: float,
     kl_coefficient: float,
     whiten: bool,
+    value_whitening: ValueWhitening,
     truncated: TruncatedHandling,
     truncation_penalty: float = 0.0,
     samples_per_prompt: int = 1,
 ) -> AdvantageResult:
-    """Advantages of a whole rollout batch. Whitening is over the batch, so pass all of it at once.
+    """Advantages of a whole rollout batch. The last whitening is over the batch, so pass all of it at once.
 
     Args:
         batch: needs the token fields `log_probs` and `reference_log_probs`, and the fields that the mode reads.
@@ -118,6 +120,8 @@ def compute_advantages(
         gae_lambda: trace decay of `gae` and `ppo`; no other mode uses it.
         kl_coefficient: beta of the per-token KL penalty; 0 when KL isn't in the reward.
         whiten: whiten over the response tokens in the loss, where the mode leaves it to the caller.
+        value_whitening: `row`: `release` whitens the values of each row by themselves. `batch`: it whitens those of all rows
+            together. No other mode uses it.
         truncated: how to treat a response that was cut off. `bootstrap`: its last value stands in for the unknown outcome;
             `release`, which never reads that value, and the modes with rewards, whose outcome is known, treat the row like any
             other. `mask`: the row is left out of the loss and of every whitening. `penalty`: `truncation_penalty` is
@@ -143,6 +147,7 @@ def compute_advantages(
         kl_penalty=kl_coefficient * token_kl[loss_mask],
         penalty=penalty,
         gae_lambda=gae_lambda,
+        value_whitening=value_whitening,
         rewards=rows.by_row["rewards"] - penalty * rows.truncated if "rewards" in chosen.reads else None,
         group=_prompt_groups(rows, samples_per_prompt),
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
 
 VARIANCE_EPSILON = 1e-8
+
+ValueWhitening = Literal["row", "batch"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class ModeInputs:
         kl_penalty: float64 [n], beta * kl_t of each response token.
         penalty: is subtracted from the value after the last token of a row that was cut off.
         gae_lambda: trace decay.
+        value_whitening: the values that are whitened together: those of one `row`, or those of the whole `batch`.
         rewards: float64 [R], reward of each row, minus the penalty if the row was cut off; None if the mode does not read rewards.
         group: int64 [R], a number for the prompt of each row.
     """
@@ -31,6 +35,7 @@ class ModeInputs:
     kl_penalty: np.ndarray
     penalty: float
     gae_lambda: float
+    value_whitening: ValueWhitening
     rewards: np.ndarray | None
     group: np.ndarray
 
@@ -48,6 +53,17 @@ class ModeInputs:
     def value_after(self) -> np.ndarray:
         """v[t] of each response token, minus the truncation penalty, float64 [n]."""
         return self.values[self.position] - self.truncation_penalty
+
+    @property
+    def whitened_values(self) -> np.ndarray:
+        """The values of every position, prompt included, whitened within their row or over the batch, float64 [N]."""
+        if self.value_whitening == "batch":
+            return whiten(self.values)
+        whitened = np.empty_like(self.values)
+        for r in range(self.batch.num_rows):
+            row = self.batch.row(r)
+            whitened[row] = whiten(self.values[row])
+        return whitened
 
     @cached_property
     def is_last(self) -> np.ndarray:
@@ -111,8 +127,14 @@ def mean_and_variance(values: np.ndarray) -> tuple[float, float]:
     return float(mean), float(variance)
 
 
+def whiten(values: np.ndarray) -> np.ndarray:
+    """(x - mean) / sqrt(variance + 1e-8) with the unbiased variance, float64 [n]. Float32 numbers that are all equal become 0."""
+    mean, variance = mean_and_variance(values)
+    return (values - mean) / np.sqrt(variance + VARIANCE_EPSILON)
+
+
 def masked_whiten(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Whiten the numbers under a mask: (x - mean) / sqrt(variance + 1e-8), with the unbiased variance as in TRL's `masked_whiten`.
+    """Whiten the numbers under a mask, as TRL's `masked_whiten` does.
 
     Args:
         values: float [N]; numbers outside the mask are not read.
@@ -121,8 +143,6 @@ def masked_whiten(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     Returns:
         float64 [N], 0 outside the mask.
     """
-    kept = values[mask].astype(np.float64)
-    mean, variance = mean_and_variance(kept)
     whitened = np.zeros(len(values), dtype=np.float64)
-    whitened[mask] = (kept - mean) / np.sqrt(variance + VARIANCE_EPSILON)
+    whitened[mask] = whiten(values[mask].astype(np.float64))
     return whitened
