@@ -6,7 +6,8 @@ kl_t = log pi(y_t) - log pi_ref(y_t). The credit for choosing y_t, before whiten
     static_q    v[t] - beta * (kl_t + ... + kl_T)
     td          v[t] - v[t-1] - beta * kl_t
     gae         sum over l of lambda^l * td_{t+l}
-    release     gae with lambda = 0.95 on whitened values with no value after the last token, as in the authors' released code
+    release     gae with lambda = 0.95 on whitened values with no value after the last token, as in the authors' released code;
+                the values are whitened row by row, as its authors ran it, or over the batch
 
 The modes in `dvpo_ray.policy.outcome_advantages` start from one reward per response instead.
 Everything is computed in float64, so the result does not depend on the order or the sharding of the rows.
