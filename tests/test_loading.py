@@ -7,10 +7,12 @@ import os
 import shutil
 import socket
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import pytest
 from huggingface_hub import constants
+from transformers import AutoTokenizer
 
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.data import hub
@@ -85,12 +87,23 @@ def test_every_token_needs_a_row(tiny_model, tmp_path):
 
 def test_tokens_are_counted_up_to_the_largest_id(tiny_model, tmp_path):
     class WithGap:
+        special_tokens_map: ClassVar[dict[str, str]] = {}
+
         def get_vocab(self):
             return {"a": 0, "far": 450, "b": 1, "farther": 460}
 
     with pytest.raises(InputError, match="the tokenizer has 461 tokens, but the model's embedding has 450 rows .*without a row is 'far'"):
         check_vocabulary(WithGap(), with_rows(tiny_model, tmp_path / "gap", 450))
     check_vocabulary(WithGap(), with_rows(tiny_model, tmp_path / "fits", 461))
+
+
+def test_the_placeholder_of_an_image_needs_no_row(tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model, extra_special_tokens={"image_token": "<image_soft_token>"})
+    rows = len(tokenizer) - 1
+    check_vocabulary(tokenizer, with_rows(tiny_model, tmp_path / "text", rows))
+    tokenizer.add_tokens("more")
+    with pytest.raises(InputError, match=f"has {rows + 2} tokens, but the model's embedding has {rows} rows .*without a row is 'more'"):
+        check_vocabulary(tokenizer, str(tmp_path / "text"))
 
 
 def test_a_tokenizer_alone_is_not_compared(tiny_model, tmp_path):

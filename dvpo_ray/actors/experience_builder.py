@@ -47,7 +47,6 @@ class ExperienceBuilder(Actor):
         super().__init__(index, run_folder)
         self.config = config
         self.mode = config.advantage.mode if config.algorithm == "dvpo" else config.algorithm
-        self.run_folder = Path(run_folder)
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.judge = make_judge(config.evaluation.judge)
         self.batch: RaggedBatch | None = None

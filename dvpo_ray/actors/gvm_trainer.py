@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank
 from dvpo_ray.config.schema import Config, GVMConfig, RewardModelConfig
-from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, head_spec, save_gvm
+from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, head_spec, save_gvm, save_value_model
 from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.gvm.pairs import PairBatch, plan_minibatch
 from dvpo_ray.gvm.targets import bradley_terry, last_values, mean_values, squared_error, value_targets
 from dvpo_ray.models.deepspeed import gather_parameters
 from dvpo_ray.models.forward import token_values
-from dvpo_ray.models.loading import load_tokenizer, torch_dtype
+from dvpo_ray.models.loading import load_tokenizer, rehearse_saving, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, full_weights
 
 SHARES = ("loss", "regression_loss", "bradley_terry_loss", "accuracy", "tokens")
@@ -45,6 +46,8 @@ class GVMTrainer(DeepSpeedRank):
         self.train = train
         start = settings.init_from or model.path
         value_model = new_value_model(start, settings.num_layers, dtype, model.attention, model.trust_remote_code, settings.keep_head)
+        if self.index == 0:
+            rehearse_saving(partial(save_value_model, value_model, {}, self._tokenizer()), self.run_folder, start)
         facts = head_spec(value_model), value_model.config.get_text_config().num_hidden_layers
         if settings.lora is not None:
             # peft changes the trunk in place; the head outside it stays an ordinary trained layer.
@@ -123,5 +126,7 @@ class GVMTrainer(DeepSpeedRank):
             if self.index == 0:
                 state[name] = tensor.cpu().clone()
         if self.index == 0:
-            tokenizer = load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
-            save_gvm(Path(folder), self.model, state, tokenizer, manifest)
+            save_gvm(Path(folder), self.model, state, self._tokenizer(), manifest)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)

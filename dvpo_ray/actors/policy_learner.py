@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,10 @@ from dvpo_ray.actors.minibatches import Minibatch, cut_minibatches
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
-from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.deepspeed import gather_parameters
 from dvpo_ray.models.forward import MinLength, batch_log_probs, response_log_probs
-from dvpo_ray.models.loading import first_line, load_policy, load_tokenizer, save_policy, torch_dtype
+from dvpo_ray.models.loading import load_policy, load_tokenizer, rehearse_saving, save_policy, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
 from dvpo_ray.policy.losses import combine_metrics, policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import mismatch_metrics
@@ -44,7 +42,6 @@ class PolicyLearner(DeepSpeedRank):
     def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int] = frozenset()) -> None:
         super().__init__(index, run_folder)
         self.config = config
-        self.run_folder = Path(run_folder)
         self.sampled = {
             "temperature": config.rollout.temperature,
             "min_length": MinLength.of(config.rollout.min_response_tokens, stop_token_ids),
@@ -65,18 +62,10 @@ class PolicyLearner(DeepSpeedRank):
         if config.policy.lora is not None:
             model = apply_lora(model, config.policy.lora)
         self._shard(model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps)
-        self._rehearse_saving()
+        if self.index == 0:
+            rehearse_saving(partial(self._save, {}), self.run_folder, config.model.path)
         self.sender = make_sender(transport, config, engines, self._weights, self.index)
         self.engines_are_whole = False
-
-    def _rehearse_saving(self) -> None:
-        """Save the policy without its weights: what cannot be saved shows before the first step, not after the last."""
-        if self.index == 0:
-            with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.run_folder) as folder:
-                try:
-                    self._save({}, Path(folder))
-                except (OSError, ValueError, TypeError) as error:
-                    raise ResourceError(f"the policy of {self.config.model.path} cannot be saved: {first_line(error)}") from error
 
     def _save(self, weights: dict[str, Tensor], folder: Path) -> None:
         base = self.model.get_base_model() if self.config.policy.lora is not None else self.model

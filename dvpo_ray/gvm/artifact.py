@@ -107,13 +107,17 @@ def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
         ResourceError: the disk is full; the folder is left as it was.
     """
     with whole_folder(folder) as draft:
-        contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-        model.save_pretrained(draft, state_dict=contiguous, save_original_format=False)
-        tokenizer.save_pretrained(draft)
+        save_value_model(model, {name: tensor.contiguous() for name, tensor in state.items()}, tokenizer, draft)
         hashes = {file.name: _file_hash(file) for file in sorted(draft.glob("*.safetensors"))}
         whole = manifest.model_copy(update={"weights_sha256": hashes, "config_sha256": _file_hash(draft / CONFIG)})
         (draft / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n")
     return folder
+
+
+def save_value_model(model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an artifact's model and tokenizer, without its manifest."""
+    model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    tokenizer.save_pretrained(folder)
 
 
 def head_spec(model: PreTrainedModel) -> HeadSpec:

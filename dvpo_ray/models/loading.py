@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from dvpo_ray.config.inputs import is_local, no_checkpoint
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
-from dvpo_ray.errors import InputError
+from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.models.cpu_linear import use_fast_linears
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -96,13 +97,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, trust_remote_code: bool = False) -> None:
     """Refuse a tokenizer with more tokens than the input embedding of a checkpoint has rows. Fewer are fine: the rest is padding.
 
+    The placeholder of an image needs no row: Gemma 3 1B, which reads text only, has one without.
+
     Args:
         path: checkpoint folder or hub name of a policy or a value model.
 
     Raises:
         InputError: names both numbers.
     """
-    ids = tokenizer.get_vocab()
+    placeholder = tokenizer.special_tokens_map.get("image_token")
+    ids = {text: id_ for text, id_ in tokenizer.get_vocab().items() if text != placeholder}
     rows = getattr(load_model_config(path, trust_remote_code).get_text_config(), "vocab_size", None)
     tokens = max(ids.values(), default=-1) + 1
     if rows is None or tokens <= rows:
@@ -155,16 +159,16 @@ def turn_off_randomness(config: PretrainedConfig) -> None:
 
 
 def save_policy(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, source: ModelConfig, folder: Path
+    model: PreTrainedModel, weights: dict[str, torch.Tensor] | None, tokenizer: PreTrainedTokenizerBase, source: ModelConfig, folder: Path
 ) -> None:
     """Write a Hugging Face checkpoint: the weights with the config, the generation config and the tokenizer of the source.
 
     Args:
         model: names the architecture.
-        weights: under their checkpoint names, as `full_weights` yields them. Without weights the call rehearses the saving.
+        weights: under their checkpoint names, as `full_weights` yields them; None saves those of the model.
         source: the checkpoint that the model started from.
     """
-    model.save_pretrained(folder, state_dict=weights, save_original_format=False)
+    model.save_pretrained(folder, state_dict=weights, save_original_format=weights is None)
     config = load_model_config(source.path, source.trust_remote_code)  # with its own dropout, which is off in `model`
     config.architectures, config.dtype = model.config.architectures or [type(model).__name__], model.config.dtype
     config.save_pretrained(folder)
@@ -172,6 +176,23 @@ def save_policy(
     suggestions = cached_file(str(Path(source.path).expanduser()), "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if suggestions is not None:  # as it is: transformers refuses to write some files that it reads
         shutil.copyfile(suggestions, folder / "generation_config.json")
+
+
+def rehearse_saving(save: Callable[[Path], object], run_folder: Path, source: str) -> None:
+    """Save a model without its weights: what cannot be saved shows before the first step, not after the last.
+
+    Args:
+        save: writes the model with an empty state dict to a folder, which is removed afterwards.
+        source: the checkpoint that the model started from, for the error.
+
+    Raises:
+        ResourceError: the model cannot be saved.
+    """
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run_folder) as folder:
+        try:
+            save(Path(folder))
+        except (OSError, ValueError, TypeError) as error:
+            raise ResourceError(f"the model of {source} cannot be saved: {first_line(error)}") from error
 
 
 def context_tokens(path: str, trust_remote_code: bool = False) -> int:

@@ -103,6 +103,9 @@ def _check_target(model: PreTrainedModel, linear: set[str], wanted: str, key: st
         problem = f"fits {other[0]}, which is not a linear layer" if matched else "fits no module of the model"
         names = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise InputError(f"{key}.target_modules: {wanted!r} {problem}; its linear layers are {names}")
+    embedding = model.get_input_embeddings().weight
+    if tied := [name for name in matched if model.get_submodule(name).weight is embedding]:
+        raise InputError(f"{key}.target_modules: {tied[0]} has the weights of the input embedding (tie_word_embeddings), so no adapter fits it alone")
 
 
 def _target_modules(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]:

@@ -119,10 +119,11 @@ class Actor:
 
     def __init__(self, index: int, run_folder: str) -> None:
         self.index = index
+        self.run_folder = Path(run_folder)
         self.clock = BusyClock()
         _enter_working_folder()
         _check_package()
-        redirect_process_output(Path(run_folder) / "logs" / f"{self.role}-{index}.log")
+        redirect_process_output(self.run_folder / "logs" / f"{self.role}-{index}.log")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.index})"

@@ -7,6 +7,7 @@ import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dvpo_ray.config import Config
 from dvpo_ray.config.schema import TRLStageConfig
 from dvpo_ray.errors import InputError, diverged
 from dvpo_ray.files import whole_folder
-from dvpo_ray.models.loading import load_policy, torch_dtype
+from dvpo_ray.models.loading import load_policy, rehearse_saving, save_policy, torch_dtype
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.logs import LibraryOutput
 from dvpo_ray.monitoring.metrics import MetricsLog
@@ -33,12 +34,13 @@ OPTIMIZER_METRICS = {"loss": "loss", "learning_rate": "learning_rate", "grad_nor
 def trained_policy(config: Config) -> PreTrainedModel:
     """The model of `model.path` to train, with weights in float32.
 
-    `model.dtype` is the dtype of the computation: AdamW's small steps would vanish in bfloat16 weights.
+    `model.dtype` is the dtype of the computation: AdamW's small steps would vanish in bfloat16 weights. The dropout of the checkpoint is
+    on, but DPO's trainer turns it off.
 
     Raises:
         InputError: the checkpoint is missing or is not a causal language model.
     """
-    return load_policy(config.model.model_copy(update={"dtype": "float32"}))
+    return load_policy(config.model.model_copy(update={"dtype": "float32"}), keeps_randomness=True)
 
 
 def training_arguments(config: Config, stage: TRLStageConfig, out: Path) -> dict:
@@ -81,11 +83,11 @@ def run_stage(
         `final/` of the run folder, a checkpoint of model and tokenizer in `model.dtype`.
 
     Raises:
-        ResourceError: the disk is full, or training has diverged.
+        ResourceError: the disk is full, the model cannot be saved, or training has diverged.
     """
-    stage, dtype = run.stage, run.config.model.dtype
+    stage, source = run.stage, run.config.model
     trainer.remove_callback(PrinterCallback)
-    facts = {"model": run.config.model.path, "rows": len(trainer.train_dataset)}
+    facts = {"model": source.path, "rows": len(trainer.train_dataset)}
 
     def summary() -> dict:
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -96,13 +98,13 @@ def run_stage(
         run.started(stage.upper(), facts, notes, summary, terminal) as console,
     ):
         output.keep(run.folder / "logs" / f"{stage}.log")
+        rehearse_saving(partial(save_policy, trainer.model, {}, tokenizer, source), run.folder, source.path)
         with run.metrics_log() as log:
-            trainer.add_callback(_Progress(console, log, stage, metrics, dtype))
+            trainer.add_callback(_Progress(console, log, stage, metrics, source.dtype))
             trainer.train(resume_from_checkpoint=str(run.checkpoint[0]) if run.checkpoint is not None else None)
         _check_weights(trainer.model, stage)
         with whole_folder(run.folder / "final") as folder:
-            trainer.model.to(torch_dtype(dtype)).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_policy(trainer.model.to(torch_dtype(source.dtype)), None, tokenizer, source, folder)
     return run.folder / "final"
 
 

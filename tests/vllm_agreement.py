@@ -1,0 +1,95 @@
+"""Whether vLLM computes an architecture as transformers does, before and after a weight sync. A script: one engine after the other.
+
+    python tests/vllm_agreement.py FOLDER llama qwen3_moe …
+
+FOLDER holds a tokenizer. For each architecture it prints a JSON line: the largest difference of a sampled token's log-prob in nats, with the
+checkpoint's weights and after a sync that changed all of them, and how far that sync moved the log-probs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+
+import torch
+
+PROMPTS = [[1, 5, 7, 11], [1, 13, 17], [1, 19, 23, 29, 31], [1, 37]]
+STOP = 2
+
+
+def checkpoint(architecture: str, tokenizer_folder: str, folder: str) -> None:
+    """A tiny checkpoint with random weights that are not small, so that every part of the model counts."""
+    from tiny_models import tiny_config, tiny_language_model
+    from transformers import AutoTokenizer
+
+    model = tiny_language_model(tiny_config(architecture))
+    scatter(model, seed=0)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+
+
+def scatter(model: torch.nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def measure(architecture: str, tokenizer_folder: str) -> dict:
+    from dvpo_ray.actors.vllm_backend import VLLMBackend
+    from dvpo_ray.batch import RaggedBatch
+    from dvpo_ray.config.schema import Config
+    from dvpo_ray.models.forward import MinLength, batch_log_probs
+    from dvpo_ray.models.loading import load_policy
+    from dvpo_ray.models.trainable import full_weights
+    from dvpo_ray.sync.object_store import pack
+
+    folder = tempfile.mkdtemp(prefix=f"{architecture}-")
+    checkpoint(architecture, tokenizer_folder, folder)
+    config = Config.model_validate(
+        {
+            "model": {"path": folder, "dtype": "float32"},
+            "rollout": {"temperature": 0.7, "min_response_tokens": 4, "max_response_tokens": 16},
+        }
+    )
+    engine = VLLMBackend(config, frozenset({STOP}), "object_store", 64)
+    policy, old = load_policy(config.model), load_policy(config.model)
+
+    def differences(*models) -> list[float]:
+        responses = sorted(engine.generate(PROMPTS, seed=0), key=lambda response: response.index)
+        batch = RaggedBatch.from_rows(PROMPTS, [response.token_ids for response in responses])
+        sampled = torch.tensor([p for response in responses for p in response.log_probs])
+        tokens = torch.from_numpy(batch.response_mask)
+        computed = (batch_log_probs(m, batch, 4096, temperature=0.7, min_length=MinLength(4, (STOP,))) for m in models)
+        return [float((torch.from_numpy(log_probs)[tokens] - sampled).abs().max()) for log_probs in computed]
+
+    (before,) = differences(policy)
+    scatter(policy, seed=1)
+    engine.init_weight_transfer({})
+    engine.start_weight_update()
+    for bucket in pack(full_weights(policy), 2**22, False):
+        engine.update_weights(bucket)
+    engine.finish_weight_update()
+    after, moved = differences(policy, old)
+    return {"architecture": architecture, "checkpoint": before, "synced": after, "moved": moved}
+
+
+def main(tokenizer_folder: str, architectures: list[str]) -> None:
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    for architecture in architectures:
+        try:
+            result = measure(architecture, tokenizer_folder)
+        except Exception as error:  # the table says what vLLM refuses
+            result = {"architecture": architecture, "error": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
