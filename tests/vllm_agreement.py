@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 
@@ -39,41 +41,56 @@ def scatter(model: torch.nn.Module, seed: int) -> None:
 
 def measure(architecture: str, tokenizer_folder: str) -> dict:
     from dvpo_ray.actors.vllm_backend import VLLMBackend
-    from dvpo_ray.batch import RaggedBatch
-    from dvpo_ray.config.schema import Config
-    from dvpo_ray.models.forward import MinLength, batch_log_probs
-    from dvpo_ray.models.loading import load_policy
     from dvpo_ray.models.trainable import full_weights
     from dvpo_ray.sync.object_store import pack
 
     folder = tempfile.mkdtemp(prefix=f"{architecture}-")
     checkpoint(architecture, tokenizer_folder, folder)
-    config = Config.model_validate(
-        {
-            "model": {"path": folder, "dtype": "float32"},
-            "rollout": {"temperature": 0.7, "min_response_tokens": 4, "max_response_tokens": 16},
-        }
-    )
-    engine = VLLMBackend(config, frozenset({STOP}), "object_store", 64)
-    policy, old = load_policy(config.model), load_policy(config.model)
+    settings = config(folder)
+    buckets = list(pack(full_weights(policy(settings, synced=True)), 2**22, False))
+    engine = VLLMBackend(settings, frozenset({STOP}), "object_store", 64)
 
-    def differences(*models) -> list[float]:
-        responses = sorted(engine.generate(PROMPTS, seed=0), key=lambda response: response.index)
-        batch = RaggedBatch.from_rows(PROMPTS, [response.token_ids for response in responses])
-        sampled = torch.tensor([p for response in responses for p in response.log_probs])
-        tokens = torch.from_numpy(batch.response_mask)
-        computed = (batch_log_probs(m, batch, 4096, temperature=0.7, min_length=MinLength(4, (STOP,))) for m in models)
-        return [float((torch.from_numpy(log_probs)[tokens] - sampled).abs().max()) for log_probs in computed]
+    def sample() -> list:
+        return sorted(engine.generate(PROMPTS, seed=0), key=lambda response: response.index)
 
-    (before,) = differences(policy)
-    scatter(policy, seed=1)
+    before = sample()
     engine.init_weight_transfer({})
     engine.start_weight_update()
-    for bucket in pack(full_weights(policy), 2**22, False):
+    for bucket in buckets:
         engine.update_weights(bucket)
     engine.finish_weight_update()
-    after, moved = differences(policy, old)
-    return {"architecture": architecture, "checkpoint": before, "synced": after, "moved": moved}
+    after = sample()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # vLLM alters some classes of transformers in its process
+        return {"architecture": architecture} | other.submit(largest_differences, settings, before, after).result()
+
+
+def config(folder: str):
+    from dvpo_ray.config.schema import Config
+
+    rollout = {"temperature": 0.7, "min_response_tokens": 4, "max_response_tokens": 16}
+    return Config.model_validate({"model": {"path": folder, "dtype": "float32"}, "rollout": rollout})
+
+
+def policy(settings, synced: bool):
+    from dvpo_ray.models.loading import load_policy
+
+    model = load_policy(settings.model)
+    if synced:
+        scatter(model, seed=1)
+    return model
+
+
+def largest_differences(settings, before: list, after: list) -> dict[str, float]:
+    from dvpo_ray.batch import RaggedBatch
+    from dvpo_ray.models.forward import MinLength, batch_log_probs
+
+    def difference(responses: list, synced: bool) -> float:
+        batch = RaggedBatch.from_rows(PROMPTS, [response.token_ids for response in responses])
+        log_probs = batch_log_probs(policy(settings, synced), batch, 4096, temperature=0.7, min_length=MinLength(4, (STOP,)))
+        sampled = torch.tensor([p for response in responses for p in response.log_probs])
+        return float((torch.from_numpy(log_probs[batch.response_mask]) - sampled).abs().max())
+
+    return {"checkpoint": difference(before, False), "synced": difference(after, True), "moved": difference(after, False)}
 
 
 def main(tokenizer_folder: str, architectures: list[str]) -> None:
@@ -82,6 +99,7 @@ def main(tokenizer_folder: str, architectures: list[str]) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([*sys.path[:1], os.environ.get("PYTHONPATH", "")]),
     }
     for architecture in architectures:
         try:
