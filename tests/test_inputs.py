@@ -92,6 +92,7 @@ def refused(run, folder: Path) -> str:
         ({"lora": {"target_modules": "(q"}}, "policy.lora.target_modules: '(q' is not a regular expression"),
         ({"lora": {"target_modules": ["mlp"]}}, "policy.lora.target_modules: 'mlp' fits model.layers.0.mlp, which is not a linear layer"),
         ({"lora": {"layers": [0], "target_modules": ".*q_proj"}}, "policy.lora: "),
+        ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "policy.lora.target_modules: lm_head has the weights of the input embedding"),
         ({"gpus_per_actor": 1}, "policy.gpus_per_actor is 1, but this machine has no GPU that torch can use; set policy.gpus_per_actor=0"),
     ],
 )

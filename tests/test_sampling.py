@@ -83,6 +83,11 @@ def test_a_nucleus_is_for_evaluation_only():
     assert biased_sampling(config(0.9)).startswith("rollout.top_p is 0.9: ")
 
 
+def test_adapters_are_trained_as_they_sample():
+    with pytest.raises(ValueError, match="lora.dropout must be 0: the policy that is trained would not be the one that sampled"):
+        Config.model_validate({"model": {"path": "m"}, "policy": {"lora": {"dropout": 0.1}}})
+
+
 # ---------------------------------------------------------------------------------------------------- the check at the start
 
 
@@ -94,6 +99,8 @@ def test_equal_weights_agree_within_the_bounds_of_the_dtype(dtype):
     noise[:2] = 0.9 * largest, -0.9 * largest
     check_same_weights(reference + noise, reference, dtype)
     check_same_weights(reference + 0.9 * mean, reference, dtype)
+    scattered = np.random.default_rng(0).choice([-largest / 2, largest / 2], 1000)  # a mean that chance alone explains
+    check_same_weights(reference + scattered, reference, dtype)
     noise[0] = 1.1 * largest
     with pytest.raises(ResourceError, match=rf"differ on the first 1000 tokens: KL .*\(at most {mean:g} in {dtype}\), largest difference"):
         check_same_weights(reference + noise, reference, dtype)

@@ -1,9 +1,11 @@
 """Whether vLLM computes an architecture as transformers does, before and after a weight sync. A script: one engine after the other.
 
     python tests/vllm_agreement.py FOLDER llama qwen3_moe …
+    python tests/vllm_agreement.py FOLDER
 
-FOLDER holds a tokenizer. For each architecture it prints a JSON line: the largest difference of a sampled token's log-prob in nats, with the
-checkpoint's weights and after a sync that changed all of them, and how far that sync moved the log-probs.
+FOLDER holds a tokenizer. For each architecture the script prints a JSON line: the largest difference of a sampled token's log-prob in nats,
+with the checkpoint's weights and after a sync that changed all of them, and how far that sync moved the log-probs. Without architectures
+FOLDER is a checkpoint, and each line has the mean and the largest difference in one dtype.
 """
 
 from __future__ import annotations
@@ -93,7 +95,23 @@ def largest_differences(settings, before: list, after: list) -> dict[str, float]
     return {"checkpoint": difference(before, False), "synced": difference(after, True), "moved": difference(after, False)}
 
 
-def main(tokenizer_folder: str, architectures: list[str]) -> None:
+def compare(folder: str, dtype: str) -> dict:
+    from dvpo_ray.actors.vllm_backend import VLLMBackend
+    from dvpo_ray.batch import RaggedBatch
+    from dvpo_ray.config.schema import Config
+    from dvpo_ray.models.forward import batch_log_probs
+    from dvpo_ray.models.loading import load_policy
+
+    settings = Config.model_validate({"model": {"path": folder, "dtype": dtype}, "rollout": {"max_response_tokens": 64}})
+    engine, prompts = VLLMBackend(settings, frozenset({STOP}), "object_store", 128), PROMPTS * 16
+    responses = sorted(engine.generate(prompts, seed=0), key=lambda response: response.index)
+    batch = RaggedBatch.from_rows(prompts, [response.token_ids for response in responses])
+    log_probs = batch_log_probs(load_policy(settings.model), batch, 4096)[batch.response_mask]
+    difference = torch.tensor([p for response in responses for p in response.log_probs]) - torch.from_numpy(log_probs)
+    return {"dtype": dtype, "tokens": len(difference), "mean": float(difference.mean()), "largest": float(difference.abs().max())}
+
+
+def main(folder: str, architectures: list[str]) -> None:
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -103,10 +121,12 @@ def main(tokenizer_folder: str, architectures: list[str]) -> None:
     }
     for architecture in architectures:
         try:
-            result = measure(architecture, tokenizer_folder)
+            result = measure(architecture, folder)
         except Exception as error:  # the table says what vLLM refuses
             result = {"architecture": architecture, "error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(result), flush=True)
+    for dtype in [] if architectures else ["float32", "bfloat16"]:
+        print(json.dumps(compare(folder, dtype)), flush=True)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def check_mismatch(metrics: dict[str, float], max_token_mult_error: float | None
     )
 
 
-START_BOUNDS = {"float32": (1e-4, 1e-3), "bfloat16": (0.01, 1.0), "float16": (0.005, 0.5)}
+START_BOUNDS = {"float32": (1e-4, 0.01), "bfloat16": (0.01, 3.0), "float16": (0.005, 1.0)}
 """By dtype: the largest |mean difference| per token and the largest difference of one token, in nats, of two computations of one model.
 docs/metrics.md has measured values."""
 
@@ -61,7 +61,7 @@ def check_same_weights(engine_log_probs: np.ndarray, reference_log_probs: np.nda
     """Stop a run whose engine and reference disagree while both have the same weights: before the first update.
 
     The two are compared on the run's own first rollouts. The mean of the difference is the KL of the policy to the reference per token,
-    which is 0 for equal weights.
+    which is 0 for equal weights; it may be out of its bound by three standard errors.
 
     Args:
         engine_log_probs, reference_log_probs: float [n], of the response tokens.
@@ -73,7 +73,8 @@ def check_same_weights(engine_log_probs: np.ndarray, reference_log_probs: np.nda
     difference = engine_log_probs.astype(np.float64) - reference_log_probs
     mean, largest = float(difference.mean()), float(np.abs(difference).max())
     mean_bound, largest_bound = START_BOUNDS[dtype]
-    if abs(mean) <= mean_bound and largest <= largest_bound:
+    standard_error = float(difference.std()) / len(difference) ** 0.5
+    if abs(mean) <= mean_bound + 3 * standard_error and largest <= largest_bound:
         return
     raise ResourceError(
         f"the engine and the reference have the same weights, but their log-probs differ on the first {len(difference)} tokens: KL {mean:.3g} nats "
