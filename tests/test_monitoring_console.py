@@ -88,6 +88,17 @@ def test_plain_lines_of_a_stage_of_unknown_length(plain, clock):
     ]
 
 
+def test_a_stage_without_items_says_no_number(plain, clock):
+    console, out = plain
+    with console, console.stage("start of the actors"):
+        clock.now += 57
+    assert out.getvalue().splitlines() == ["start of the actors: starts", "start of the actors · done in 57 s"]
+    console, out = live()
+    with console, console.stage("start of the actors"):
+        pass
+    assert "start of the actors  in 0 s" in out.getvalue()
+
+
 def test_a_failed_stage_does_not_say_done(plain):
     console, out = plain
     with pytest.raises(RuntimeError), console, console.stage("evaluation", 2):

@@ -97,10 +97,18 @@ class Stage:
             return
         self._bars.remove_task(self._task)
         self._bars.refresh()  # otherwise the removed bar stays below the line
-        text = _joined(f"{self._done} {self._unit} in {took}", self._details)
+        counted = f"{self._done} {self._unit} " if self._counts else ""
+        text = _joined(f"{counted}in {took}", self._details)
         self._bars.console.print(Text.assemble(("✓ ", "green"), (self._name, "bold"), f"  {text}"), soft_wrap=True)
 
+    @property
+    def _counts(self) -> bool:
+        """False for a stage that has no items."""
+        return self._total is not None or self._done > 0
+
     def _progress(self) -> str:
+        if not self._counts:
+            return self._name
         count = self._done if self._total is None else f"{self._done}/{self._total}"
         return f"{self._name}: {count} {self._unit}".rstrip()
 
