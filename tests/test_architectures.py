@@ -104,3 +104,23 @@ def test_adapters_checkpoints_and_values_are_exact(architecture, checkpoint, tmp
     log_probs(language_model)
     expected = torch.nn.functional.linear(read["hidden"], head.weight, head.bias)
     torch.testing.assert_close(value_model(input_ids=IDS, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "opt", "qwen3_moe"])
+def test_values_are_float32_in_low_precision_and_train(architecture, dtype, checkpoint):
+    """One architecture whose token classifier transformers has, and others that take the head made here."""
+    from dvpo_ray.gvm.model import new_value_model, value_head
+
+    path = str(checkpoint(architecture))
+    models = [new_value_model(path, dtype=kind) for kind in (torch.float32, dtype)]
+    for model in models:
+        torch.manual_seed(0)
+        head = value_head(model)
+        head.weight.data.copy_(torch.randn(head.weight.shape) / head.weight.shape[1] ** 0.5)
+    exact, low = (model(input_ids=IDS, use_cache=False).logits for model in models)
+    assert exact.dtype == low.dtype == torch.float32
+    assert 0 < float((exact - low).detach().abs().max()) < 0.2
+    low.square().sum().backward()
+    gradients = [parameter.grad for parameter in models[1].parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients) and value_head(models[1]).weight.grad.abs().sum() > 0
