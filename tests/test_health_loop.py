@@ -29,7 +29,7 @@ def test_an_alarm_stops_the_run_in_order_and_resuming_goes_on(loop_settings, tmp
     summary = json.loads((out / "summary.json").read_text())
     assert summary["state"] == "stopped" and summary["steps"] == 3 and set(summary["evaluations"]) == {"0", "3"}
     assert [(alarm["step"], alarm["name"]) for alarm in summary["alarms"]] == [(3, "calibration")]
-    assert "miss the final estimate" in (out / "report.html").read_text()
+    assert "differ from the final estimate" in (out / "report.html").read_text()
     resumed = run(settings, out, resume=True)
     assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5]
     summary = json.loads((out / "summary.json").read_text())
