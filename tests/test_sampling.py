@@ -115,9 +115,9 @@ def test_equal_weights_agree_within_the_bounds_of_the_dtype(dtype):
 
 @pytest.mark.slow
 def test_vllm_agrees_before_and_after_a_sync(tiny_model):
-    """Tied and untied heads, biases, experts."""
+    """Experts; test_loop.py has a model without."""
     pytest.importorskip("vllm")
-    architectures = ["llama", "gpt2", "qwen3_moe"]
+    architectures = ["qwen3_moe"]
     script = [sys.executable, str(Path(__file__).parent / "vllm_agreement.py"), str(tiny_model), *architectures]
     ended = subprocess.run(script, capture_output=True, text=True, timeout=600)
     results = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
