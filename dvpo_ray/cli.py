@@ -36,11 +36,10 @@ COMMANDS: dict[str, Command] = {
 }
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 2 bad input or a missing resource, 130 interrupted, 143 ended by SIGTERM.
+    """Run one command and return its exit status: 0 done, 2 bad input or a missing resource, 130 interrupted, 143 ended by SIGTERM, 129 by SIGHUP.
 
     Every other exception is a bug and keeps its traceback.
     """
@@ -53,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dvpo:", *_refusal(error).split(), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("dvpo: ended by SIGTERM" if termination.received else "dvpo: interrupted", file=sys.stderr)
-        return EXIT_TERMINATED if termination.received else EXIT_INTERRUPTED
+        if termination.received is None:
+            print("dvpo: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        print(f"dvpo: ended by {termination.received.name}", file=sys.stderr)
+        return 128 + termination.received
     finally:
         termination.close()
 

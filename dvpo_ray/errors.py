@@ -9,6 +9,22 @@ class ResourceError(RuntimeError):
     """Something that the run needs is missing: a GPU, a port, disk space, an engine's answer. One line, exit status 2."""
 
 
+class DiskFull(ResourceError):
+    """The disk that something is written to has no room left."""
+
+
+class RoleDied(ResourceError):
+    """An actor's process is gone.
+
+    Attributes:
+        actor: its name, for example `rollout-0`.
+    """
+
+    def __init__(self, message: str, actor: str) -> None:
+        super().__init__(message)
+        self.actor = actor
+
+
 def diverged(finding: str, section: str) -> ResourceError:
     """The error of a training that has diverged.
 

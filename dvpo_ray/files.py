@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TextIO
 
 from safetensors import SafetensorError
 
-from dvpo_ray.errors import ResourceError
+from dvpo_ray.errors import DiskFull
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft folder that replaces `folder` when the block succeeds and is removed when it fails.
 
     Raises:
-        ResourceError: the disk is full.
+        DiskFull: the disk is full.
     """
     draft, old = folder.with_name(f".{folder.name}.draft"), folder.with_name(f".{folder.name}.old")
     for leftover in (draft, old):
@@ -42,7 +43,7 @@ def whole_file(file: Path) -> Iterator[TextIO]:
     """A text file that replaces `file` when the block succeeds and is removed when it fails.
 
     Raises:
-        ResourceError: the disk is full.
+        DiskFull: the disk is full.
     """
     draft = file.with_name(f".{file.name}.draft")
     try:
@@ -55,15 +56,21 @@ def whole_file(file: Path) -> Iterator[TextIO]:
         draft.unlink(missing_ok=True)
 
 
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 @contextmanager
 def clear_when_full(target: Path) -> Iterator[None]:
-    """Within this context a full disk raises a `ResourceError` that names the target."""
+    """Within this context a full disk raises a `DiskFull` that names the target."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _disk_is_full(error):
             raise
-        raise ResourceError(f"{target}: no space left on the disk; free some, or write somewhere else") from error
+        raise DiskFull(f"{target}: no space left on the disk; free some, or write somewhere else") from error
 
 
 def _disk_is_full(error: Exception) -> bool:

@@ -8,8 +8,9 @@ import pytest
 import ray
 
 from dvpo_ray.config.schema import RayConfig
-from dvpo_ray.errors import InputError, ResourceError
-from dvpo_ray.runtime.cluster import connect, get
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.runtime.waiting import get
 
 
 def free_port() -> int:
@@ -50,24 +51,3 @@ def test_a_node_without_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(ray, "get", killed)
     with pytest.raises(ResourceError, match=r"^the start of rollout: 2 worker\(s\) were killed .* low on memory; use fewer"):
         get([], what="the start of rollout")
-
-
-class Refuses:
-    """An actor whose input is bad."""
-
-    def __init__(self, when: str) -> None:
-        if when == "constructor":
-            raise InputError("gvm.json: no such file")
-
-    def work(self) -> None:
-        raise InputError("row 3 is bad")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("when", "line"), [("constructor", "gvm.json: no such file"), ("method", "row 3 is bad")])
-def test_bad_input_found_in_an_actor_is_its_one_line(when, line):
-    with connect(RayConfig(num_cpus=1)):
-        actor = ray.remote(Refuses).remote(when)
-        with pytest.raises(InputError) as raised:
-            get(actor.work.remote(), what="work")
-    assert str(raised.value) == line

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.errors import InputError
+from dvpo_ray.errors import DiskFull, InputError
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
 from dvpo_ray.runtime import checkpoints
@@ -33,10 +37,10 @@ def test_sampling_seeds_differ_by_step_and_engine():
 
 
 def write_checkpoint(run, step, keep=5):
-    draft = checkpoints.begin(run, step)
-    (draft / "learner").mkdir()
-    (draft / "learner" / "model.pt").write_bytes(b"x" * 100)
-    return checkpoints.commit(draft, {"step": step}, keep)
+    with checkpoints.draft(run, step) as draft:
+        (draft / "learner").mkdir()
+        (draft / "learner" / "model.pt").write_bytes(b"x" * 100)
+        return checkpoints.commit(draft, {"step": step}, keep)
 
 
 def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path):
@@ -47,24 +51,50 @@ def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path):
     assert folder.name == "step_000015" and state == {"step": 15}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "draft"])
+DAMAGES = {
+    "truncated": "learner/model.pt has 60 of 100 bytes",
+    "flipped": "the content of learner/model.pt has changed",
+    "missing": "learner/model.pt is missing",
+    "no manifest": "no readable manifest.json",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "draft"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
     write_checkpoint(tmp_path, 5)
     if damage == "draft":  # killed while writing
-        (checkpoints.begin(tmp_path, 10) / "half.pt").write_bytes(b"x")
+        (tmp_path / "checkpoints" / ".step_000010.draft").mkdir()
     else:
         newest = write_checkpoint(tmp_path, 10)
         file = newest / "learner" / "model.pt"
         if damage == "truncated":
             file.write_bytes(b"x" * 60)
+        elif damage == "flipped":
+            file.write_bytes(b"x" * 99 + b"y")
         elif damage == "missing":
             file.unlink()
         else:
             (newest / "manifest.json").unlink()
     folder, state = checkpoints.last_whole(tmp_path)
     assert state == {"step": 5}
-    if damage == "truncated":
-        assert "step_000010 is damaged (learner/model.pt has 60 of 100 bytes) and is skipped" in caplog.text
+    assert damage == "draft" or f"step_000010 is damaged ({DAMAGES[damage]}) and is skipped" in caplog.text
+
+
+def test_a_draft_on_a_full_disk_is_removed_and_the_line_says_what_fills_it(tmp_path):
+    write_checkpoint(tmp_path, 5)
+    told = "no space left on the disk; .* step 10 had 0.00 GiB already, and the run folder holds checkpoints"
+    with pytest.raises(DiskFull, match=told), checkpoints.draft(tmp_path, 10) as draft:
+        (draft / "half.pt").write_bytes(b"x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def test_room_for_a_checkpoint_is_checked_before_it_is_written(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50))
+    told = r"the checkpoint of step 10 needs 0\.00 GiB, and the disk has 0\.00 GiB free; .* or lower checkpoint\.keep"
+    with pytest.raises(DiskFull, match=told), checkpoints.draft(tmp_path, 10):
+        pytest.fail("nothing may be written")
 
 
 def test_no_whole_checkpoint_is_one_line(tmp_path):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,8 @@ from dvpo_ray import cli
 from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.resuming import MAY_CHANGE, STAGES, forbidden_changes
 from dvpo_ray.errors import InputError
-from dvpo_ray.training.run_folder import begin, check_new, check_resume
+from dvpo_ray.monitoring.run_files import living, read_summary, this_process, write_summary
+from dvpo_ray.training.run_folder import begin, check_new, check_resume, locked, resume_command
 
 SETTINGS = {
     "model": {"path": "sft"},
@@ -32,6 +37,10 @@ def config_with(**changes) -> Config:
             part = part[parent]
         part[name] = value
     return Config.model_validate(tree)
+
+
+GONE = this_process() | {"started": 0.0}
+"""A process that had this one's id and is no more."""
 
 
 def make_run(folder: Path, stage: str = "train", state: str = "interrupted", steps: int = 4, checkpoint: str | None = "step_000004/learner") -> Path:
@@ -172,18 +181,19 @@ def test_a_finished_run_is_left_alone_unless_it_gets_more_steps(tmp_path, stage,
 
 def test_a_resumed_run_keeps_its_numbers_until_there_are_new_ones(tmp_path):
     folder = make_run(tmp_path / "run")
-    kept = json.loads((folder / "summary.json").read_text()) | {"evaluations": {"0": {"gold": 0.5}}}
-    (folder / "summary.json").write_text(json.dumps(kept))
+    kept = read_summary(folder) | {"evaluations": {"0": {"gold": 0.5}}}
+    write_summary(folder, kept | {"error": "the disk was full", "resume_command": "dvpo train"})
     begin(folder, "train", config_with(), resumed=True)
-    assert json.loads((folder / "summary.json").read_text()) == kept | {"state": "running"}
+    assert read_summary(folder) == kept | {"state": "running", "command": read_summary(folder)["command"]}
 
 
 # ----------------------------------------------------------------------------------------------------- a new run
 
 
-@pytest.mark.parametrize("state", ["failed", "interrupted"])
+@pytest.mark.parametrize("state", ["failed", "interrupted", "running"])
 def test_a_run_that_never_took_a_step_makes_way(tmp_path, state):
     folder = make_run(tmp_path / "run", state=state, steps=0, checkpoint=".step_000002.draft/learner")
+    write_summary(folder, read_summary(folder) | {"process": GONE})
     (folder / "checkpoints" / ".step_000002.draft" / "learner" / "half.pt").touch()
     (folder / "metrics.jsonl").touch()
     check_new(folder)
@@ -198,7 +208,7 @@ def test_a_run_that_never_took_a_step_makes_way(tmp_path, state):
     [
         ({"state": "finished"}, "already there and not empty; give another --out, or --resume to continue the run in it"),
         ({"state": "failed", "steps": 3, "checkpoint": None}, "it has no checkpoint to continue from: its state is failed"),
-        ({"state": "running", "steps": 0, "checkpoint": None}, "it has no checkpoint to continue from: its state is running"),
+        ({"state": "running", "steps": 0, "checkpoint": None}, f"process {os.getpid()} on {socket.gethostname()} still runs in it"),
         ({"state": "failed", "steps": 0}, "already there and not empty"),  # resumed, and it failed before it went on
     ],
 )
@@ -244,3 +254,31 @@ def test_a_command_refuses_before_it_loads_anything(stage, tmp_path, capsys, mon
         printed, error = capsys.readouterr()
         assert printed == "" and error.startswith(f"dvpo: {out}: ") and line in error and error.count("\n") == 1
     assert contents(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------- who runs in it
+
+
+def test_a_folder_has_one_owner(tmp_path):
+    folder = make_run(tmp_path / "run")
+    lock = locked(folder)
+    beside = f"import sys; from pathlib import Path; from dvpo_ray.training.run_folder import locked; locked(Path({str(folder)!r}))"
+    refusal = subprocess.run([sys.executable, "-c", beside], capture_output=True, text=True, check=False)
+    told = f"process {os.getpid()} on {socket.gethostname()} still runs in it; wait for its end or stop it, or give another --out"
+    assert refusal.returncode == 1 and told in refusal.stderr
+    lock.close()
+    assert subprocess.run([sys.executable, "-c", beside], check=False).returncode == 0
+
+
+def test_a_run_whose_process_is_gone_is_told_apart(tmp_path):
+    assert living({"state": "running", "process": this_process()})
+    assert living({"state": "running", "process": GONE | {"host": "elsewhere"}})  # nothing is known of another machine
+    assert not living({"state": "running", "process": GONE})
+    assert not living({"state": "failed", "process": this_process()})
+
+
+def test_the_command_that_continues_a_run_needs_a_checkpoint(tmp_path, monkeypatch):
+    assert resume_command(make_run(tmp_path / "early", steps=0, checkpoint=None), "train") is None
+    folder = make_run(tmp_path / "my run", "gvm", checkpoint="step_000004/trainer")
+    monkeypatch.chdir(tmp_path)
+    assert resume_command(folder, "gvm") == "dvpo gvm train 'my run/config.yaml' --out 'my run' --resume"

@@ -17,9 +17,9 @@ from dvpo_ray.actors.rollout_engine import RolloutEngine
 from dvpo_ray.config.algorithms import ROLE_SECTIONS
 from dvpo_ray.config.schema import Config, RoleConfig
 from dvpo_ray.planning.placement import Bundle, choose_transport, plan_placement
-from dvpo_ray.runtime.cluster import get
 from dvpo_ray.runtime.process import Actor, environment
 from dvpo_ray.runtime.room import Room, reserved, spawn, stop, wait_until_ready
+from dvpo_ray.runtime.waiting import get
 
 CLASSES: dict[str, type[Actor]] = {
     cls.role: cls for cls in (RolloutEngine, ValueScorer, RewardScorer, ReferenceModel, PolicyLearner, Critic, ExperienceBuilder)
@@ -127,4 +127,4 @@ def started_roles(
 def _start(config: Config, bundle: Bundle, room: Room, run_folder: str, *more) -> ActorHandle:
     section = ROLE_SECTIONS.get(bundle.role)
     settings = RoleConfig() if section is None else getattr(config, section)
-    return spawn(CLASSES[bundle.role], bundle, room, environment(settings), config, bundle.index, run_folder, *more)
+    return spawn(CLASSES[bundle.role], bundle, room, environment(settings), config, bundle.index, run_folder, *more, run_folder=run_folder)

@@ -23,9 +23,9 @@ from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.planning.placement import Bundle
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
-from dvpo_ray.runtime.cluster import get
 from dvpo_ray.runtime.process import Actor, environment
 from dvpo_ray.runtime.room import reserved, spawn, wait_until_ready
+from dvpo_ray.runtime.waiting import get, wait
 from dvpo_ray.training.policy_inputs import Inputs
 
 ROLLOUT_TARGET, FROZEN_TARGET, LEARNER_TARGET = 0.9, 0.9, 0.85
@@ -88,7 +88,9 @@ class Bench:
         with reserved(list(bundles.values()), config.ray) as room:
             try:
                 for cls, bundle in bundles.items():
-                    handles.append(spawn(cls, bundle, room, environment(settings), config, 0, self.run_folder, *arguments))
+                    handles.append(
+                        spawn(cls, bundle, room, environment(settings), config, 0, self.run_folder, *arguments, run_folder=self.run_folder)
+                    )
                 wait_until_ready({section: handles}, config.rollout.start_timeout_seconds)
                 yield handles[0], handles[1]
             finally:
@@ -130,7 +132,7 @@ def compare_frozen(bench: Bench) -> list[dict]:
             def score(_round: int, scorer=scorer, section=section) -> Sample:
                 started = time.perf_counter()
                 scores = [scorer.score.remote(chunk) for chunk in bench.chunks]
-                ray.wait(scores, num_returns=len(scores), fetch_local=False)  # as in the loop: the driver never fetches them
+                wait(scores, what=section)  # as in the loop: the driver never fetches them
                 seconds = time.perf_counter() - started
                 get(scores, what=section)  # raises what went wrong
                 return Sample(batch.num_tokens, seconds)

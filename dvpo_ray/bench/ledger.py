@@ -21,7 +21,8 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.planning.memory import ActorMemory, predict_roles
-from dvpo_ray.runtime.cluster import connect, get
+from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.runtime.waiting import get
 from dvpo_ray.training.policy_inputs import load_inputs
 
 

@@ -50,7 +50,7 @@ MAY_CHANGE: tuple[str, ...] = (
     # What stops it or warns on the way.
     *("health", "mismatch.max_token_mult_error"),
     # How weights travel, how long anything may take, and who is asked.
-    *("weight_sync", "rollout.start_timeout_seconds"),
+    *("weight_sync", "rollout.start_timeout_seconds", "termination"),
     *(f"gvm.refresh.{name}" for name in ("timeout_seconds", "url", "request_timeout_seconds", "pairs_per_request", "retries")),
     # What the actors occupy, up to the rounding of sums in another order.
     "ray",

@@ -475,6 +475,7 @@ class RayConfig(Section):
     object_store_gib: Positive | None = Field(None, description="Object store of the local cluster.")
     dashboard: bool = Field(False, description="Serve the dashboard of the local cluster.")
     placement_timeout_seconds: Positive = Field(300.0, description="How long to wait for the cluster to have room.")
+    wait_timeout_seconds: Positive = Field(3600.0, description="How long any other answer of an actor may take; then the run ends with an error.")
     autoscaling: bool = Field(False, description="The cluster can grow: wait for room even if it is too small as a whole.")
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = Field("PACK", description="How Ray spreads the actors over nodes.")
 
@@ -484,6 +485,12 @@ class RayConfig(Section):
         if address is not None and not _RAY_ADDRESS.fullmatch(address):
             raise ValueError(f"'{address}' is not the address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto")
         return address
+
+
+class TerminationConfig(Section):
+    """What a run does when SIGTERM, SIGHUP or Ctrl-C ends it: it finishes the step's update and saves a checkpoint."""
+
+    grace_seconds: Positive = Field(25.0, description="How long this may take; schedulers commonly kill a job after 30 seconds.")
 
 
 class Config(Section):
@@ -516,6 +523,7 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     health: HealthConfig = HealthConfig()
     ray: RayConfig = RayConfig()
+    termination: TerminationConfig = TerminationConfig()
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Config:

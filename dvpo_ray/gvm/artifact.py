@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dvpo_ray.config.inputs import MANIFEST, no_artifact
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
-from dvpo_ray.files import whole_folder
+from dvpo_ray.files import file_sha256, whole_folder
 from dvpo_ray.gvm.model import head_parameters, load_value_model, value_head
 from dvpo_ray.models.loading import check_vocabulary, default_device, first_line, load_model_config, torch_dtype
 
@@ -108,8 +108,8 @@ def save_gvm(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor
     """
     with whole_folder(folder) as draft:
         save_value_model(model, {name: tensor.contiguous() for name, tensor in state.items()}, tokenizer, draft)
-        hashes = {file.name: _file_hash(file) for file in sorted(draft.glob("*.safetensors"))}
-        whole = manifest.model_copy(update={"weights_sha256": hashes, "config_sha256": _file_hash(draft / CONFIG)})
+        hashes = {file.name: file_sha256(file) for file in sorted(draft.glob("*.safetensors"))}
+        whole = manifest.model_copy(update={"weights_sha256": hashes, "config_sha256": file_sha256(draft / CONFIG)})
         (draft / MANIFEST).write_text(whole.model_dump_json(indent=2) + "\n")
     return folder
 
@@ -129,11 +129,6 @@ def head_spec(model: PreTrainedModel) -> HeadSpec:
 
 def _head_weight(model: PreTrainedModel) -> str:
     return next(name for name, _ in head_parameters(model) if name.endswith("weight"))
-
-
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -262,7 +257,7 @@ def check_files(folder: Path, manifest: GVMManifest) -> None:
     config = folder / CONFIG
     if not config.is_file():
         raise InputError(f"{folder}: {CONFIG} is missing; copy the whole artifact or train the GVM again")
-    if manifest.config_sha256 not in (None, _file_hash(config)):
+    if manifest.config_sha256 not in (None, file_sha256(config)):
         raise InputError(f"{config}: not the saved model config (its SHA-256 is not that in {MANIFEST}); copy the artifact again")
     files = sorted(folder.glob("*.safetensors"))
     lost = sorted(set(manifest.weights_sha256) - {file.name for file in files})
@@ -275,7 +270,7 @@ def check_files(folder: Path, manifest: GVMManifest) -> None:
     if shapes[head.name] != head.shape:
         raise InputError(f"{folder}: the value head {head.name} has shape {shapes[head.name]}, {MANIFEST} says {head.shape}; train the GVM again")
     for file in files:
-        if _file_hash(file) != manifest.weights_sha256.get(file.name):
+        if file_sha256(file) != manifest.weights_sha256.get(file.name):
             raise InputError(f"{file}: not the saved weights (their SHA-256 is not that in {MANIFEST}); copy the artifact again")
 
 

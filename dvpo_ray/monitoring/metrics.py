@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dvpo_ray.errors import InputError
+from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.files import clear_when_full, whole_file
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.run_files import check_step, read_json_lines
@@ -55,7 +56,7 @@ class MetricsLog:
 
         Raises:
             ValueError: a metric is not in the catalogue.
-            ResourceError: the disk is full.
+            ResourceError: the disk is full, or the file was removed.
         """
         for name in metrics:
             if find_metric(name) is None:
@@ -66,6 +67,8 @@ class MetricsLog:
             logger.warning("step %d: %s is %s, written as null", step, name, values[name])
         row = {"step": int(step), "time": round(time.time(), 3), **{name: finite_values.get(name) for name in values}}
         line = json.dumps(row).encode() + b"\n"
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise ResourceError(f"{self._path}: somebody removed the file while the run wrote it")
         with clear_when_full(self._path):
             while line:  # an unbuffered write may write a part only
                 line = line[self._file.write(line) :]

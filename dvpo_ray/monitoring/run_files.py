@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dvpo_ray.files import whole_file
+
+SUMMARY = "summary.json"
+_ROOM = 4096
+"""Characters that the file takes at least, so that its end can be written on a disk that is full."""
 
 
 def finite(value: Any) -> Any:
@@ -36,11 +44,45 @@ def write_summary(run_folder: str | Path, summary: dict[str, Any]) -> Path:
     Returns:
         The path of the file.
     """
-    path = Path(run_folder) / "summary.json"
-    text = json.dumps(finite(summary), indent=2)
+    path = Path(run_folder) / SUMMARY
     with whole_file(path) as file:
-        file.write(text + "\n")
+        file.write(json.dumps(finite(summary), indent=2).ljust(_ROOM) + "\n")
     return path
+
+
+def read_summary(run_folder: str | Path) -> dict[str, Any]:
+    """summary.json, or nothing where it is missing or damaged."""
+    try:
+        summary = json.loads((Path(run_folder) / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def amend_summary(run_folder: str | Path, changes: dict[str, Any]) -> None:
+    """Change entries of summary.json in its own place, for a disk that has no room for a second file."""
+    text = json.dumps(read_summary(run_folder) | finite(changes), indent=2)
+    with (Path(run_folder) / SUMMARY).open("r+", encoding="utf-8") as file:
+        file.write(text.ljust(_ROOM) + "\n")
+        file.truncate()
+
+
+def this_process() -> dict[str, Any]:
+    """The entry `process` of summary.json: `pid`, `host` and the time when this process `started`, in Unix seconds."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
+
+
+def living(summary: dict[str, Any]) -> bool:
+    """Whether the process of a run may still be there. Of another machine nothing is known, so there it may."""
+    process = summary.get("process")
+    if summary.get("state") != "running" or process is None:
+        return False
+    if process["host"] != socket.gethostname():
+        return True
+    try:
+        return abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 1.0
+    except psutil.NoSuchProcess:
+        return False
 
 
 def read_json_lines(path: Path, check: Callable[[dict], str | None] | None = None, *, appended: bool = True) -> tuple[list[dict], list[str]]:

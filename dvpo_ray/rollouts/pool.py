@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from dvpo_ray.rollouts.schedule import sampling_seed
+from dvpo_ray.runtime.waiting import as_they_come
 
 
 class RolloutPool:
@@ -40,15 +40,4 @@ class RolloutPool:
             rows = range(i, len(prompts), len(self.engines))
             seed = sampling_seed(self.seed, step, i, stream)
             streams.append(engine.generate.remote([prompts[row] for row in rows], step, list(rows), seed, greedy))
-        return _as_they_come(streams)
-
-
-def _as_they_come(streams: list) -> Iterator[ObjectRef]:
-    while streams:
-        ready, _ = ray.wait(streams, num_returns=1, fetch_local=False)
-        for stream in ready:
-            chunk = next(stream, None)
-            if chunk is None:
-                streams.remove(stream)
-            else:
-                yield chunk
+        return as_they_come(streams, what="rollouts")

@@ -6,9 +6,13 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from dvpo_ray.errors import InputError
+from dvpo_ray.errors import DiskFull, InputError
+from dvpo_ray.files import clear_when_full, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -16,28 +20,46 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 
 
-def begin(run_folder: Path, step: int) -> Path:
-    """An empty draft folder for the checkpoint of a step; every worker writes its part into it."""
-    draft = run_folder / "checkpoints" / f".step_{step:06d}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    return draft
+@contextmanager
+def draft(run_folder: Path, step: int) -> Iterator[Path]:
+    """An empty folder for the checkpoint of a step; every worker writes its part into it. It is removed when the block fails.
+
+    Raises:
+        DiskFull: the disk has less room than the last checkpoint took, or is full.
+    """
+    folder = run_folder / "checkpoints" / f".step_{step:06d}.draft"
+    shutil.rmtree(folder, ignore_errors=True)
+    _check_room(run_folder, step)
+    try:
+        with clear_when_full(folder):
+            folder.mkdir(parents=True)
+            yield folder
+    except DiskFull as error:
+        had = f"the checkpoint of step {step} had {_gib(_bytes(folder))} already, and the run folder holds {_fillers(run_folder)}"
+        raise DiskFull(f"{error} ({had})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def commit(draft: Path, state: dict, keep: int) -> Path:
+def commit(written: Path, state: dict, keep: int) -> Path:
     """Make a written draft the checkpoint of its step, and remove all but the newest `keep`.
 
-    The manifest lists every file with its size. A checkpoint that does not match it is damaged.
+    The manifest lists every file with its size and SHA-256. A checkpoint that does not match it is damaged.
     """
-    (draft / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    sizes = {str(f.relative_to(draft)): f.stat().st_size for f in sorted(draft.rglob("*")) if f.is_file()}
-    (draft / _MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
-    folder = draft.with_name(draft.name.removeprefix(".").removesuffix(".draft"))
+    (written / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    write_manifest(written)
+    folder = written.with_name(written.name.removeprefix(".").removesuffix(".draft"))
     shutil.rmtree(folder, ignore_errors=True)
-    os.rename(draft, folder)
+    os.rename(written, folder)
     for old in _all(folder.parent)[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def write_manifest(folder: Path) -> None:
+    """List the files of a whole checkpoint, for `problem`."""
+    entries = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in _hashes(folder, _files(folder)).items()}
+    (folder / _MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
 def last_whole(run_folder: Path) -> tuple[Path, dict]:
@@ -47,27 +69,67 @@ def last_whole(run_folder: Path) -> tuple[Path, dict]:
         InputError: the run has no whole checkpoint.
     """
     for folder in reversed(_all(run_folder / "checkpoints")):
-        problem = _problem(folder)
-        if problem is None:
+        damage = problem(folder)
+        if damage is None:
             return folder, json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        logger.warning("%s is damaged (%s) and is skipped", folder, problem)
+        logger.warning("%s is damaged (%s) and is skipped", folder, damage)
     raise InputError(f"{run_folder}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
+
+
+def problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        entries = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"no readable {_MANIFEST}"
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
+    hashes = _hashes(folder, entries)
+    return next((f"the content of {name} has changed" for name, entry in entries.items() if hashes[name] != entry["sha256"]), None)
 
 
 def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*")) if folder.is_dir() else []
 
 
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        sizes = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"no readable {_MANIFEST}"
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
-    return None
+def _files(folder: Path) -> list[str]:
+    return [str(f.relative_to(folder)) for f in sorted(folder.rglob("*")) if f.is_file() and f.name != _MANIFEST]
+
+
+def _hashes(folder: Path, names) -> dict[str, str]:
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(names, threads.map(lambda name: file_sha256(folder / name), names), strict=True))
+
+
+# -------------------------------------------------------------------------------------------------------------- room
+
+
+def _check_room(run_folder: Path, step: int) -> None:
+    """Refuse to begin a checkpoint that the disk has no room for, by the size of the last one."""
+    earlier = _all(run_folder / "checkpoints")
+    if not earlier:
+        return
+    needed, free = _bytes(earlier[-1]), shutil.disk_usage(run_folder).free
+    if free < needed:
+        raise DiskFull(
+            f"{run_folder}: the checkpoint of step {step} needs {_gib(needed)}, and the disk has {_gib(free)} free; the run folder holds "
+            f"{_fillers(run_folder)}; free some, or lower checkpoint.keep"
+        )
+
+
+def _fillers(run_folder: Path) -> str:
+    """The largest parts of a run folder, with their sizes."""
+    sizes = sorted(((_bytes(path), path.name) for path in run_folder.iterdir()), reverse=True)
+    return ", ".join(f"{name} {_gib(size)}" for size, name in sizes[:3])
+
+
+def _bytes(path: Path) -> int:
+    return sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,21 +1,21 @@
-"""Joining or starting Ray, and calls to actors that fail with one clear line."""
+"""Joining or starting Ray."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from dvpo_ray.config.schema import RayConfig
-from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.runtime import fork_server
 from dvpo_ray.runtime.termination import keeps_termination
+from dvpo_ray.runtime.waiting import patience
 
 START_PATIENCE = "RAY_raylet_start_wait_time_s"
 """The environment variable with the seconds that Ray waits for its own node to start."""
@@ -39,7 +39,8 @@ def connect(config: RayConfig) -> Iterator[None]:
         else:
             _start_local(config, quiet)
     try:
-        yield
+        with patience(seconds=config.wait_timeout_seconds), nullcontext() if address else fork_server.in_use():
+            yield
     finally:
         ray.shutdown()
 
@@ -59,6 +60,7 @@ def _join(address: str, options: dict) -> None:
 def _start_local(config: RayConfig, options: dict) -> None:
     # Ray warns that a new cluster asks for a token. This process and its actors have the token anyway.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # workers that none of our actors would use
     try:
         ray.init(
             num_cpus=config.num_cpus,
@@ -94,33 +96,3 @@ def check_gpus(wanted: Mapping[str, float], config: RayConfig) -> None:
         f"{key} is {wanted[key]:g}, but this machine has no GPU that torch can use; set {key}=0 (cluster_configs/local-cpu.yaml is for CPUs), "
         "or ray.address to a cluster with GPUs"
     )
-
-
-def get(refs, *, what: str, timeout_seconds: float | None = None):
-    """`ray.get` with errors that say what was waited for.
-
-    Args:
-        refs: one reference or a list of them.
-        what: names the work, for the error.
-
-    Raises:
-        InputError, ResourceError: the actor raised it, an actor died, its node ran out of memory, or the time limit passed.
-    """
-    try:
-        return ray.get(refs, timeout=timeout_seconds)
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError | ResourceError):
-            raise type(error.cause)(str(error.cause)) from None
-        raise
-    except GetTimeoutError:
-        raise ResourceError(f"{what} did not finish within {timeout_seconds:g} seconds") from None
-    except OutOfMemoryError as error:
-        told = str(error).partition("\n")[0].rstrip(".")
-        raise ResourceError(f"{what}: {told}; use fewer or smaller actors, or stop other programs that take memory") from error
-    except RayActorError as error:
-        # Ray keeps only the text of an error in a constructor.
-        raised = re.search(r"dvpo_ray\.errors\.(InputError|ResourceError): (.+)", str(error))
-        if raised is not None:
-            raise {"InputError": InputError, "ResourceError": ResourceError}[raised[1]](raised[2]) from None
-        reason = " ".join(str(error).split())
-        raise ResourceError(f"{what}: an actor died: {reason[:300]}; its log is in the run folder's logs/") from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import ray
 from ray.actor import ActorHandle
@@ -16,8 +17,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.planning.placement import Bundle, total_resources
-from dvpo_ray.runtime.cluster import get
+from dvpo_ray.runtime.fork_server import runtime_env
 from dvpo_ray.runtime.process import Actor, driver_folders
+from dvpo_ray.runtime.waiting import get, introduce, known
 
 
 @dataclass(frozen=True)
@@ -75,29 +77,57 @@ def _resources(bundle: Bundle) -> dict[str, float]:
     return {name: amount for name, amount in (("CPU", bundle.cpus), ("GPU", bundle.gpus)) if amount > 0}
 
 
-def spawn(cls: type[Actor], bundle: Bundle, room: Room, environment: dict[str, str], *args, role: str | None = None) -> ActorHandle:
+def spawn(cls: type[Actor], bundle: Bundle, room: Room, environment: dict[str, str], *args, run_folder: str, role: str | None = None) -> ActorHandle:
     """Create one named actor in its bundle. It works in this process's folder, so that relative paths mean the same to both.
 
     Args:
         environment: variables of its process.
         args: of its constructor.
+        run_folder: where its log goes.
         role: for the actor's name, where it is not the bundle's own.
     """
     variables = environment | driver_folders()
     name = f"{role or bundle.role}-{bundle.index}"
-    options: dict = {"name": name, "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "runtime_env": {"env_vars": variables}}
+    options: dict = {"name": name, "num_cpus": bundle.cpus, "num_gpus": bundle.gpus, "runtime_env": runtime_env(variables)}
     if _resources(bundle):
         place = [b for b in room.bundles if _resources(b)].index(bundle)
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(room.group, placement_group_bundle_index=place)
-    return ray.remote(cls).options(**options).remote(*args)
+    handle = ray.remote(cls).options(**options).remote(*args)
+    introduce(handle, name, Path(run_folder).resolve() / "logs" / f"{cls.role}-{bundle.index}.log")
+    return handle
 
 
-def wait_until_ready(actors: dict[str, list[ActorHandle]], timeout_seconds: float) -> dict[str, list[int]]:
-    """Wait for the constructors of all actors and return, by role, the process ids of those on this node."""
+def wait_until_ready(
+    actors: dict[str, list[ActorHandle]], timeout_seconds: float, show: Callable[[Mapping[str, str]], None] = lambda states: None
+) -> dict[str, list[int]]:
+    """Wait for the constructors of all actors and return, by role, the process ids of those on this node.
+
+    Args:
+        show: is told every second what each actor does, by its name: `importing`, `loading` or `ready`.
+
+    Raises:
+        RoleDied, ResourceError: one of them failed, or the time limit passed.
+    """
+    started = time.time()
     pending = {role: [handle.ready.remote() for handle in handles] for role, handles in actors.items()}
+    late = {ref: handle for role, refs in pending.items() for ref, handle in zip(refs, actors[role], strict=True)}
+    handles = dict(late)
+    while late:
+        done, _ = ray.wait(list(late), num_returns=len(late), timeout=1.0)
+        get(done, what="the start of the actors")  # raises what went wrong
+        late = {ref: handle for ref, handle in late.items() if ref not in done}
+        show({known(handle)[0]: "ready" if ref not in late else _state_at_start(known(handle)[1], started) for ref, handle in handles.items()})
+        if late and time.time() - started > timeout_seconds:
+            name, log = known(next(iter(late.values())))
+            raise ResourceError(f"{name} did not start within {timeout_seconds:g} seconds (rollout.start_timeout_seconds); its log is {log}")
     here = ray.get_runtime_context().get_node_id()
-    found = {role: get(refs, what=f"the start of {role}", timeout_seconds=timeout_seconds) for role, refs in pending.items()}
+    found = {role: get(refs, what=f"the start of {role}") for role, refs in pending.items()}
     return {role: [pid for node, pid in places if node == here] for role, places in found.items()}
+
+
+def _state_at_start(log: Path, started: float) -> str:
+    """An actor's log begins when its libraries are imported."""
+    return "loading" if log.exists() and log.stat().st_mtime >= started else "importing"
 
 
 def stop(handles: list[ActorHandle]) -> None:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-import ray
-
 from dvpo_ray.actors.roles import started_roles
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
@@ -24,6 +22,8 @@ from dvpo_ray.models.loading import context_tokens, load_tokenizer
 from dvpo_ray.planning.placement import plan_placement, wanted_gpus
 from dvpo_ray.rollouts.pool import RolloutPool
 from dvpo_ray.runtime.cluster import check_gpus, connect
+from dvpo_ray.runtime.fork_server import prepare
+from dvpo_ray.runtime.waiting import get
 
 ENGINES = ("rollout",)
 """The only role of an evaluation."""
@@ -109,12 +109,14 @@ def policy_sampler(config: Config, stop_token_ids: frozenset[int], longest: int,
         ResourceError: the cluster has no room for the engines.
     """
     # The weights never change here, so no channel between GPUs is opened.
+    prepare(config)
     config = config.model_copy(update={"weight_sync": config.weight_sync.model_copy(update={"transport": "object_store"})})
     with connect(config.ray), started_roles(config, str(out), stop_token_ids, longest, only=ENGINES) as roles:
         pool = RolloutPool(roles.engines, config.seed)
 
         def sample(prompt_ids: Sequence[list[int]], stream: int = 0) -> RaggedBatch:
-            return RaggedBatch.concatenate([ray.get(chunk) for chunk in pool.sample(prompt_ids, 0, stream=stream)]).sorted_by_id()
+            chunks = get(list(pool.sample(prompt_ids, 0, stream=stream)), what="rollouts")
+            return RaggedBatch.concatenate(chunks).sorted_by_id()
 
         yield sample
 

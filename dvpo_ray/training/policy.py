@@ -10,18 +10,22 @@ that made them to the actor that needs them. All randomness of a step follows fr
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
+from dvpo_ray.actors.experience_builder import ScoredChunk
 from dvpo_ray.actors.roles import started_roles
 from dvpo_ray.config import Config
 from dvpo_ray.files import whole_folder
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.policy.mismatch import check_mismatch
 from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.runtime.fork_server import prepare
+from dvpo_ray.runtime.waiting import wait
 from dvpo_ray.training.policy_inputs import load_inputs
 from dvpo_ray.training.policy_state import PolicyState
 from dvpo_ray.training.run import Run, check_finite, is_due
-from dvpo_ray.training.stages import Stages, wait
+from dvpo_ray.training.stages import Stages
 from dvpo_ray.training.work import Stopwatch, work_metrics
 
 
@@ -35,6 +39,7 @@ def train(config: Config, resume: bool = False, console: RunConsole | None = Non
     Raises:
         InputError, ResourceError: in one line; bad input is found before any actor starts.
     """
+    prepare(config)
     run = Run("train", config, Path(config.out), resume=resume)
     inputs = load_inputs(config)
     state = PolicyState(run, inputs)
@@ -56,32 +61,45 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
     config = run.config
     if run.checkpoint is None:
         loop.sync(0)  # engines start without weights
-        state.evaluate(loop, console)
     else:
         loop.load(*run.checkpoint)
+    state.evaluate_if_due(loop, console)
     with (
         run.metrics_log() as log,
         console.stage("policy optimisation", total=config.train.steps, done=run.last_step, unit="steps") as progress,
+        run.saved_when_interrupted(loop.save, lambda: loop.state_dict() | state.state_dict(), console),
     ):
         for step in range(run.last_step + 1, config.train.steps + 1):
             refreshed = state.refresh(loop, console)
-            metrics = loop.step(step)
-            health, alarms = state.health.observe(step, metrics)
-            log.write(step, metrics | health | refreshed)
-            progress.step(step, metrics)
-            run.last_step = step
-            stops = state.heed(alarms, console)
-            if is_due(step, config.evaluation.every_steps):
-                state.evaluate(loop, console)
+            experience = loop.collect(step)
+            with run.whole_step():
+                metrics = loop.learn(step, experience)
+                health, alarms = state.health.observe(step, metrics)
+                log.write(step, metrics | health | refreshed)
+                progress.step(step, metrics)
+                run.last_step = step
+                stops = state.heed(alarms, console)
+            state.evaluate_if_due(loop, console)
             if stops or state.refresh_is_due or is_due(step, config.checkpoint.every_steps):
-                run.save_checkpoint(loop.save, {"kl": loop.kl.state_dict(), **state.state_dict()})
+                with run.whole_step():
+                    run.save_checkpoint(loop.save, loop.state_dict() | state.state_dict())
             if stops:
                 run.outcome = "stopped"
                 break
-    if run.last_step not in state.evaluations:
-        state.evaluate(loop, console)
-    with whole_folder(run.folder / "final") as draft:
-        loop.save_policy(draft)
+        if run.last_step not in state.evaluations:
+            state.evaluate(loop, console)
+        with whole_folder(run.folder / "final") as draft:
+            loop.save_policy(draft)
+    loop.finish()
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The scored rollouts of a step, the greedy responses where the algorithm takes them, and the time so far."""
+
+    chunks: list[ScoredChunk]
+    greedy: list[ScoredChunk]
+    watch: Stopwatch
 
 
 class PolicyLoop(Stages):
@@ -89,6 +107,10 @@ class PolicyLoop(Stages):
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and the update on it. Returns the step's metrics."""
+        return self.learn(step, self.collect(step))
+
+    def collect(self, step: int) -> Experience:
+        """The scored rollouts of a step. Nothing that a checkpoint keeps has changed after it."""
         watch = Stopwatch()
         with watch.stage("step"):
             with watch.stage("generate"):
@@ -99,14 +121,20 @@ class PolicyLoop(Stages):
                 greedy = self.rollout(prompts, step, (self.algorithm.scorer,), greedy=True) if self.algorithm.has_greedy_baseline else []
             with watch.stage("score"):
                 self.score_by_critic(chunks)
-                wait(ref for chunk in [*chunks, *greedy] for role, ref in chunk.scores.items() if role != "reference")
+                wait((ref for chunk in [*chunks, *greedy] for role, ref in chunk.scores.items() if role != "reference"), what="scores")
             with watch.stage("reference"):
-                wait(chunk.scores["reference"] for chunk in chunks)
+                wait((chunk.scores["reference"] for chunk in chunks), what="reference log-probs")
             self.check_start(chunks)
+        return Experience(chunks, greedy, watch)
+
+    def learn(self, step: int, experience: Experience) -> dict[str, float]:
+        """The update of a step on its rollouts. Returns the step's metrics."""
+        watch = experience.watch
+        with watch.stage("step"):
             with watch.stage("advantage"):
-                batch_metrics, shards = self.advantages(chunks, greedy)
+                batch_metrics, shards = self.advantages(experience.chunks, experience.greedy)
             if is_due(step, self.config.train.save_rollouts_every_steps):
-                self.roles.builder.write_rollouts.remote(step)
+                self.write_rollouts(step)
             with watch.stage("update"):
                 update_metrics = self.update(shards, step)
             check_mismatch(update_metrics, self.config.mismatch.max_token_mult_error)

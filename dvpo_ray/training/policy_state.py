@@ -11,7 +11,7 @@ from dvpo_ray.health.alarms import Alarm, HealthMonitor
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.training.policy_inputs import Inputs
 from dvpo_ray.training.refresh import Refresher
-from dvpo_ray.training.run import Run
+from dvpo_ray.training.run import Run, is_due
 from dvpo_ray.training.stages import Stages
 
 
@@ -46,6 +46,11 @@ class PolicyState:
         with console.stage(f"evaluation at step {step}", total=prompts, unit="held-out prompts") as progress:
             result = self.evaluations[step] = loop.evaluate(step)
             progress.advance(prompts, " · ".join(f"{name} {value:.3f}" for name, value in result.items()))
+
+    def evaluate_if_due(self, loop: Stages, console: RunConsole) -> None:
+        """Evaluate before the first step and every `evaluation.every_steps`, unless it was done before the run was interrupted."""
+        if self.run.last_step not in self.evaluations and is_due(self.run.last_step, self.config.evaluation.every_steps, at_start=True):
+            self.evaluate(loop, console)
 
     def heed(self, alarms: list[Alarm], console: RunConsole) -> bool:
         """Tell the user of the alarms of the last step, and decide what follows it. Returns whether the run stops here."""

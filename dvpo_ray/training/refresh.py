@@ -25,7 +25,7 @@ from dvpo_ray.refresh.labels import SOURCES, candidate_pairs, labelled_rows
 from dvpo_ray.refresh.pairs import HELDOUT, TRAINING, old_pairs, preference_rows, single_note, write_pairs
 from dvpo_ray.refresh.samples import read_samples
 from dvpo_ray.rollouts.schedule import prompt_indices
-from dvpo_ray.runtime.cluster import get
+from dvpo_ray.runtime.waiting import get
 from dvpo_ray.training.policy_inputs import Inputs
 from dvpo_ray.training.run import Run
 from dvpo_ray.training.stages import Stages

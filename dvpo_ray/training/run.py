@@ -6,27 +6,33 @@
     with run.started("DVPO", facts, notes) as console:    from here on the folder is this run's
         ...                                               `run.last_step` and `run.outcome` go to the summary
 
-However the block ends, summary.json says it: `finished`, `stopped`, `interrupted` or `failed`.
+However the block ends, summary.json says it: `finished`, `stopped`, `interrupted` or `failed`, and why.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dvpo_ray.config import Config
-from dvpo_ray.errors import diverged
+from dvpo_ray.errors import DiskFull, InputError, ResourceError, RoleDied, diverged
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
-from dvpo_ray.monitoring.run_files import write_summary
+from dvpo_ray.monitoring.run_files import amend_summary, read_summary, write_summary
 from dvpo_ray.runtime import checkpoints
-from dvpo_ray.training.run_folder import begin, check_resume
+from dvpo_ray.runtime.termination import held, limited
+from dvpo_ray.runtime.waiting import patience
+from dvpo_ray.training.run_folder import begin, check_resume, locked, resume_command
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -43,7 +49,7 @@ class Run:
         resume: continue the run in the folder.
 
     Raises:
-        InputError: the run in the folder cannot be resumed as this one.
+        InputError: the run in the folder cannot be resumed as this one, or is still going on.
     """
 
     def __init__(self, stage: str, config: Config, folder: Path, *, resume: bool = False) -> None:
@@ -55,8 +61,14 @@ class Run:
         self.outcome = "finished"
         self.checkpoint: tuple[Path, dict] | None = None
         self.memory = PeakMemory()
+        self._earlier: dict[str, Any] = {}
+        self._saved_step = 0
+        self._is_whole = True
+        self._writes_metrics = False
         if resume:
             check_resume(self.folder, stage, config)
+            self._lock = locked(self.folder)
+            self._earlier = read_summary(self.folder)
 
     @contextmanager
     def started(
@@ -74,37 +86,59 @@ class Run:
             notes: what the user should know of settings and data, one line each.
             summary: entries of summary.json beside those that every run has; asked for at the end.
             console: of a larger run that this is a part of; otherwise the run opens its own.
+
+        Raises:
+            InputError, ResourceError: of the block. A run of its own adds the command that continues it.
         """
-        started, state = time.time(), "failed"
+        if not self.resumed:
+            self._lock = locked(self.folder)
+        began, is_part = time.time(), console is not None
+        record = partial(self._record, began, notes, summary)
+        begin(self.folder, self.stage, self.config, resumed=self.resumed)
         try:
-            begin(self.folder, self.stage, self.config, resumed=self.resumed)
-            with nullcontext(console) if console is not None else RunConsole() as console, self.memory:
+            with nullcontext(console) if is_part else RunConsole() as console, self.memory, patience(say=console.warn):
                 console.header(title, {**facts, "run folder": self.folder})
                 for note in notes:
                     console.warn(note)
                 yield console
-            state = self.outcome
-        except KeyboardInterrupt:
-            state = "interrupted"
+        except BaseException as error:
+            command = resume_command(self.folder, self.stage)
+            if isinstance(error, InputError | ResourceError) and command and not is_part:
+                error.args = (f"{error}; continue with `{command}`",)
+            try:
+                record(**_how_it_ended(error), resume_command=command)
+            except (OSError, ResourceError) as second:  # what ended the run is what the user must see
+                logger.warning("the end of the run is not recorded: %s", second)
             raise
-        finally:
-            common = {
-                "name": self.config.name,
-                "stage": self.stage,
-                "state": state,
-                "steps": self.last_step,
-                "model": self.config.model.path,
-                "seed": self.config.seed,
-                "duration_seconds": round(time.time() - started, 1),
-                "peak_memory_gib": round(self.memory.peak_gib, 3),
-                "notes": list(notes),
-            }
-            write_summary(self.folder, common | dict(summary()))
-            if self.stage == "train":
-                write_report(self.folder)
+        record(state=self.outcome)
+
+    def _record(self, began: float, notes: Sequence[str], summary: Callable[[], Mapping[str, Any]], **end: Any) -> None:
+        """Write the summary and the report. `end`: how the run ended."""
+        common = {
+            "name": self.config.name,
+            "stage": self.stage,
+            "steps": self.last_step,
+            "model": self.config.model.path,
+            "seed": self.config.seed,
+            "duration_seconds": round(self._earlier.get("duration_seconds", 0) + time.time() - began, 1),
+            "peak_memory_gib": round(self.memory.peak_gib, 3),
+            "notes": list(notes),
+        }
+        # A resumed run that ended before it went on has nothing new to tell of its steps.
+        entries = {} if self.resumed and not self._writes_metrics else common | dict(summary())
+        end = {key: value for key, value in end.items() if value is not None}
+        if not self.folder.is_dir():
+            return
+        try:
+            write_summary(self.folder, read_summary(self.folder) | entries | end)
+        except DiskFull:  # not even for a second file beside the first
+            amend_summary(self.folder, end)
+        if self.stage == "train":
+            write_report(self.folder)
 
     def metrics_log(self) -> MetricsLog:
         """metrics.jsonl and the trackers; of a resumed run it goes on after `last_step`."""
+        self._writes_metrics = True
         resume_step = self.last_step if self.resumed else None
         return MetricsLog(self.folder, self.config.train.trackers, resume_step=resume_step, config=self.config.model_dump(mode="json"))
 
@@ -122,7 +156,7 @@ class Run:
         if not self.resumed:
             return None
         self.checkpoint = find(self.folder)
-        self.last_step = self.checkpoint[1]["step"]
+        self.last_step = self._saved_step = self.checkpoint[1]["step"]
         return self.checkpoint[1]
 
     def save_checkpoint(self, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
@@ -131,15 +165,55 @@ class Run:
         Args:
             write: writes what the actors hold into a folder.
             state: what the driver itself knows.
+
+        Raises:
+            DiskFull: the disk has no room for it.
         """
-        draft = checkpoints.begin(self.folder, self.last_step)
-        write(draft)
-        checkpoints.commit(draft, {"step": self.last_step, **state}, self.config.checkpoint.keep)
+        with checkpoints.draft(self.folder, self.last_step) as draft:
+            write(draft)
+            checkpoints.commit(draft, {"step": self.last_step, **state}, self.config.checkpoint.keep)
+        self._saved_step = self.last_step
+
+    @contextmanager
+    def saved_when_interrupted(self, write: Callable[[Path], None], state: Callable[[], Mapping[str, Any]], console: RunConsole) -> Iterator[None]:
+        """When the block is interrupted, save a checkpoint of the last step that is done, within `termination.grace_seconds`.
+
+        Args:
+            write, state: as in `save_checkpoint`.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._is_whole and self.last_step > self._saved_step:
+                try:
+                    with console.stage(f"checkpoint of step {self.last_step}"), limited(self.config.termination.grace_seconds):
+                        self.save_checkpoint(write, state())
+                except (KeyboardInterrupt, ResourceError, OSError) as second:
+                    why = str(second) or f"it took longer than termination.grace_seconds={self.config.termination.grace_seconds:g}"
+                    console.warn(f"no checkpoint of step {self.last_step}: {why}")
+            raise
+
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """From the update of a step to its record: a signal that ends the run waits, at most `termination.grace_seconds`."""
+        with held(self.config.termination.grace_seconds):
+            self._is_whole = False
+            yield
+            self._is_whole = True
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens after this one; 0: never."""
-    return every > 0 and step % every == 0
+def _how_it_ended(error: BaseException) -> dict[str, str]:
+    """Entries of summary.json about what ended a run."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"state": "interrupted"}
+    text = " ".join(str(error).split())
+    told = text if isinstance(error, InputError | ResourceError) else f"{type(error).__name__}: {text}"
+    return {"state": "failed", "error": told, **({"error_actor": error.actor} if isinstance(error, RoleDied) else {})}
+
+
+def is_due(step: int, every: int, *, at_start: bool = False) -> bool:
+    """Whether something that happens every so many steps happens after this one; 0: never. `at_start`: it also happens before step 1."""
+    return (every > 0 and step % every == 0) or (at_start and step == 0)
 
 
 def check_finite(step: int, metrics: Mapping[str, float], stage: str, section: str, *, dtype: str) -> None:

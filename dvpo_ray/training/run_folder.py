@@ -6,20 +6,24 @@ Nothing here loads torch or ray, and nothing is written before `begin`.
 
 from __future__ import annotations
 
-import json
+import fcntl
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.resuming import STAGES, check_resumable
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
-from dvpo_ray.monitoring.run_files import write_summary
+from dvpo_ray.monitoring.run_files import SUMMARY, living, read_summary, this_process, write_summary
 
-CONFIG, SUMMARY = "config.yaml", "summary.json"
+CONFIG, LOCK = "config.yaml", ".lock"
+_OF_AN_END = ("error", "error_actor", "resume_command")
 
 _LEFTOVERS = (
-    *(CONFIG, SUMMARY, "report.html", "metrics.jsonl", "trackers.json", "logs/*.log", "tensorboard/events.out.tfevents.*", "wandb/**/*"),
+    *(CONFIG, LOCK, SUMMARY, "report.html", "metrics.jsonl", "trackers.json", "logs/*.log", "tensorboard/events.out.tfevents.*", "wandb/**/*"),
     *("evaluation/step_000000.jsonl", "rollouts/step_000001.jsonl", "checkpoints/.step_*.draft/**/*"),
 )
 """Files that a run leaves when it ends before its first step is done."""
@@ -35,8 +39,35 @@ def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / CONFIG) as file:
         file.write(dump_config(config))
-    kept = _read_summary(folder) if resumed else {}
-    write_summary(folder, kept | {"name": config.name, "stage": stage, "state": "running", "seed": config.seed})
+    kept = {key: value for key, value in read_summary(folder).items() if key not in _OF_AN_END} if resumed else {}
+    own = {"name": config.name, "stage": stage, "state": "running", "seed": config.seed}
+    write_summary(folder, kept | own | {"process": this_process(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]})
+
+
+def locked(folder: Path) -> TextIO:
+    """Make this process the only one that writes in a run folder, as long as the returned file is open.
+
+    Raises:
+        InputError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        process = read_summary(folder).get("process")
+        whose = f"process {process['pid']} on {process['host']}" if process else "another process"
+        raise InputError(f"{folder}: {whose} still runs in it; wait for its end or stop it, or give another --out") from None
+    return lock
+
+
+def resume_command(folder: Path, stage: str) -> str | None:
+    """The shell line that continues a run, if it has a checkpoint. Relative paths in its config mean those of the present folder."""
+    if not any(_checkpoints(folder)):
+        return None
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) and folder != here else folder
+    return f"{STAGES[stage].command} {shlex.quote(str(shown / CONFIG))} --out {shlex.quote(str(shown))} --resume"
 
 
 # --------------------------------------------------------------------------------------------------------- a new run
@@ -50,7 +81,7 @@ def check_new(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: a file with this name is already there; give another --out")
-    if all(path.is_dir() for path in folder.rglob("*")):
+    if all(path.is_dir() or path == folder / LOCK for path in folder.rglob("*")):
         return
     if not _ended_before_its_first_step(folder):
         raise InputError(f"{folder}: already there and not empty; give another --out, or --resume to continue the run in it{_hint(folder)}")
@@ -62,8 +93,9 @@ def check_new(folder: Path) -> None:
 
 
 def _ended_before_its_first_step(folder: Path) -> bool:
-    summary = _read_summary(folder)
-    return summary.get("state") in ("failed", "interrupted") and not summary.get("steps") and not _has_results(folder)
+    summary = read_summary(folder)
+    over = summary.get("state") in ("failed", "interrupted") or (summary.get("state") == "running" and not living(summary))
+    return over and not summary.get("steps") and not _has_results(folder)
 
 
 def _has_results(folder: Path) -> bool:
@@ -79,7 +111,10 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
 
 def _hint(folder: Path) -> str:
     """What to add to the message when there is nothing to continue."""
-    state = _read_summary(folder).get("state")
+    summary = read_summary(folder)
+    state = summary.get("state")
+    if living(summary):
+        return f"; process {summary['process']['pid']} on {summary['process']['host']} still runs in it"
     if state is None or any(_checkpoints(folder)):
         return ""
     over = "it is finished" if state == "finished" else f"its state is {state}; once it is over, remove the folder to start anew"
@@ -96,9 +131,10 @@ def _leftovers(folder: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the files of a run that never took a step, and the folders that this leaves empty."""
+    """Remove the files of a run that never took a step, but its lock, and the folders that this leaves empty."""
     for path in list(_leftovers(folder)):
-        path.unlink()
+        if path != folder / LOCK:
+            path.unlink()
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
@@ -120,7 +156,7 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
     kept_file = folder / CONFIG
     if not kept_file.is_file():
         raise InputError(f"{folder}: no {CONFIG}, so this is not a run folder; give the --out of the run")
-    maker = _read_summary(folder).get("stage", stage)
+    maker = read_summary(folder).get("stage", stage)
     if maker in STAGES and maker != stage:
         made_by, command = STAGES[maker].command, STAGES[stage].command
         raise InputError(f"{folder}: a run of `{made_by}`, which `{command}` cannot resume; resume it with its own command")
@@ -135,15 +171,6 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
 
 def _is_over(folder: Path, stage: str, config: Config) -> bool:
     """Whether a run has its result and no step is left. Only a run of `dvpo train` can be made longer."""
-    summary = _read_summary(folder)
+    summary = read_summary(folder)
     done = summary.get("state") == "finished" and (folder / "final").is_dir()
     return done and (stage != "train" or (summary.get("steps") or 0) >= config.train.steps)
-
-
-def _read_summary(folder: Path) -> dict:
-    """summary.json, or nothing where it is missing or damaged."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
@@ -18,7 +17,7 @@ from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.policy.kl import AdaptiveKLController
 from dvpo_ray.rollouts.pool import RolloutPool
 from dvpo_ray.rollouts.schedule import prompt_indices
-from dvpo_ray.runtime.cluster import get
+from dvpo_ray.runtime.waiting import get
 
 EXAMPLES_STREAM = 1
 """Stream of random numbers of the examples of a step; its rollouts have stream 0."""
@@ -52,6 +51,7 @@ class Stages:
         self.pool = RolloutPool(roles.engines, config.seed)
         self.samples_per_step = derive_batch(config).samples_per_step
         self._turns = itertools.count()
+        self._writing: ObjectRef | None = None
 
     # ------------------------------------------------------------------------------------------------ within a step
 
@@ -97,6 +97,17 @@ class Stages:
             more = (examples,) if role == "scorer" else ()
             scores[role] = models[turn % len(models)].score.remote(rollouts, *more)
         return ScoredChunk(rollouts, scores)
+
+    def write_rollouts(self, step: int) -> None:
+        """Write the step's batch to the run folder, beside what follows; an error of the last writing is raised here."""
+        self.finish()
+        self._writing = self.roles.builder.write_rollouts.remote(step)
+
+    def finish(self) -> None:
+        """Wait for what is still being written."""
+        if self._writing is not None:
+            get(self._writing, what="writing the rollouts")
+        self._writing = None
 
     def score_by_critic(self, chunks: list[ScoredChunk]) -> None:
         """Values of the online critic, where there is one. All its ranks run forward together, so it takes a step's chunks at once."""
@@ -156,6 +167,10 @@ class Stages:
         if self.config.checkpoint.save_pretrained:
             self.save_policy(folder / "policy")
 
+    def state_dict(self) -> dict:
+        """What the driver's part of a checkpoint keeps of the loop."""
+        return {"kl": self.kl.state_dict()}
+
     def load(self, folder: Path, state: dict) -> None:
         """Bring the actors and the KL coefficient to the state of a checkpoint."""
         get([rank.load_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="loading a checkpoint")
@@ -169,9 +184,3 @@ class Stages:
         """Busy seconds since the last call and memory of every actor, by role."""
         pending = {role: [handle.stats.remote() for handle in handles] for role, handles in self.roles.by_role.items()}
         return {role: get(refs, what=f"statistics of {role}") for role, refs in pending.items()}
-
-
-def wait(refs: Iterable[ObjectRef]) -> None:
-    """Wait until all are there, without fetching them."""
-    refs = list(refs)
-    ray.wait(refs, num_returns=len(refs), fetch_local=False)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from dvpo_ray.config import Config
@@ -23,6 +20,8 @@ from dvpo_ray.models.loading import load_policy, rehearse_saving, save_policy, t
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.logs import LibraryOutput
 from dvpo_ray.monitoring.metrics import MetricsLog
+from dvpo_ray.runtime.checkpoints import problem, write_manifest
+from dvpo_ray.runtime.termination import held
 from dvpo_ray.training.run import Run, check_finite
 
 logger = logging.getLogger(__name__)
@@ -99,8 +98,8 @@ def run_stage(
     ):
         output.keep(run.folder / "logs" / f"{stage}.log")
         rehearse_saving(partial(save_policy, trainer.model, {}, tokenizer, source), run.folder, source.path)
-        with run.metrics_log() as log:
-            trainer.add_callback(_Progress(console, log, stage, metrics, source.dtype))
+        with run.metrics_log() as log, held(run.config.termination.grace_seconds) as signals:
+            trainer.add_callback(_Progress(run, console, log, metrics, signals))
             trainer.train(resume_from_checkpoint=str(run.checkpoint[0]) if run.checkpoint is not None else None)
         _check_weights(trainer.model, stage)
         with whole_folder(run.folder / "final") as folder:
@@ -126,39 +125,32 @@ def last_trainer_checkpoint(run_folder: Path) -> tuple[Path, dict]:
     """
     steps = {folder: folder.name.removeprefix("checkpoint-") for folder in (run_folder / "checkpoints").glob("checkpoint-*")}
     for folder, step in sorted(((f, int(s)) for f, s in steps.items() if s.isdigit()), key=lambda one: one[1], reverse=True):
-        problem = _problem(folder)
-        if problem is None:
+        damage = problem(folder)
+        if damage is None:
             return folder, {"step": step}
-        logger.warning("%s is damaged (%s) and is skipped", folder, problem)
+        logger.warning("%s is damaged (%s) and is skipped", folder, damage)
     raise InputError(f"{run_folder}: no whole checkpoint to resume from; give another --out, or remove the folder to start anew")
 
 
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint of transformers' trainer, or None. The trainer writes trainer_state.json last."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "no readable trainer_state.json"
-    weights = list(folder.glob("*.safetensors"))
-    if not weights:
-        return "no weights"
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError):
-            return f"{file.name} is damaged or truncated"
-    torn = [file.name for file in (*folder.glob("*.pt"), *folder.glob("*.pth")) if not zipfile.is_zipfile(file)]
-    return f"{torn[0]} is damaged or truncated" if torn else None
-
-
 class _Progress(TrainerCallback):
-    """A progress bar, and the metrics of every optimizer step."""
+    """A progress bar, the metrics of every optimizer step, and a checkpoint when a signal ends the run.
 
-    def __init__(self, console: RunConsole, log: MetricsLog, stage: str, metrics: Mapping[str, str], dtype: str) -> None:
-        self.console, self.log, self.stage, self.metrics, self.dtype = console, log, stage, metrics, dtype
+    Args:
+        signals: that have come; `held` keeps them until the trainer is done.
+    """
+
+    def __init__(self, run: Run, console: RunConsole, log: MetricsLog, metrics: Mapping[str, str], signals: Sequence[int]) -> None:
+        self.console, self.log, self.stage, self.metrics, self.dtype = console, log, run.stage, metrics, run.config.model.dtype
         self.shown = next(iter(metrics))
+        self.signals = signals
         self.open = ExitStack()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.signals:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.progress = self.open.enter_context(self.console.stage(self.stage, state.max_steps, done=state.global_step, unit="steps"))

@@ -22,9 +22,11 @@ from dvpo_ray.gvm.pairs import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.planning.placement import plan_training_placement
-from dvpo_ray.runtime.cluster import check_gpus, connect, get
+from dvpo_ray.runtime.cluster import check_gpus, connect
+from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.runtime.process import environment
 from dvpo_ray.runtime.room import Room, reserved, spawn, wait_until_ready
+from dvpo_ray.runtime.waiting import get
 from dvpo_ray.training.run import Run, check_finite, is_due
 
 STAGES = {"gvm": "gvm", "reward_model": "rm"}
@@ -48,6 +50,7 @@ def train_value_model(
     Raises:
         InputError, ResourceError: in one line; bad input is found before any actor starts.
     """
+    prepare(config)
     run = Run(STAGES[settings.section], config, out, resume=resume)
     if room is None:
         check_gpus({f"{settings.section}.gpus_per_actor": settings.gpus_per_actor}, config.ray)
@@ -103,12 +106,12 @@ class ValueModelTraining:
     @contextmanager
     def started_trainers(self, room: Room | None) -> Iterator[list[ActorHandle]]:
         """All ranks of the trainer with their shards of the model, for the time of a `with` block."""
-        config, trainers = self.config, []
+        config, folder, trainers = self.config, str(self.run.folder), []
         with reserved(plan_training_placement(self.settings), config.ray) if room is None else nullcontext(room) as room:
             try:
                 for index, bundle in enumerate(room.free):
-                    arguments = (config, self.settings, index, str(self.run.folder))
-                    trainers.append(spawn(GVMTrainer, bundle, room, environment(self.settings), *arguments, role=GVMTrainer.role))
+                    arguments = (config, self.settings, index, folder)
+                    trainers.append(spawn(GVMTrainer, bundle, room, environment(self.settings), *arguments, run_folder=folder, role=GVMTrainer.role))
                 pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds)
                 self.run.memory.add_pids(pids[GVMTrainer.role])
                 yield trainers
@@ -126,18 +129,21 @@ class ValueModelTraining:
             folder = str(self.run.checkpoint[0] / "trainer")
             get([trainer.load_checkpoint.remote(folder) for trainer in trainers], what="loading a checkpoint")
             console.say(f"resumed after step {self.run.last_step}")
+        write, state = partial(self._write_checkpoint, trainers), {"total_steps": self.total_steps}
         with (
             self.run.metrics_log() as log,
             console.stage(self.called, total=self.total_steps, done=self.run.last_step, unit="steps") as progress,
+            self.run.saved_when_interrupted(write, lambda: state, console),
         ):
             for step in range(self.run.last_step + 1, self.total_steps + 1):
-                metrics = self.step(trainers, step)
-                check_finite(step, metrics, "gvm", self.settings.section, dtype=self.config.model.dtype)
-                self.run.last_step = step
-                log.write(step, metrics)
-                self.accuracies.append(metrics["gvm/accuracy"])
-                if is_due(step, self.settings.checkpoint_every_steps):
-                    self.run.save_checkpoint(partial(self._write_checkpoint, trainers), {"total_steps": self.total_steps})
+                with self.run.whole_step():
+                    metrics = self.step(trainers, step)
+                    check_finite(step, metrics, "gvm", self.settings.section, dtype=self.config.model.dtype)
+                    self.run.last_step = step
+                    log.write(step, metrics)
+                    self.accuracies.append(metrics["gvm/accuracy"])
+                    if is_due(step, self.settings.checkpoint_every_steps):
+                        self.run.save_checkpoint(write, state)
                 text = f"loss {metrics['gvm/loss']:.3f} · accuracy {metrics['gvm/accuracy']:.2f} · {metrics['time/step_seconds']:.1f} s/step"
                 progress.advance(1, text)
         report = self._evaluate(trainers, console)

@@ -11,7 +11,7 @@ class Stopwatch:
     """Seconds of named stages.
 
     Attributes:
-        seconds: of every stage that is over, by name.
+        seconds: of every stage that is over, by name; together where a stage comes twice.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def work_metrics(
