@@ -17,6 +17,7 @@ from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_placement, plan_training_placement
+from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.training.run_folder import check_new
 
 
@@ -74,6 +75,8 @@ class Training:
             self.print_plan(config, [*self.missing(config), *self.notes(config)])
             return
         self.check(args.config, config)
+        if self.placement(config):
+            prepare(config)
         print(self.train(config, choose_run_folder(args.out, config, self.suffix, args.resume), args.resume))
 
 

@@ -16,6 +16,7 @@ import dvpo_ray
 from dvpo_ray.config.schema import RoleConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.monitoring.logs import redirect_process_output
+from dvpo_ray.runtime.fork_client import PROCESS_WIDE
 
 T = TypeVar("T")
 
@@ -39,23 +40,14 @@ def _package_folder() -> Path:
 
 
 def environment(role: RoleConfig) -> dict[str, str]:
-    """Environment variables of an actor's process, to be set before it starts.
-
-    Threads wait passively: OpenMP threads that spin while another process computes make both more than ten times slower. GNU's
-    threads, which torch uses, spin for a moment before they sleep: the next operation often follows at once, and to wake them costs
-    a sixth of an update.
-    """
+    """Environment variables of an actor's process, to be set before it starts."""
     variables = {
         "OMP_NUM_THREADS": str(role.threads),
         "MKL_NUM_THREADS": str(role.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "5000",  # a fraction of a millisecond
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        # Otherwise glibc returns every larger tensor to the system and fetches new pages for the next: a quarter of a small model's pass.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        **PROCESS_WIDE,
     }
     if isinstance(role, RolloutConfig) and role.backend == "vllm":
         variables |= {
