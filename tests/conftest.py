@@ -119,8 +119,11 @@ def ray_session():
     """A local Ray with room for every role of a small run, one for all tests that need no Ray of their own."""
     import ray
 
+    from dvpo_ray.runtime import fork_server
+
     ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
-    yield
+    with fork_server.in_use():
+        yield
     ray.shutdown()
 
 

@@ -41,13 +41,6 @@ def check_roles_and_rewards(folder: Path, metrics: list[dict], settings: dict, r
     assert summary["state"] == "finished" and summary["algorithm"] == settings["algorithm"] and "gvm" not in summary
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "remax", "reinforce"])  # a group, a greedy response and neither; rloo runs as grpo does
-def test_a_baseline_trains_with_its_roles_on_its_rewards(baseline_settings, tmp_path, algorithm):
-    settings = baseline_settings | {"algorithm": algorithm}
-    metrics = run(settings, tmp_path / "run", batch={"prompts_per_step": 8, "samples_per_prompt": 2})
-    check_roles_and_rewards(tmp_path / "run", metrics, settings, ROLES)
-
-
 def test_ppo_learns_its_values_and_a_finished_run_goes_on(baseline_settings, tmp_path):
     """Two critic ranks under ZeRO-3 beside one learner; the critic's state is part of a checkpoint. With more steps than it had, the run
     repeats those since its last whole checkpoint exactly and takes the new ones."""

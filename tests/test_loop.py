@@ -96,13 +96,7 @@ def check_that_engines_follow(metrics: list[dict]) -> None:
     assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
 
 
-# The quickstart's test has weights that are partly frozen, under ZeRO-1.
-
-
-def test_weights_in_shards_reach_the_engine(loop_settings, tmp_path):
-    policy = {"num_actors": 2, "old_log_probs": "rollout", "deepspeed": {"zero_stage": 3}}
-    kl = {"placement": "loss", "estimator": "k3"}
-    check_that_engines_follow(run(loop_settings, tmp_path / "run", policy=policy, kl=kl, train={"steps": 2}))
+# test_matrix.py has weights in shards and weights that are partly frozen.
 
 
 def test_adapters_reach_two_engines_and_their_fresh_rollouts_are_the_value_models_examples(loop_settings, tiny_model, tmp_path):

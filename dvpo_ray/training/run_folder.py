@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -55,10 +55,14 @@ def locked(folder: Path) -> TextIO:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        process = read_summary(folder).get("process")
-        whose = f"process {process['pid']} on {process['host']}" if process else "another process"
-        raise InputError(f"{folder}: {whose} still runs in it; wait for its end or stop it, or give another --out") from None
+        raise _is_run_by(folder, read_summary(folder)) from None
     return lock
+
+
+def _is_run_by(folder: Path, summary: Mapping) -> InputError:
+    process = summary.get("process")
+    whose = f"process {process['pid']} on {process['host']}" if process else "another process"
+    return InputError(f"{folder}: {whose} still runs in it; wait for its end or stop it, or give another --out")
 
 
 def resume_command(folder: Path, stage: str) -> str | None:
@@ -156,7 +160,10 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
     kept_file = folder / CONFIG
     if not kept_file.is_file():
         raise InputError(f"{folder}: no {CONFIG}, so this is not a run folder; give the --out of the run")
-    maker = read_summary(folder).get("stage", stage)
+    summary = read_summary(folder)
+    if living(summary):
+        raise _is_run_by(folder, summary)
+    maker = summary.get("stage", stage)
     if maker in STAGES and maker != stage:
         made_by, command = STAGES[maker].command, STAGES[stage].command
         raise InputError(f"{folder}: a run of `{made_by}`, which `{command}` cannot resume; resume it with its own command")
