@@ -98,12 +98,14 @@ def test_a_death_is_one_line_even_where_another_actor_met_it(cluster, start, tmp
 def test_a_long_wait_is_told_and_has_a_limit(cluster, start, monkeypatch):
     monkeypatch.setattr(waiting, "PERIOD_SECONDS", 0.5)
     said: list[str] = []
+    workers = [start() for _ in range(4)]
+    get([worker.work.remote() for worker in workers], what="the start")
     with patience(seconds=1.2, say=said.append):
         with pytest.raises(ResourceError, match=r"^the update did not finish within 1\.2 seconds \(ray\.wait_timeout_seconds\) of worker-1$"):
-            get([start().work.remote(), start().work.remote("frozen")], what="the update")
+            get([workers[0].work.remote(), workers[1].work.remote("frozen")], what="the update")
         with pytest.raises(ResourceError, match=r"^scores did not finish within 1\.2 seconds .* of worker-2$"):
-            wait([start().work.remote("frozen")], what="scores")
-        stream = as_they_come([start().stream.remote()], what="rollouts")
+            wait([workers[2].work.remote("frozen")], what="scores")
+        stream = as_they_come([workers[3].stream.remote()], what="rollouts")
         assert ray.get(next(stream)) == 1
         with pytest.raises(ResourceError, match=r"^rollouts did not finish within 1\.2 seconds .* of worker-3$"):
             next(stream)

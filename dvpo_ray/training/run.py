@@ -67,7 +67,6 @@ class Run:
         self._writes_metrics = False
         if resume:
             check_resume(self.folder, stage, config)
-            self._lock = locked(self.folder)
             self._earlier = read_summary(self.folder)
 
     @contextmanager
@@ -88,29 +87,29 @@ class Run:
             console: of a larger run that this is a part of; otherwise the run opens its own.
 
         Raises:
+            InputError: another process runs in the folder.
             InputError, ResourceError: of the block. A run of its own adds the command that continues it.
         """
-        if not self.resumed:
-            self._lock = locked(self.folder)
         began, is_part = time.time(), console is not None
         record = partial(self._record, began, notes, summary)
-        begin(self.folder, self.stage, self.config, resumed=self.resumed)
-        try:
-            with nullcontext(console) if is_part else RunConsole() as console, self.memory, patience(say=console.warn):
-                console.header(title, {**facts, "run folder": self.folder})
-                for note in notes:
-                    console.warn(note)
-                yield console
-        except BaseException as error:
-            command = resume_command(self.folder, self.stage)
-            if isinstance(error, InputError | ResourceError) and command and not is_part:
-                error.args = (f"{error}; continue with `{command}`",)
+        with locked(self.folder):
+            begin(self.folder, self.stage, self.config, resumed=self.resumed)
             try:
-                record(**_how_it_ended(error), resume_command=command)
-            except (OSError, ResourceError) as second:  # what ended the run is what the user must see
-                logger.warning("the end of the run is not recorded: %s", second)
-            raise
-        record(state=self.outcome)
+                with nullcontext(console) if is_part else RunConsole() as console, self.memory, patience(say=console.warn):
+                    console.header(title, {**facts, "run folder": self.folder})
+                    for note in notes:
+                        console.warn(note)
+                    yield console
+            except BaseException as error:
+                command = resume_command(self.folder, self.stage)
+                if isinstance(error, InputError | ResourceError) and command and not is_part:
+                    error.args = (f"{error}; continue with `{command}`",)
+                try:
+                    record(**_how_it_ended(error), resume_command=command)
+                except (OSError, ResourceError) as second:  # what ended the run is what the user must see
+                    logger.warning("the end of the run is not recorded: %s", second)
+                raise
+            record(state=self.outcome)
 
     def _record(self, began: float, notes: Sequence[str], summary: Callable[[], Mapping[str, Any]], **end: Any) -> None:
         """Write the summary and the report. `end`: how the run ended."""
