@@ -124,7 +124,7 @@ def trl_request(config: Config, prompts: list[list[int]], repeats: int) -> dict:
     batch = config.batch
     chosen = [prompts[i] for step in range(1, repeats + 2) for i in prompt_indices(len(prompts), batch.prompts_per_step, step, config.seed)]
     return {
-        "model": os.path.expanduser(config.model.path),
+        "model": config.model.path,
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "threads": len(os.sched_getaffinity(0)),

@@ -14,6 +14,7 @@ from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import SAME_UPDATE, check_equal
 from dvpo_ray.config.inputs import Needed, policy_inputs, preference_inputs, problems
 from dvpo_ray.config.options import add_set_option, settings_by_algorithm, whole_number
+from dvpo_ray.config.paths import path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
 
@@ -52,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ledger.add_argument(
         "--random-weights",
         metavar="CONFIG_JSON",
-        type=Path,
+        type=path_option,
         help="make policy, value model, reward model and prompts of this architecture with random weights; a config.json or its folder",
     )
-    ledger.add_argument("--tokenizer", metavar="DIR", type=Path, help="tokenizer for --random-weights (default: the folder's, else one of bytes)")
+    tokenizer = "tokenizer for --random-weights (default: the folder's, else one of bytes)"
+    ledger.add_argument("--tokenizer", metavar="DIR", type=path_option, help=tokenizer)
 
     trl = _add(benchmarks, "trl", TRL_HELP, TRL_EXAMPLE, _trl)
-    trl.add_argument(
-        "--trl-python", metavar="FILE", type=Path, required=True, help="Python of the environment that launch/bench_trl.sh makes, with TRL 1.12.0"
-    )
+    python = "Python of the environment that launch/bench_trl.sh makes, with TRL 1.12.0"
+    trl.add_argument("--trl-python", metavar="FILE", type=path_option, required=True, help=python)
     _add_number(trl, "--repeats", "measured steps of each contestant after one that warms up", 3)
     for benchmark in (ledger, trl):
         _add_number(benchmark, "--rounds", "turns of each contestant, each from a new start; take several on a machine whose speed varies", 1)
@@ -73,7 +74,7 @@ def _add(
 ) -> argparse.ArgumentParser:
     parser = benchmarks.add_parser(name, help=help_text, description=f"{help_text}.", epilog=example)
     add_config_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help=f"folder of {files} and the logs (default: runs/<name>-{kind}-<time>)")
+    parser.add_argument("--out", metavar="DIR", type=path_option, help=f"folder of {files} and the logs (default: runs/<name>-{kind}-<time>)")
     parser.set_defaults(benchmark=benchmark, kind=kind)
     return parser
 

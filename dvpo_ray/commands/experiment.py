@@ -10,6 +10,7 @@ from pathlib import Path
 from dvpo_ray.commands.common import add_config_arguments, check_writable_folder
 from dvpo_ray.commands.train import check_train_config
 from dvpo_ray.config.options import whole_number
+from dvpo_ray.config.paths import path_option
 from dvpo_ray.experiments.registry import STUDIES
 from dvpo_ray.experiments.runner import run_study, study_problems
 from dvpo_ray.experiments.study import Run, add_numbers, check_distinct, plan_lines
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = experiments.add_parser(name, help=study.help, description=f"{study.help}.", epilog=study.example)
         add_config_arguments(command)
         add_numbers(command, "--seeds", [0, 1, 2], "each variant runs once with every seed", whole_number(at_least=0), "SEED")
-        command.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs; finished ones in it are kept (default: runs/<name>-<time>)")
+        out = "folder of the runs; finished ones in it are kept (default: runs/<name>-<time>)"
+        command.add_argument("--out", type=path_option, metavar="DIR", help=out)
         command.add_argument("--dry-run", action="store_true", help="list the runs and what they lack; start nothing")
         study.add_options(command)
 

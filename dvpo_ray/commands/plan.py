@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from pathlib import Path
 
 from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, load
 from dvpo_ray.config.inputs import not_made_yet, plan_inputs, policy_misfits, problems
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.options import finite_number
+from dvpo_ray.config.paths import path_option
 from dvpo_ray.errors import InputError
 
 
@@ -20,7 +20,7 @@ from dvpo_ray.errors import InputError
     argument("--device", metavar="NAME", help="GPU that the run will have, for example a100-80gb (default: this machine's)"),
     argument("--calibrate", action="store_true", help="measure the speed of this machine on two layers of the model, in seconds"),
     argument("--node-memory-gib", metavar="GIB", type=finite_number(above=0), help="host memory of a node (default: this machine's)"),
-    argument("--json", metavar="FILE", type=Path, help="also write the plan as JSON, to a new file"),
+    argument("--json", metavar="FILE", type=path_option, help="also write the plan as JSON, to a new file"),
 )
 def plan(args: Namespace) -> None:
     config = load(args)

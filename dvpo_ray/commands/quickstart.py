@@ -10,6 +10,7 @@ from dvpo_ray.commands.train import POLICY, choose_run_folder
 from dvpo_ray.config import load_config
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.options import whole_number
+from dvpo_ray.config.paths import path_option
 
 CONFIG = Path(__file__).resolve().parents[1] / "quickstart" / "config.yaml"
 
@@ -18,7 +19,7 @@ CONFIG = Path(__file__).resolve().parents[1] / "quickstart" / "config.yaml"
     "make a small language model better by DVPO, on two cores and in minutes",
     "dvpo quickstart --out runs/quickstart",
     overrides("the quickstart"),
-    argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/quickstart-<time>)"),
+    argument("--out", metavar="DIR", type=path_option, help="run folder (default: runs/quickstart-<time>)"),
     argument("--steps", metavar="N", type=whole_number(at_least=1), help="steps of policy optimisation; the same as train.steps=N"),
     DRY_RUN,
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, dated_folder, load
 from dvpo_ray.config import Config
+from dvpo_ray.config.paths import name_or_path_option, path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
@@ -17,8 +18,8 @@ from dvpo_ray.planning.placement import check_local_cluster, plan_placement
     "judge a policy's responses to the held-out prompts",
     "dvpo eval cluster_configs/local-cpu.yaml --policy runs/first/final --out runs/first-eval",
     *CONFIG,
-    argument("--policy", metavar="MODEL", help="checkpoint folder or hub name (default: model.path of the config)"),
-    argument("--out", metavar="DIR", type=Path, help="new folder for the judged responses (default: runs/<name>-eval-<time>)"),
+    argument("--policy", metavar="MODEL", type=name_or_path_option, help="checkpoint folder or hub name (default: model.path of the config)"),
+    argument("--out", metavar="DIR", type=path_option, help="new folder for the judged responses (default: runs/<name>-eval-<time>)"),
 )
 def evaluate(args: Namespace) -> None:
     config = load(args)
@@ -33,7 +34,7 @@ def evaluate(args: Namespace) -> None:
     print(json.dumps(evaluate_policy(config, args.policy or config.model.path, out), indent=2))
 
 
-GVM = argument("--gvm", metavar="DIR", type=Path, help="GVM folder (default: gvm.path of the config)")
+GVM = argument("--gvm", metavar="DIR", type=path_option, help="GVM folder (default: gvm.path of the config)")
 
 
 def _load_with_gvm(args: Namespace) -> tuple[Config, Path]:
@@ -47,7 +48,7 @@ def _load_with_gvm(args: Namespace) -> tuple[Config, Path]:
     "measure a value model on held-out pairs",
     "dvpo gvm eval cluster_configs/local-cpu.yaml --gvm runs/gvm/final --out runs/gvm-eval",
     *(*CONFIG, GVM),
-    argument("--out", metavar="DIR", type=Path, help="new folder for the JSON and the plots (default: runs/<name>-gvm-eval-<time>)"),
+    argument("--out", metavar="DIR", type=path_option, help="new folder for the JSON and the plots (default: runs/<name>-gvm-eval-<time>)"),
 )
 def evaluate_gvm(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
@@ -63,8 +64,8 @@ def evaluate_gvm(args: Namespace) -> None:
     "write the values of every response of a file",
     "dvpo gvm score cluster_configs/local-cpu.yaml --gvm runs/gvm/final --input pairs.jsonl --output values.jsonl",
     *(*CONFIG, GVM),
-    argument("--input", metavar="FILE", type=Path, required=True, help="rows with a prompt and responses"),
-    argument("--output", metavar="FILE", type=Path, required=True, help="new JSONL file, one object per row"),
+    argument("--input", metavar="FILE", type=path_option, required=True, help="rows with a prompt and responses"),
+    argument("--output", metavar="FILE", type=path_option, required=True, help="new JSONL file, one object per row"),
 )
 def score(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
@@ -78,7 +79,7 @@ def score(args: Namespace) -> None:
 @command(
     "write report.html of a run folder",
     "dvpo report runs/first",
-    argument("run_folder", metavar="RUN", type=Path, help="run folder of `dvpo train`"),
+    argument("run_folder", metavar="RUN", type=path_option, help="run folder of `dvpo train`"),
 )
 def report(args: Namespace) -> None:
     if not args.run_folder.is_dir():

@@ -14,6 +14,7 @@ from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.inputs import policy_inputs, policy_misfits, preference_inputs, problems, sft_inputs, value_model_misfits
 from dvpo_ray.config.notes import training_notes
+from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_placement, plan_training_placement
@@ -45,7 +46,7 @@ class Training:
         """The command, with its options and its dry run."""
         folder = f"run folder, new or empty (default: `out` of the config, else runs/<name>{self.suffix}-<time>)"
         resume = "continue the run in the run folder from its last whole checkpoint"
-        out = argument("--out", metavar="DIR", type=Path, help=folder)
+        out = argument("--out", metavar="DIR", type=path_option, help=folder)
         return command(help, example, *CONFIG, out, argument("--resume", action="store_true", help=resume), DRY_RUN)(self._run)
 
     def check(self, path: str, config: Config) -> None:

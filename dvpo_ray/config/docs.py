@@ -18,10 +18,12 @@ dvpo train cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final policy.learnin
 ```
 
 - Values are YAML 1.2: `1e-5` is a number, `off` is text, `null` unsets, lists are `[a, b]`.
+- A mapping changes the settings that it names and leaves the rest: `policy={learning_rate: 1e-4, lora: {rank: 8}}` is
+  `policy.learning_rate=1e-4 policy.lora.rank=8`.
 - An unknown key, a wrong type or impossible batch arithmetic ends the command with one line and exit status 2.
 - `--dry-run` starts nothing. It prints the resolved config with every default, the derived batch sizes, the placement,
   and notes on what is missing. The output is itself a config file.
-- Relative paths are relative to the working directory.
+- Relative paths are relative to the working directory. `~` at the start of a path, or of a path in an option, is the home folder.
 - A section that is null by default (`lora`, `data.preferences`) exists as soon as one of its keys is set.
 
 `python -m dvpo_ray.config.docs` writes this page from `dvpo_ray/config/schema.py`.

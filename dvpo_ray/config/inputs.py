@@ -29,7 +29,7 @@ def is_local(path: str) -> bool:
     """Whether a path can only be one of this machine: it is there, starts like one, is not a possible hub name, or its first folder is there."""
     first, *rest = Path(path).parts or [""]
     return (
-        path.startswith((".", "/", "~"))
+        path.startswith((".", "/"))
         or _HUB_NAME.fullmatch(path) is None
         or Path(path).suffix in DATA_SUFFIXES
         or Path(path).exists()
@@ -39,7 +39,7 @@ def is_local(path: str) -> bool:
 
 def no_artifact(path: str | Path, kind: Literal["gvm", "reward_model"] = "gvm") -> str | None:
     """Why a folder cannot be a value model or reward model, in a line that begins with its path; None where it may be one."""
-    folder, (name, maker) = Path(path).expanduser(), _ARTIFACTS[kind]
+    folder, (name, maker) = Path(path), _ARTIFACTS[kind]
     if (folder / MANIFEST).is_file():
         return None
     if not folder.is_dir():
@@ -49,7 +49,7 @@ def no_artifact(path: str | Path, kind: Literal["gvm", "reward_model"] = "gvm") 
 
 def no_checkpoint(path: str) -> str | None:
     """Why a folder of this machine cannot be a checkpoint of a model, in a line that begins with its path; None where it may be one."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if (folder / "config.json").is_file():
         return None
     if not folder.is_dir():
@@ -81,7 +81,7 @@ class Needed:
     @property
     def problem(self) -> str | None:
         """What is wrong with the path and what would be right, in a line that begins with it; None where nothing is wrong."""
-        folder = Path(self.path).expanduser()
+        folder = Path(self.path)
         if self.kind == "data":
             missing = self.path not in NAMED_DATA and is_local(self.path) and not Path(self.path).exists()
             return f"{self.path}: no such file or folder" if missing else None
@@ -159,7 +159,7 @@ def value_model_misfits(config: Config, section: Literal["gvm", "reward_model"] 
 def _model_number(checkpoint: str, name: str) -> int | None:
     """A number of a checkpoint folder's config.json; None for a hub name, or if the number is not there."""
     try:
-        config = json.loads((Path(checkpoint).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return config.get("text_config", config).get(name)
@@ -200,7 +200,7 @@ def not_made_yet(config: Config) -> str | None:
 
 def is_made(path: str | None) -> bool:
     """Whether the folder of a value or reward model is there."""
-    return path is not None and Path(path).expanduser().is_dir()
+    return path is not None and Path(path).is_dir()
 
 
 def value_model_start(config: Config, section: Literal["gvm", "reward_model"]) -> tuple[str, str]:

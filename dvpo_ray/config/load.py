@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
 from dvpo_ray.config.keys import Key, known_keys, nearest_keys
+from dvpo_ray.config.paths import in_home
+from dvpo_ray.config.resuming import flat_settings
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 
@@ -22,14 +25,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: YAML file, UTF-8.
-        overrides: `key.sub=value` each; the value is YAML, so that `null`, lists and `{rank: 8}` work. The last one wins.
+        overrides: `key.sub=value` each; the value is YAML, so that `null`, lists and `{rank: 8}` work. The last one wins. A mapping
+            changes the settings that it names and leaves the others of its section.
 
     Raises:
         InputError: names the file or the override, the first mistake and what would be right, and how many more there are.
     """
     if not str(path):
         raise InputError("the CONFIG argument is empty; give a YAML file, for example cluster_configs/local-cpu.yaml")
-    path = Path(path)
+    try:
+        path = Path(in_home(str(path)))
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return _resolve(_drop_empty_sections(_read_mapping(path), ""), path, overrides)
 
 
@@ -49,10 +56,10 @@ def dump_config(config: Config) -> str:
 
 def _resolve(tree: dict, path: Path, overrides: Sequence[str]) -> Config:
     """The config of a tree of settings and overrides; the path is for the errors."""
-    applied: dict[str, str] = {}
+    applied: list[_Applied] = []
     for override in overrides:
         try:
-            applied[_apply_override(tree, override)] = f"override {override}"
+            applied.append(_apply_override(tree, override))
         except ValueError as error:
             raise InputError(f"override {override}: {error}") from None
     try:
@@ -138,8 +145,16 @@ def _drop_empty_sections(tree: dict, prefix: str) -> dict:
 # -------------------------------------------------------------------------------------------------- overrides
 
 
-def _apply_override(tree: dict, text: str) -> str:
-    """Set one `key.sub=value` in the tree; returns the key.
+class _Applied(NamedTuple):
+    """An override as the user wrote it, its key, and the keys of that section that were there before and that it left alone."""
+
+    text: str
+    key: str
+    kept: frozenset[str]
+
+
+def _apply_override(tree: dict, text: str) -> _Applied:
+    """Set one `key.sub=value` in the tree.
 
     Raises:
         ValueError: says what is wrong with it.
@@ -157,14 +172,24 @@ def _apply_override(tree: dict, text: str) -> str:
         tree = tree[parent]
         if not isinstance(tree, dict):
             raise ValueError(f"{'.'.join(parents[:depth])} is {_shown(tree)}; expected a mapping of settings")
-    tree[name] = _parse_yaml(value)
-    return path
+    old, new, kept = tree.get(name), _parse_yaml(value), frozenset()
+    if isinstance(old, dict) and isinstance(new, dict):
+        kept = frozenset(flat_settings(old, f"{path}.").keys() - flat_settings(new, f"{path}.").keys())
+        new = _merged(old, new)
+    tree[name] = new
+    return _Applied(text, path, kept)
 
 
-def _source(path: Path, applied: dict[str, str], key: str) -> str:
+def _merged(old: dict, new: dict) -> dict:
+    """The settings of two mappings; the new ones win."""
+    both = {name: _merged(old[name], value) for name, value in new.items() if isinstance(value, dict) and isinstance(old.get(name), dict)}
+    return old | new | both
+
+
+def _source(path: Path, applied: Sequence[_Applied], key: str) -> str:
     """What set a key: the last override that wrote it or its section, else the file."""
-    overriding = (text for overridden, text in reversed(applied.items()) if key == overridden or key.startswith(f"{overridden}."))
-    return next(overriding, str(path))
+    overriding = (one.text for one in reversed(applied) if (key == one.key or key.startswith(f"{one.key}.")) and key not in one.kept)
+    return next((f"override {text}" for text in overriding), str(path))
 
 
 # ---------------------------------------------------------------------------------------------- explanations

@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dvpo_ray.config.paths import in_home, model_here
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -20,6 +22,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+PathText = Annotated[NonEmpty, AfterValidator(in_home)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _URL = re.compile(r"https?://[^\s/?#:]\S*")
@@ -98,7 +101,9 @@ class RoleConfig(Section):
 class ModelConfig(Section):
     """The SFT checkpoint that the policy, the reference and the Global Value Model start from."""
 
-    path: NonEmpty = Field(description="Checkpoint folder or hub name of the SFT model.")
+    path: Annotated[PathText, AfterValidator(model_here)] = Field(
+        description="Checkpoint folder or hub name of the SFT model. The name of the quickstart's model means the folder that the quickstart made."
+    )
     dtype: Dtype = Field("bfloat16", description="Dtype of the weights in every role. Use float32 on CPU.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention in learner, reference and scorer.")
     chat_template: Literal["auto", "plain"] = Field(
@@ -110,9 +115,9 @@ class ModelConfig(Section):
 class SplitData(Section):
     """Rows to train on and rows to hold out."""
 
-    path: NonEmpty
+    path: PathText
     split: NonEmpty = Field("train", description="Split of a hub data set.")
-    heldout_path: NonEmpty | None = Field(None, description="Held-out rows; not set: `heldout_fraction` of the prompts in `path`.")
+    heldout_path: PathText | None = Field(None, description="Held-out rows; not set: `heldout_fraction` of the prompts in `path`.")
     heldout_split: NonEmpty | None = Field(None, description="Split of `heldout_path`, or of `path` if only this is set.")
     heldout_fraction: Fraction = Field(0.1, description="Share of the distinct prompts (not of the rows) held out from `path`.")
     limit: Count | None = Field(None, description="Use only this many training rows, from the first.")
@@ -121,14 +126,14 @@ class SplitData(Section):
 class PreferenceData(SplitData):
     """Preference pairs for the Global Value Model."""
 
-    path: NonEmpty = Field(description="JSONL, JSON or Parquet file, folder, hub name, or `ultrafeedback` / `ultrafeedback_binarized`.")
+    path: PathText = Field(description="JSONL, JSON or Parquet file, folder, hub name, or `ultrafeedback` / `ultrafeedback_binarized`.")
     min_score_gap: NonNegative = Field(0.0, description="Drop scored pairs whose two scores are closer than this.")
 
 
 class PromptData(SplitData):
     """Prompts for policy optimisation and for evaluation."""
 
-    path: NonEmpty = Field(description="Prompt set, or a preference set whose prompts are used.")
+    path: PathText = Field(description="Prompt set, or a preference set whose prompts are used.")
 
 
 class DataConfig(Section):
@@ -136,7 +141,7 @@ class DataConfig(Section):
 
     preferences: PreferenceData | None = None
     prompts: PromptData | None = None
-    sft: NonEmpty | None = Field(None, description="Instruction-answer rows for `dvpo sft`, in TRL's SFT layouts.")
+    sft: PathText | None = Field(None, description="Instruction-answer rows for `dvpo sft`, in TRL's SFT layouts.")
     max_prompt_tokens: Count = Field(1024, description="`long_prompt` says what happens to longer prompts.")
     max_response_tokens: Count = Field(1024, description="`long_response` says what happens to longer responses of preference pairs.")
     long_prompt: Literal["truncate_left", "drop", "error"] = Field(
@@ -214,8 +219,8 @@ class RefreshConfig(Section):
 class PreferenceTraining(RoleConfig, OptimizerConfig):
     """Training of a model with a value head on preference pairs, and the artifact that `dvpo train` loads."""
 
-    path: NonEmpty | None = Field(None, description="Artifact that `dvpo train` loads and freezes.")
-    init_from: NonEmpty | None = Field(None, description="Checkpoint that the trunk starts from, with the same tokenizer; not set: `model.path`.")
+    path: PathText | None = Field(None, description="Artifact that `dvpo train` loads and freezes.")
+    init_from: PathText | None = Field(None, description="Checkpoint that the trunk starts from, with the same tokenizer; not set: `model.path`.")
     num_layers: Count | None = Field(None, description="Keep only this many decoder layers of the trunk, from the first.")
     epochs: Positive = Field(1.0, description="Passes over the training pairs.")
     pairs_per_step: Count = Field(32, description="Preference pairs in one optimizer step, over all workers.")
@@ -230,7 +235,7 @@ class GVMConfig(PreferenceTraining):
 
     section: ClassVar[Literal["gvm"]] = "gvm"
 
-    path: NonEmpty | None = Field(None, description="GVM artifact, made by `dvpo gvm train`, that `dvpo train` loads and freezes.")
+    path: PathText | None = Field(None, description="GVM artifact, made by `dvpo gvm train`, that `dvpo train` loads and freezes.")
     learning_rate: Positive = Field(1.41e-5, description="Peak learning rate (the released code's default).")
     objective: Literal["td0", "td_lambda", "monte_carlo", "bradley_terry"] = Field(
         "monte_carlo",
@@ -263,7 +268,7 @@ class RewardModelConfig(PreferenceTraining):
     keep_head: ClassVar[bool] = False
     context: ClassVar[ContextConfig] = ContextConfig()
 
-    path: NonEmpty | None = Field(None, description="Reward model that `dvpo train` loads and freezes; or a GVM, whose last value is read.")
+    path: PathText | None = Field(None, description="Reward model that `dvpo train` loads and freezes; or a GVM, whose last value is read.")
     learning_rate: Positive = Field(1e-5, description="Peak learning rate.")
 
 
@@ -303,7 +308,7 @@ class ScorerConfig(RoleConfig):
 class ValueScorerConfig(ScorerConfig):
     """The frozen model that scores finished rollouts: the Global Value Model, or a baseline's reward model."""
 
-    ensemble: list[NonEmpty] = Field([], description="More GVM artifacts; their disagreement with `gvm.path` is measured (`health/disagreement`).")
+    ensemble: list[PathText] = Field([], description="More GVM artifacts; their disagreement with `gvm.path` is measured (`health/disagreement`).")
 
 
 class CriticConfig(RoleConfig, OptimizerConfig):
@@ -498,7 +503,7 @@ class Config(Section):
 
     name: str = Field("dvpo", pattern=r"^[A-Za-z0-9._-]+$", description="Name of the run, in its folder and in the trackers.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of data order, sampling and initialisation.")
-    out: NonEmpty | None = Field(None, description="Run folder; not set: `runs/<name>-<time>`.")
+    out: PathText | None = Field(None, description="Run folder; not set: `runs/<name>-<time>`.")
     algorithm: Literal["dvpo", "ppo", "grpo", "rloo", "remax", "reinforce"] = Field(
         "dvpo", description="The method of `dvpo train`: the frozen GVM, or a baseline that takes rewards from `reward_model.path`."
     )

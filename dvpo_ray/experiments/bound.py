@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvpo_ray.config.options import whole_number
+from dvpo_ray.config.paths import name_or_path_option
 from dvpo_ray.experiments.results import Result, columns
 from dvpo_ray.experiments.states import States, error_metrics, fit_affine
 from dvpo_ray.experiments.study import Run, Study, add_numbers, override
@@ -36,7 +37,7 @@ class Bound(Study):
         add_numbers(parser, "--prompts", 32, "held-out prompts that are answered")
         add_numbers(parser, "--continuations", 8, "ways to finish a response from each state, 2 or more", whole_number(at_least=2))
         add_numbers(parser, "--segments", 8, "parts of a response; all tokens of a part are credited with Q after it")
-        parser.add_argument("--policy", metavar="MODEL", help="checkpoint to take the gradients of (default: model.path)")
+        parser.add_argument("--policy", metavar="MODEL", type=name_or_path_option, help="checkpoint to take the gradients of (default: model.path)")
 
     def runs(self) -> list[Run]:
         self.require("data.preferences.path", "data.prompts.path", judge=True)

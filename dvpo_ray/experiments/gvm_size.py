@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dvpo_ray.config.options import whole_number
+from dvpo_ray.config.paths import name_or_path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.readings import EXPLAINED, MAIN_VIEWS, accuracies, draw_cells, read_curve, training_seconds
 from dvpo_ray.experiments.results import Result, columns
@@ -30,7 +31,8 @@ class GVMSize(Study):
     def add_options(cls, parser: ArgumentParser) -> None:
         help = "decoder layers kept (default: 1 2 4); the whole trunk is always measured too"
         parser.add_argument("--layers", type=whole_number(at_least=1), nargs="*", default=[1, 2, 4], metavar="N", help=help)
-        parser.add_argument("--init-from", nargs="+", default=[], metavar="MODEL", help="other checkpoints with the policy's tokenizer to start from")
+        help = "other checkpoints with the policy's tokenizer to start from"
+        parser.add_argument("--init-from", nargs="+", default=[], metavar="MODEL", type=name_or_path_option, help=help)
         parser.add_argument("--policies", action="store_true", help="also optimise a policy with every value model; needs data.prompts and a judge")
 
     def runs(self) -> list[Run]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
+from dvpo_ray.config.paths import name_or_path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.readings import MAIN_VIEWS, accuracies, draw_bars, read_curve
 from dvpo_ray.experiments.results import Result, columns
@@ -32,7 +33,7 @@ class Domain(NamedTuple):
         train, _, heldout = paths.partition(",")
         if not name.isidentifier() or not train or not heldout:
             raise ArgumentTypeError(f"{text}: expected NAME=TRAIN,HELDOUT, for example helpful=helpful.train.jsonl,helpful.dev.jsonl")
-        return cls(name, train, heldout)
+        return cls(name, name_or_path_option(train), name_or_path_option(heldout))
 
     def overrides(self, section: str) -> list[str]:
         """This domain as `data.preferences` or `data.prompts`."""

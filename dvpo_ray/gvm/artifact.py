@@ -155,7 +155,7 @@ def load_gvm(
         InputError: no artifact, an unknown format version, another tokenizer or chat template, damaged weights, or a head
             that is missing or has another shape.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     manifest = read_manifest(folder)
     if tokenizer is not None:
         check_tokenizer(folder, manifest, tokenizer, chat_template)
@@ -244,7 +244,7 @@ def refuse_as_policy(path: str, key: str) -> None:
     Raises:
         InputError: the folder holds gvm.json.
     """
-    if (Path(path).expanduser() / MANIFEST).is_file():
+    if (Path(path) / MANIFEST).is_file():
         raise InputError(f"{key}: {path} is a value or reward model (it holds {MANIFEST}), not a policy; give a causal language model")
 
 

@@ -137,7 +137,7 @@ def _check_start(config: Config, settings: TrainingSettings) -> None:
     section = settings.section
     refuse_as_policy(config.model.path, "model.path")
     start = settings.init_from or config.model.path
-    folder = Path(start).expanduser()
+    folder = Path(start)
     if (folder / MANIFEST).is_file():
         check_files(folder, read_manifest(folder))
     elif settings.keep_head:

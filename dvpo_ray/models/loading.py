@@ -48,13 +48,13 @@ def load_checkpoint(what: str, path: str, load: Callable[[str], Loaded]) -> Load
     problem = _local_problem(what, path)
     if problem is not None:
         raise InputError(problem)
-    on_hub = not Path(path).expanduser().is_dir()
+    on_hub = not Path(path).is_dir()
     is_online = on_hub and prepare_hub()
     verbosity, progress_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return load(str(Path(path).expanduser()) if path.startswith("~") else path)
+        return load(path)
     except (OSError, ValueError) as error:
         if on_hub and not is_online:
             raise InputError(f"{path}: {NEITHER_HERE_NOR_CACHED}; give a checkpoint folder with config.json") from error
@@ -71,7 +71,7 @@ def _local_problem(what: str, path: str) -> str | None:
         return None
     if what != "tokenizer":
         return no_checkpoint(path)
-    if any((Path(path).expanduser() / file).is_file() for file in TOKENIZER_FILES):
+    if any((Path(path) / file).is_file() for file in TOKENIZER_FILES):
         return None
     return no_checkpoint(path) or f"{path}: no tokenizer there (tokenizer.json or tokenizer_config.json); save it beside the model"
 
@@ -173,7 +173,7 @@ def save_policy(
     config.architectures, config.dtype = model.config.architectures or [type(model).__name__], model.config.dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    suggestions = cached_file(str(Path(source.path).expanduser()), "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    suggestions = cached_file(source.path, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     if suggestions is not None:  # as it is: transformers refuses to write some files that it reads
         shutil.copyfile(suggestions, folder / "generation_config.json")
 

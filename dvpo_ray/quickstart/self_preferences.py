@@ -21,6 +21,7 @@ import numpy as np
 
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.config.options import finite_number, whole_number
+from dvpo_ray.config.paths import path_option
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.monitoring.console import RunConsole, Stage
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dvpo_ray.quickstart.self_preferences", description=about)
     parser.add_argument("config", metavar="CONFIG", help="YAML file with the model, data.prompts, rollout and evaluation.judge")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="settings that replace those of the file")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the two files")
+    parser.add_argument("--out", metavar="DIR", type=path_option, required=True, help="folder of the two files")
     parser.add_argument("--samples", type=whole_number(at_least=2), default=8, help="responses to each prompt (default 8)")
     parser.add_argument("--pairs", type=whole_number(at_least=1), default=2, help="most pairs of each prompt (default 2)")
     gap = "leave out pairs whose scores are closer (default 0.05)"
