@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import socket
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 from typing import ClassVar
 
 import datasets
@@ -14,6 +16,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import AutoTokenizer
 
+from dvpo_ray.config.inputs import Needed
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
@@ -143,10 +146,50 @@ def test_a_hub_that_does_not_answer_is_switched_off_here_and_in_later_processes(
     assert os.environ["HF_HUB_OFFLINE"] == "1" and constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
 
 
-def test_behind_a_proxy_the_hub_counts_as_reachable(online):
-    online.setattr(hub.urllib.request, "getproxies", lambda: {"https": "http://proxy:1"})
-    online.setattr(constants, "ENDPOINT", "https://hub.invalid")
-    assert hub.prepare_hub()
+@pytest.mark.parametrize(("status", "reachable"), [(200, True), (404, True), (502, False)])
+def test_behind_a_proxy_its_answer_counts(online, status, reachable):
+    class Proxy(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        online.setattr(hub.urllib.request, "getproxies", lambda: {"http": f"http://127.0.0.1:{server.server_port}"})
+        online.setattr(hub.urllib.request, "proxy_bypass", lambda host: False)
+        online.setattr(constants, "ENDPOINT", "http://hub.invalid")
+        assert hub.prepare_hub() is reachable
+        server.shutdown()
+
+
+def test_a_lookup_of_the_address_that_hangs_is_not_waited_for(online):
+    online.setattr(hub, "ANSWER_SECONDS", 0.05)
+    over = Event()
+
+    def hang(*_):
+        over.wait(30)
+        raise OSError
+
+    online.setattr(hub.socket, "create_connection", hang)
+    assert not hub.prepare_hub()
+    over.set()
+
+
+def test_a_name_that_cannot_be_had_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    """The tests run with the hub switched off."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    model, rows = Needed("model.path", "org/name", "policy"), Needed("data.prompts.path", "ultrafeedback", "data")
+    with pytest.raises(InputError, match=r"^model\.path org/name: not on this machine, .*; give a checkpoint folder with config\.json$"):
+        hub.refuse_unreachable(model)
+    with pytest.raises(InputError, match=r"^data\.prompts\.path ultrafeedback: not on this machine, .*; give a file or folder of rows$"):
+        hub.refuse_unreachable(rows)
+    (tmp_path / "hub" / "models--org--name").mkdir(parents=True)
+    (tmp_path / "datasets" / "openbmb___ultra_feedback").mkdir(parents=True)
+    hub.refuse_unreachable(model, rows, Needed("gvm.path", "a/b", "gvm"), Needed("model.path", str(tmp_path), "policy"))
 
 
 def test_a_model_of_any_length_is_one_line(tmp_path):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, dated_folder, load
 from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import Needed
 from dvpo_ray.config.paths import name_or_path_option, path_option
+from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
@@ -28,10 +30,12 @@ def evaluate(args: Namespace) -> None:
     out = args.out or dated_folder(config, "-eval")
     check_new_output(out, "the evaluation")
     check_local_cluster(config, (bundle for bundle in plan_placement(config) if bundle.role == "rollout"))
+    policy = args.policy or config.model.path
+    hub.refuse_unreachable(Needed("--policy" if args.policy else "model.path", policy, "policy"))
 
     from dvpo_ray.training.evaluate import evaluate_policy
 
-    print(json.dumps(evaluate_policy(config, args.policy or config.model.path, out), indent=2))
+    print(json.dumps(evaluate_policy(config, policy, out), indent=2))
 
 
 GVM = argument("--gvm", metavar="DIR", type=path_option, help="GVM folder (default: gvm.path of the config)")
@@ -41,6 +45,7 @@ def _load_with_gvm(args: Namespace) -> tuple[Config, Path]:
     config = load(args)
     if args.gvm is None and config.gvm.path is None:
         raise InputError(f"{args.config}: which value model? give --gvm DIR or set gvm.path")
+    hub.refuse_unreachable(Needed("model.path", config.model.path, "policy"))
     return config, args.gvm or Path(config.gvm.path)
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dvpo_ray.commands.common import CONFIG, DRY_RUN, Command, argument, check_writable_folder, command, dated_folder, load, print_plan
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
-from dvpo_ray.config.inputs import policy_inputs, policy_misfits, preference_inputs, problems, sft_inputs, value_model_misfits
+from dvpo_ray.config.inputs import Needed, policy_inputs, policy_misfits, preference_inputs, problems, sft_inputs, value_model_misfits
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
+from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_placement, plan_training_placement
 from dvpo_ray.runtime.fork_server import prepare
@@ -29,6 +31,7 @@ class Training:
     Attributes:
         suffix: of the default run folder, `runs/<name><suffix>-<time>`.
         missing: the settings that the config lacks, one line each with what to give.
+        inputs: what it reads.
         notes: what else the dry run should mention, one line each.
         arithmetic: numbers of the batches by name. Raises InputError when they don't work out.
         train: trains in a run folder and returns the path of the result. Its last argument is `--resume`.
@@ -37,6 +40,7 @@ class Training:
 
     suffix: str
     missing: Callable[[Config], list[str]]
+    inputs: Callable[[Config], Iterable[Needed]]
     notes: Callable[[Config], list[str]]
     arithmetic: Callable[[Config], dict[str, str]]
     train: Callable[[Config, Path, bool], Path]
@@ -73,9 +77,10 @@ class Training:
     def _run(self, args: Namespace) -> None:
         config = load(args)
         if args.dry_run:
-            self.print_plan(config, [*self.missing(config), *self.notes(config)])
+            self.print_plan(config, [*self.missing(config), *problems(self.inputs(config)), *self.notes(config)])
             return
         self.check(args.config, config)
+        hub.refuse_unreachable(*self.inputs(config))
         if self.placement(config):
             prepare(config)
         print(self.train(config, choose_run_folder(args.out, config, self.suffix, args.resume), args.resume))
@@ -138,7 +143,8 @@ def _train_dpo(config: Config, out: Path, resume: bool) -> Path:
 SFT = Training(
     suffix="-sft",
     missing=lambda config: [] if config.data.sft else ["data.sft is not set; give the instruction-answer rows to train on"],
-    notes=lambda config: problems(sft_inputs(config)),
+    inputs=sft_inputs,
+    notes=lambda config: [],
     arithmetic=lambda config: _optimizer_steps(config.sft, "row") | {"longest row": f"{config.sft.max_tokens} tokens"},
     train=_train_sft,
 ).command(
@@ -149,7 +155,8 @@ SFT = Training(
 DPO = Training(
     suffix="-dpo",
     missing=missing_pairs,
-    notes=lambda config: problems(preference_inputs(config, "dpo")),
+    inputs=partial(preference_inputs, section="dpo"),
+    notes=lambda config: [],
     arithmetic=lambda config: (
         _optimizer_steps(config.dpo, "pair") | {"longest row": _longest_row(config.data.max_prompt_tokens, config.data.max_response_tokens)}
     ),
@@ -186,7 +193,8 @@ def _value_model_training(section: str, suffix: str) -> Training:
     return Training(
         suffix=suffix,
         missing=missing_pairs,
-        notes=lambda config: [*problems(preference_inputs(config, section)), *value_model_misfits(config, section)],
+        inputs=partial(preference_inputs, section=section),
+        notes=partial(value_model_misfits, section=section),
         arithmetic=arithmetic,
         train=train,
         placement=lambda config: plan_training_placement(getattr(config, section)),
@@ -241,7 +249,8 @@ def _train_policy(config: Config, out: Path, resume: bool) -> Path:
 POLICY = Training(
     suffix="",
     missing=_missing_for_policy,
-    notes=lambda config: [*problems(policy_inputs(config)), *policy_misfits(config), *training_notes(config)],
+    inputs=policy_inputs,
+    notes=lambda config: [*policy_misfits(config), *training_notes(config)],
     arithmetic=_policy_arithmetic,
     train=_train_policy,
     placement=plan_placement,

@@ -9,9 +9,17 @@ import os
 import socket
 import urllib.request
 from functools import cache
+from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
+from dvpo_ray.config.inputs import NAMED_DATA, Needed, is_local
+from dvpo_ray.errors import InputError
+
 CONNECT_SECONDS = 3.0
+ANSWER_SECONDS = 5.0
+"""All that is done to reach the hub ends by then. To look up its address alone can take half a minute, and nothing else limits that."""
 NEITHER_HERE_NOR_CACHED = "not on this machine, not in the cache of the hub, and the hub is switched off or cannot be reached"
 
 
@@ -26,13 +34,62 @@ def prepare_hub() -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
+def refuse_unreachable(*needed: Needed) -> None:
+    """Refuse hub names that cannot be had here, in seconds: before the libraries are imported that would find it out.
+
+    Raises:
+        InputError: names the first of them and its key.
+    """
+    on_hub = [one for one in needed if one.kind in ("policy", "trunk", "data") and (one.path in NAMED_DATA or not is_local(one.path))]
+    if not on_hub:
+        return
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE and _is_reachable(constants.ENDPOINT):
+        return
+    for one in on_hub:
+        if not _may_be_cached(one):
+            what = "a file or folder of rows" if one.kind == "data" else "a checkpoint folder with config.json"
+            raise InputError(f"{one.key} {one.path}: {NEITHER_HERE_NOR_CACHED}; give {what}")
+
+
+def _may_be_cached(one: Needed) -> bool:
+    """Whether the caches have a model, or for data anything of its owner: `datasets` writes the rest of the name in its own spelling."""
+    from huggingface_hub import constants
+
+    name = NAMED_DATA.get(one.path, one.path)
+    if one.kind != "data":
+        return _in_hub_cache("models", name)
+    owner = name.partition("/")[0]
+    rows = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    return _in_hub_cache("datasets", name) or any(rows.glob(f"{owner}*"))
+
+
+def _in_hub_cache(kind: str, name: str) -> bool:
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / "--".join([kind, *name.split("/")])).is_dir()
+
+
 @cache
 def _is_reachable(endpoint: str) -> bool:
+    answers: list[bool] = []
+    thread = Thread(target=lambda: answers.append(_answers(endpoint)), daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return answers == [True]
+
+
+def _answers(endpoint: str) -> bool:
     address = urlsplit(endpoint)
-    if address.scheme in urllib.request.getproxies():
-        return True  # only the proxy can tell
     try:
-        socket.create_connection((address.hostname, address.port or (80 if address.scheme == "http" else 443)), CONNECT_SECONDS).close()
+        if address.scheme in urllib.request.getproxies():  # only the proxy can tell
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.build_opener().open(request, timeout=CONNECT_SECONDS).close()
+        else:
+            socket.create_connection((address.hostname, address.port or (80 if address.scheme == "http" else 443)), CONNECT_SECONDS).close()
+    except HTTPError as error:
+        return error.code < 500  # a proxy that reaches nothing answers 502 to 504
     except OSError:
         return False
     return True
