@@ -11,7 +11,7 @@ from gvm_artifacts import make_gvm
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import EncodedPair
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.evaluation import evaluate_gvm, heldout_report, heldout_warning
+from dvpo_ray.gvm.evaluation import evaluate_gvm, heldout_report, heldout_warning, length_warning
 from dvpo_ray.gvm.pairs import build_pairs
 from dvpo_ray.gvm.views import (
     HeldoutValues,
@@ -219,3 +219,32 @@ def test_weak_reward_models_are_judged_by_their_last_value_and_advised_in_their_
     assert warning.startswith("held-out accuracy 0.58 by last value is under 0.60;") and "fewer reward_model.epochs" in warning
     underfit = heldout_warning({"mean": 0.9, "last": 0.5}, 0.53, 5000, **settings)
     assert underfit.endswith("raise reward_model.learning_rate or reward_model.epochs") and "gvm" not in underfit
+
+
+def report_of(*pairs: tuple[int, int, float]) -> dict:
+    """The report on pairs of a chosen length, a rejected length, and how much higher the chosen response is valued."""
+    rows = [row for chosen, rejected, gap in pairs for row in (np.full(chosen + 1, gap / 2), np.full(rejected + 1, -gap / 2))]
+    return heldout_report(heldout(*rows), "binary")
+
+
+def test_accuracy_that_length_alone_explains_is_warned_about():
+    [longer] = length_warning(report_of(*[(20, 8, 1.0)] * 58, *[(9, 9, -1.0)] * 2))
+    assert longer.startswith(
+        "the value model may have learnt length alone: held-out accuracy is 0.97 by mean value, and 0.98 by the rule that the longer"
+    )
+    assert "2 of 60 pairs have responses of like lengths and 0.00 of them are ranked right" in longer
+    [shorter] = length_warning(report_of(*[(8, 20, 1.0)] * 60), "last")
+    assert "1.00 by last value, and 1.00 by the rule that the shorter response wins; 0 of 60 pairs have responses of like lengths; train" in shorter
+
+
+def test_accuracy_that_length_does_not_explain_is_not_warned_about():
+    assert length_warning(report_of(*[(20, 8, 1.0)] * 30, *[(9, 9, 1.0)] * 30)) == []  # right where length says nothing
+    assert length_warning(report_of(*[(20, 8, 1.0)] * 70, *[(8, 20, 1.0)] * 30)) == []  # right where length is wrong
+    assert length_warning(report_of(*[(20, 8, 1.0)] * 30, *[(8, 20, 1.0)] * 30)) == []  # length says nothing
+    assert length_warning(report_of(*[(20, 8, 1.0)] * 4, (8, 20, 1.0))) == []  # four of five is chance
+    assert length_warning(report_of(*[(20, 8, -1.0)] * 60)) == []  # nothing is learnt, which `heldout_warning` says
+
+
+def test_evaluation_says_that_length_may_be_all(config, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("dvpo_ray.gvm.evaluation.length_warning", lambda report, view: [f"{report['pairs']} pairs by {view}"])
+    assert evaluate_gvm(config, make_gvm(tmp_path / "gvm", tiny_model), tmp_path / "out")["notes"][-1] == "12 pairs by mean"

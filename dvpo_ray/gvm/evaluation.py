@@ -46,7 +46,8 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
         out: folder for evaluation.json and the plots.
 
     Returns:
-        The content of evaluation.json: see `heldout_report`; and `notes`, one line for each reason why pairs are left out or shortened.
+        The content of evaluation.json: see `heldout_report`; and `notes`, one line for each reason why pairs are left out or shortened
+        or the accuracy may mislead.
 
     Raises:
         InputError: as in `load_gvm` and `load_heldout`.
@@ -56,7 +57,8 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
     heldout, notes = load_heldout(config, config.gvm, manifest, tokenizer)
     flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)
     values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[heldout.batch.state_index])])
-    report = heldout_report(values, manifest.outcome.kind) | {"notes": notes}
+    report = heldout_report(values, manifest.outcome.kind)
+    report["notes"] = [*notes, *length_warning(report, "last" if manifest.objective.name == "bradley_terry" else "mean")]
     write_evaluation(out, values, report)
     return report
 
@@ -116,6 +118,30 @@ def heldout_warning(heldout: dict[str, float], training_accuracy: float, num_pai
         f"held-out accuracy {heldout[view]:.2f} by {view} value{other} is under {WEAK_ACCURACY:.2f}; "
         f"training accuracy was {training_accuracy:.2f}, so {advice}"
     )
+
+
+def length_warning(report: dict, view: str = "mean") -> list[str]:
+    """One line if length alone ranks the held-out pairs as well as the model does, and pairs of like lengths don't show that it knows more.
+
+    Intervals are those of the report, so a rule that does well by chance on a few pairs is no reason to warn.
+
+    Args:
+        report: of `heldout_report`.
+        view: the view that counts, as in `heldout_warning`.
+    """
+    accuracy, interval, matched = report["heldout_accuracy"], report["accuracy_ci95"], f"length_matched_{view}"
+    longer, (low, high) = accuracy["longer_wins"], interval["longer_wins"]
+    rule, by_length = ("longer", longer) if longer >= 0.5 else ("shorter", 1 - longer)
+    length_tells = by_length >= WEAK_ACCURACY and not low <= 0.5 <= high
+    knows_more = interval[view][0] > by_length or interval.get(matched, [0.0])[0] > 0.5
+    if not length_tells or knows_more or accuracy[view] < WEAK_ACCURACY:
+        return []
+    alike = f" and {accuracy[matched]:.2f} of them are ranked right" if matched in accuracy else ""
+    return [
+        f"the value model may have learnt length alone: held-out accuracy is {accuracy[view]:.2f} by {view} value, and {by_length:.2f} by the "
+        f"rule that the {rule} response wins; {report['length_matched_pairs']} of {report['pairs']} pairs have responses of like lengths{alike}; "
+        "train on pairs whose responses are about as long as each other, or the policy will learn length too"
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- plots

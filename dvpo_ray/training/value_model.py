@@ -17,7 +17,7 @@ from dvpo_ray.config import Config
 from dvpo_ray.errors import InputError, diverged
 from dvpo_ray.gvm.artifact import GVMManifest
 from dvpo_ray.gvm.dataset import GVMData, TrainingSettings, load_gvm_data, manifest_entries
-from dvpo_ray.gvm.evaluation import heldout_report, heldout_warning, write_evaluation
+from dvpo_ray.gvm.evaluation import heldout_report, heldout_warning, length_warning, write_evaluation
 from dvpo_ray.gvm.pairs import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
 from dvpo_ray.monitoring.console import RunConsole
@@ -191,8 +191,10 @@ class ValueModelTraining:
         console.say(f"held-out accuracy: {by_mean}{accuracy['last']:.3f} by last value, {values.num_pairs} pairs")
         training_accuracy = float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0]))
         view = "last" if self.is_reward_model else "mean"
-        warning = heldout_warning(accuracy, training_accuracy, self.data.train.num_pairs, self.settings.section, view)
-        if warning is not None:
+        weak = heldout_warning(accuracy, training_accuracy, self.data.train.num_pairs, self.settings.section, view)
+        warnings = [*([weak] if weak is not None else []), *length_warning(report, view)]
+        for warning in warnings:
             console.warn(warning)
-            self.summary["warnings"] = [warning]
+        if warnings:
+            self.summary["warnings"] = warnings
         return report
