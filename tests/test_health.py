@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import HealthConfig
-from dvpo_ray.health.alarms import RULES, HealthMonitor, trend
+from dvpo_ray.health.alarms import RULES, HealthMonitor, cut_off_note, trend
 from dvpo_ray.health.diagnostics import (
     against_gold,
     along_the_response,
@@ -177,6 +177,7 @@ HEALTHY = {
     "health/gold_correlation": 0.6,
     "health/value_bias_kl_high": 0.0,
     "health/calibration_error_late": 0.05,
+    "response_length/truncated_fraction": 0.1,
 }
 
 
@@ -213,6 +214,24 @@ def test_each_rule_raises_its_own_alarm(name, by_step, settings):
     assert "\n" not in str(alarms[0]) and alarms[0].advice in str(alarms[0])
     assert watch(5, settings | {RULES[name].setting: None}, **by_step).alarms == []  # a null threshold turns the rule off
     assert watch(4, settings, **by_step).alarms == []  # half a window is not judged
+
+
+def test_responses_that_are_mostly_cut_off_are_said_at_once_and_once():
+    def cut(step: int) -> float:
+        return 0.97 if step > 1 else 0.5
+
+    monitor = watch(20, response_length__truncated_fraction=cut)
+    assert [(alarm.step, alarm.name) for alarm in monitor.alarms] == [(2, "cut_off")]
+    line = str(monitor.alarms[0])
+    assert line.startswith("step 2: 97% of the responses are cut off at rollout.max_response_tokens (health.max_cut_off_fraction 0.5).")
+    assert "Raise rollout.max_response_tokens" in line and "\n" not in line
+    later = HealthMonitor(HealthConfig())
+    later.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    later.restart()
+    assert later.observe(21, HEALTHY | {"response_length/truncated_fraction": 1.0})[1] == []
+    assert watch(5, {"max_cut_off_fraction": None}, response_length__truncated_fraction=cut).alarms == []
+    assert cut_off_note(0.97, HealthConfig()) == [line.removeprefix("step 2: ")]
+    assert cut_off_note(0.5, HealthConfig()) == cut_off_note(1.0, HealthConfig(max_cut_off_fraction=None)) == []
 
 
 def test_divergence_is_measured_in_spreads_of_the_start():

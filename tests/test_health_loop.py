@@ -28,12 +28,13 @@ def test_an_alarm_stops_the_run_in_order_and_resuming_goes_on(loop_settings, tmp
     assert (out / "checkpoints" / "step_000003").is_dir() and (out / "final" / "model.safetensors").is_file()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["state"] == "stopped" and summary["steps"] == 3 and set(summary["evaluations"]) == {"0", "3"}
-    assert [(alarm["step"], alarm["name"]) for alarm in summary["alarms"]] == [(3, "calibration")]
-    assert "differ from the final estimate" in (out / "report.html").read_text()
+    assert [(alarm["step"], alarm["name"]) for alarm in summary["alarms"]] == [(1, "cut_off"), (3, "calibration")]  # only the second stops the run
+    for text in ("differ from the final estimate", "are cut off at rollout.max_response_tokens"):
+        assert text in (out / "report.html").read_text()
     resumed = run(settings, out, resume=True)
     assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["state"] == "finished" and len(summary["alarms"]) == 1
+    assert summary["state"] == "finished" and len(summary["alarms"]) == 2
 
 
 def test_disagreement_of_an_ensemble_scales_advantages(loop_settings, tiny_model, tmp_path):

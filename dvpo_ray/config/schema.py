@@ -469,6 +469,10 @@ class HealthConfig(Section):
         description="Alarm when values in the last third of a response differ from the final estimate by more than this (in units of value). "
         "Needs no gold judge.",
     )
+    max_cut_off_fraction: Fraction | None = Field(
+        0.5,
+        description="Say once if more than this share of a step's responses is cut off at `rollout.max_response_tokens`. `on_alarm` does not apply.",
+    )
 
 
 class RayConfig(Section):

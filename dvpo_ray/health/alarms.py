@@ -1,8 +1,9 @@
-"""Alarms over the last steps of a run: the model that judges the rollouts is no longer a good guide, and what to do."""
+"""Alarms over the last steps of a run: the model that judges the rollouts is no longer a good guide, or judges half responses; what to do."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -41,12 +42,14 @@ class Rule:
         observe: gets the columns of the window, in the order of `reads`, and the threshold. Returns a sentence, or None if
             all is well.
         advice: what to do.
+        once: it judges every step by itself, is raised once in a run, and is only said: `health.on_alarm` does not apply.
     """
 
     reads: tuple[str, ...]
     setting: str
     observe: Callable[[list[np.ndarray], float], str | None]
     advice: str
+    once: bool = False
 
 
 def trend(values: Sequence[float] | np.ndarray) -> float:
@@ -133,13 +136,29 @@ RULES: dict[str, Rule] = {
         ),
         "The values are those of another policy. Refresh the GVM, or give it examples of the policy (gvm.context).",
     ),
+    "cut_off": Rule(
+        ("response_length/truncated_fraction",),
+        "max_cut_off_fraction",
+        _mean("{mean:.0%} of the responses are cut off at rollout.max_response_tokens (health.max_cut_off_fraction {threshold:g})."),
+        "They are judged without their end. Raise rollout.max_response_tokens, or ask for short answers in the prompts. Where the model only "
+        "continues a text, as with the data of the quickstart, this is meant so: set health.max_cut_off_fraction=null.",
+        once=True,
+    ),
 }
+
+
+def cut_off_note(fraction: float, settings: HealthConfig) -> list[str]:
+    """What the rule `cut_off` says of a share of responses, in one line; nothing where it is silent."""
+    rule, threshold = RULES["cut_off"], settings.max_cut_off_fraction
+    text = rule.observe([np.array([fraction])], threshold) if threshold is not None else None
+    return [f"{text} {rule.advice}"] if text is not None else []
 
 
 class HealthMonitor:
     """Watches the metrics of a run, step by step.
 
-    A rule judges whole windows. It is silent for the first `health.window_steps` steps, and for as many after an alarm.
+    A rule judges whole windows. It is silent for the first `health.window_steps` steps, and for as many after an alarm. Those that are
+    said once judge from the first step on.
     """
 
     def __init__(self, settings: HealthConfig) -> None:
@@ -159,13 +178,14 @@ class HealthMonitor:
         read = {name for rule in RULES.values() for name in rule.reads}
         self._window.append({name: float(value) for name, value in (metrics | added).items() if name in read})
         self._window = self._window[-self.settings.window_steps :]
-        raised = list(self._raised(step)) if len(self._window) == self.settings.window_steps else []
+        raised = list(self._raised(step))
         self.alarms += raised
         return added, raised
 
     def restart(self) -> None:
-        """Forget the steps so far, because another model estimates from here on. The alarms stay."""
-        self._start, self._window, self._silent_until = None, [], {}
+        """Forget the steps so far, because another model estimates from here on. The alarms stay, and what is said once stays said."""
+        self._start, self._window = None, []
+        self._silent_until = {name: until for name, until in self._silent_until.items() if RULES[name].once}
 
     def _divergence(self, metrics: dict[str, float]) -> dict[str, float]:
         """Gain of the estimate since the start minus gain of the gold score, each in units of its spread at the start."""
@@ -182,12 +202,14 @@ class HealthMonitor:
 
     def _raised(self, step: int) -> Iterator[Alarm]:
         for name, rule in RULES.items():
-            threshold = getattr(self.settings, rule.setting)
-            if threshold is None or step < self._silent_until.get(name, 0) or any(m not in row for row in self._window for m in rule.reads):
+            threshold, window = getattr(self.settings, rule.setting), self._window[-1:] if rule.once else self._window
+            if threshold is None or step < self._silent_until.get(name, 0) or any(m not in row for row in window for m in rule.reads):
                 continue
-            text = rule.observe([np.array([row[metric] for row in self._window]) for metric in rule.reads], threshold)
+            if len(window) < self.settings.window_steps and not rule.once:
+                continue
+            text = rule.observe([np.array([row[metric] for row in window]) for metric in rule.reads], threshold)
             if text is not None:
-                self._silent_until[name] = step + self.settings.window_steps
+                self._silent_until[name] = sys.maxsize if rule.once else step + self.settings.window_steps
                 yield Alarm(step, name, text, rule.advice)
 
     # ------------------------------------------------------------------------------------------------ checkpoints

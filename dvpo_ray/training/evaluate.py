@@ -18,6 +18,7 @@ from dvpo_ray.evaluation.gain import mean_ci
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.files import whole_file
 from dvpo_ray.gvm.artifact import refuse_as_policy
+from dvpo_ray.health.alarms import cut_off_note
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 from dvpo_ray.planning.placement import plan_placement, wanted_gpus
 from dvpo_ray.rollouts.pool import RolloutPool
@@ -39,7 +40,8 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
 
     Returns:
         `policy`, `judge`, `prompts` (their number), `gold.mean`, `gold.ci95`, `response_length.mean` in tokens,
-        `response_length.truncated_fraction`, and `notes`, one line for each reason why prompts are left out or shortened.
+        `response_length.truncated_fraction`, and `notes`, one line for each reason why prompts are left out or shortened,
+        or most responses cut off.
 
     Raises:
         InputError: no judge, no prompts or no such checkpoint.
@@ -61,14 +63,14 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
     gold = judge.score([prompt.text for prompt in prompts], responses)
     _write_rows(out / "evaluation.jsonl", prompts, responses, gold.tolist(), batch)
-    mean, low, high = mean_ci(gold)
+    (mean, low, high), cut_off = mean_ci(gold), float(batch.truncated.mean())
     return {
         "policy": policy,
         "judge": judge.name,
         "prompts": len(prompts),
         "gold": {"mean": mean, "ci95": [low, high]},
-        "response_length": {"mean": float(batch.response_lengths.mean()), "truncated_fraction": float(batch.truncated.mean())},
-        "notes": notes,
+        "response_length": {"mean": float(batch.response_lengths.mean()), "truncated_fraction": cut_off},
+        "notes": [*notes, *cut_off_note(cut_off, config.health)],
     }
 
 

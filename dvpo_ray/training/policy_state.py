@@ -7,7 +7,7 @@ from dataclasses import asdict
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.gain import gold_gain
-from dvpo_ray.health.alarms import Alarm, HealthMonitor
+from dvpo_ray.health.alarms import RULES, Alarm, HealthMonitor
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.training.policy_inputs import Inputs
 from dvpo_ray.training.refresh import Refresher
@@ -57,8 +57,9 @@ class PolicyState:
         for alarm in alarms:
             console.warn(f"ALARM {alarm.name} at {alarm}")
         goes_on = self.run.last_step < self.config.train.steps
-        self.refresh_is_due = goes_on and self.refresher.is_due(self.run.last_step, alarmed=bool(alarms))
-        return goes_on and bool(alarms) and self.config.health.on_alarm == "stop"
+        alarmed = any(not RULES[alarm.name].once for alarm in alarms)
+        self.refresh_is_due = goes_on and self.refresher.is_due(self.run.last_step, alarmed=alarmed)
+        return goes_on and alarmed and self.config.health.on_alarm == "stop"
 
     def refresh(self, loop: Stages, console: RunConsole) -> dict[str, float]:
         """Refresh the GVM between two steps, if that is due; returns the metrics of this and all earlier refreshes.
