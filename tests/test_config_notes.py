@@ -123,7 +123,7 @@ def test_a_dry_run_names_the_paths_that_are_missing(command, missing, capsys):
 
 
 def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):
-    Path("p.jsonl").touch()
+    Path("p.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
     gvm = make_gvm(tmp_path / "run" / "final", tiny_model)
     settings = [f"model.path={tiny_model}", "data.prompts.path=p.jsonl", "data.prompts.heldout_path=null"]
     assert dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm}") == []

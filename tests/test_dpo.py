@@ -64,7 +64,7 @@ def test_no_pair_left_is_one_line(tiny_chat_model, tmp_path):
 
     settings = config(tiny_chat_model, tmp_path, CHAT_PAIRS)
     settings.data.max_prompt_tokens, settings.data.long_prompt = 3, "drop"
-    with pytest.raises(InputError, match="path.jsonl: no training pair is left; raise data.max_prompt_tokens"):
+    with pytest.raises(InputError, match="path.jsonl: no training pair is left; left out 2 of 2 pairs: the prompt is over data.max_prompt_tokens 3;"):
         encode_pairs(settings, load_tokenizer(str(tiny_chat_model)))
 
 

@@ -40,7 +40,7 @@ def test_prompts_that_are_all_too_long(tiny_chat_model, prompts, tmp_path):
 
     settings = config(prompts)
     settings.data.max_prompt_tokens, settings.data.long_prompt = 2, "drop"
-    with pytest.raises(InputError, match="no held-out prompt is left after data.max_prompt_tokens 2"):
+    with pytest.raises(InputError, match="no held-out prompt is left; left out .* the prompt is over data.max_prompt_tokens 2; the longest"):
         evaluate_policy(settings, str(tiny_chat_model), tmp_path / "out")
 
 
@@ -70,4 +70,6 @@ def test_every_heldout_prompt_is_judged_once(ray_session, tiny_chat_model, promp
     assert {row["prompt"] for row in rows} <= heldout
     assert summary["gold"]["mean"] == pytest.approx(sum(row["gold"] for row in rows) / 9, abs=1e-6)
     assert summary["gold"]["ci95"][0] <= summary["gold"]["mean"] <= summary["gold"]["ci95"][1]
-    assert summary["response_length"]["truncated_fraction"] == sum(row["truncated"] for row in rows) / 9
+    cut_off = summary["response_length"]["truncated_fraction"]
+    assert cut_off == sum(row["truncated"] for row in rows) / 9
+    assert any("are cut off at rollout.max_response_tokens" in note for note in summary["notes"]) == (cut_off > 0.5)

@@ -77,7 +77,12 @@ class Training:
     def _run(self, args: Namespace) -> None:
         config = load(args)
         if args.dry_run:
-            self.print_plan(config, [*self.missing(config), *problems(self.inputs(config)), *self.notes(config)])
+            from dvpo_ray.data.preview import preview
+
+            inputs = list(self.inputs(config))
+            sections = [one.key.removesuffix(".path") for one in inputs if one.key in ("data.preferences.path", "data.prompts.path")]
+            of_data = [line for section in sections for line in preview(config, section)]
+            self.print_plan(config, [*self.missing(config), *problems(inputs), *self.notes(config), *of_data])
             return
         self.check(args.config, config)
         hub.refuse_unreachable(*self.inputs(config))

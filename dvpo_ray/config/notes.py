@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
-from dvpo_ray.config.schema import Config
+from dvpo_ray.config.schema import Config, SplitData
 
 
 def training_notes(config: Config) -> list[str]:
@@ -16,6 +17,24 @@ def training_notes(config: Config) -> list[str]:
         InputError: as in `derive_batch`.
     """
     return [*_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
+
+
+def foreign_heldout(section: str, data: SplitData) -> list[str]:
+    """One line if rows of one's own stand beside the held-out file that the package ships, whose results say nothing of them.
+
+    Args:
+        section: key of the data, for the line.
+    """
+    if data.heldout_path is None or not _is_shipped(data.heldout_path) or _is_shipped(data.path):
+        return []
+    return [
+        f"{section}.heldout_path is still {data.heldout_path}, which belongs to the quickstart's data and not to {data.path}: held-out results "
+        f"will say nothing of your data; set {section}.heldout_path=null to hold out a share of it, or give your own file"
+    ]
+
+
+def _is_shipped(path: str) -> bool:
+    return Path(path).parts[-4:-1] == ("dvpo_ray", "quickstart", "data")
 
 
 def _batch_notes(config: Config) -> Iterator[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.data.rows import Messages
 from dvpo_ray.errors import InputError
+
+if TYPE_CHECKING:  # a dry run renders templates too, and transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
 
 PROBE = "dvpo-probe"
 
@@ -106,6 +109,18 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation
         TemplateError: the template refuses these messages.
     """
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **TEMPLATE_ARGUMENTS)
+
+
+def over_limit(limit: int, longest: int, template: int) -> str:
+    """Why prompts are shortened or left out, and the remedy.
+
+    Args:
+        limit: `data.max_prompt_tokens`.
+        longest: tokens of the longest prompt.
+        template: tokens of the chat template's own in a prompt of one message; 0 without a template.
+    """
+    own = f", and the chat template alone takes {template}" if template else ""
+    return f"the prompt is over data.max_prompt_tokens {limit}; the longest has {longest} tokens{own}; {longest} would keep all whole"
 
 
 def writes_itself(content: str, lead: str) -> bool:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import DataConfig
-from dvpo_ray.data.chat import PROBE, Turn, left_out_message, probe_turn, render, special_tokens, writes_itself
+from dvpo_ray.data.chat import PROBE, Turn, left_out_message, over_limit, probe_turn, render, special_tokens, writes_itself
 from dvpo_ray.data.preferences import PreferencePair
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.rows import Content, Messages, content_text, count_note
@@ -120,6 +120,7 @@ class Encoder:
         noted: labels of the rows kept so far whose `response` or prompt's `message` the chat template changes, whose response lacks
             the `reasoning` that the generation prompt opens, or has `special` tokens written out.
         rows: rows encoded or dropped so far.
+        longest_prompt: tokens of the longest prompt so far, before it was shortened.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, chat_template: str, context_tokens: int) -> None:
@@ -143,6 +144,7 @@ class Encoder:
         self.truncated: dict[str, list[str]] = {reason: [] for reason in _TRUNCATED}
         self.noted: dict[str, list[str]] = {reason: [] for reason in _NOTED}
         self.rows = 0
+        self.longest_prompt = 0
         self._marks: dict[tuple[str, str], str] = {}  # of the row at work: what is to be counted once the row is kept
         self._special = special_tokens(tokenizer)
         self._anchor_ids = self._ids(ANCHOR)
@@ -211,20 +213,28 @@ class Encoder:
             )
         return encoded.ids, answers
 
-    def notes(self, rows: str, long_prompt: str = "the prompt is over data.max_prompt_tokens {max_prompt_tokens}") -> list[str]:
+    def notes(self, rows: str, long_prompt: str | None = None) -> list[str]:
         """One line for each reason why rows were dropped, shortened or kept in a form that the user should know of.
 
         Args:
             rows: what the rows are called, in the plural.
-            long_prompt: what is said of a prompt over the limit.
+            long_prompt: what is said of a prompt over the limit, if that is not `data.max_prompt_tokens`.
         """
-        reasons = {**_REASONS, "long_prompt": long_prompt}
+        over = over_limit(self.data.max_prompt_tokens, self.longest_prompt, self.template_tokens)
+        reasons = {**_REASONS, "long_prompt": long_prompt or over}
         return [
             line
             for start, counted in (("left out", self.dropped), ("shortened", self.truncated), ("kept", self.noted))
             for reason, labels in counted.items()
             for line in count_note(start, labels, self.rows, rows, reasons[reason].format(**self.data.model_dump()))
         ]
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the chat template's own in a prompt of one message; 0 without a template."""
+        if not self.is_chat:
+            return 0
+        return len(self._ids(render(self.tokenizer, [{"role": "user", "content": PROBE}], generation_prompt=True))) - len(self._ids(PROBE))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, exactly as it continues the prompt, without special tokens and without the template's own text."""
@@ -269,6 +279,7 @@ class Encoder:
             prompt = self._chat_prompt([{"role": "user", "content": content}] if isinstance(content, str) else content, where)
         else:
             prompt = self._plain_prompt(content)
+        self.longest_prompt = max(self.longest_prompt, len(prompt.ids))
         if self._is_over("prompt", prompt.ids, where):
             prompt = self._shorten_chat(prompt, where) if self.is_chat else self._shorten_plain(prompt)
         role = left_out_message(prompt.messages, prompt.text) if self.is_chat else None
@@ -325,8 +336,8 @@ class Encoder:
         while (excess := len(prompt.ids) - self.data.max_prompt_tokens) > 0:
             kept -= excess
             if kept <= 0:
-                limit = self.data.max_prompt_tokens
-                self._refuse("long_prompt", where, f"the prompt exceeds data.max_prompt_tokens {limit} even without its last turn's text; raise it")
+                without = f"data.max_prompt_tokens {self.data.max_prompt_tokens} even without its last turn's text"
+                self._refuse("long_prompt", where, f"the prompt exceeds {without} (the chat template alone takes {self.template_tokens}); raise it")
             # A cut within a character leaves a replacement character at the start.
             text = self._text(content[-kept:]).lstrip("\ufffd")
             prompt = self._chat_prompt([*earlier, {**last, "content": text}], where)

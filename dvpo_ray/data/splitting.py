@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
+from dvpo_ray.config.notes import foreign_heldout
 from dvpo_ray.config.schema import SplitData
 from dvpo_ray.data.reading import has_splits, read_rows
 from dvpo_ray.data.rows import Content, count_note, parse_rows
@@ -94,7 +95,7 @@ def load_sets(
     Raises:
         InputError: as in `parse_rows`; a held-out set that is the training set; a split of a single file.
     """
-    notes: list[str] = []
+    notes = foreign_heldout(section, data)
 
     def load(path: str, split: str) -> list[Item]:
         parsed, of_rows = parse_rows(path, read_rows(path, split), parse, on_bad_row)

@@ -167,8 +167,7 @@ def _encode(encoder: Encoder, pairs: Sequence[PreferencePair], which: str, outco
     """The pairs as rows of ids. Examples come from the same pairs, so never from the other side of the split."""
     encoded = [(pair, ids) for pair in pairs if (ids := encoder.encode_pair(pair)) is not None]
     if not encoded:
-        dropped = ", ".join(f"{len(rows)} for {reason}" for reason, rows in encoder.dropped.items() if rows)
-        raise InputError(f"data.preferences: no {which} pair is left (dropped {dropped or 'none'}); raise data.max_prompt_tokens or give more pairs")
+        raise InputError(f"data.preferences: no {which} pair is left; {'; '.join(encoder.notes('pairs')) or 'give more pairs'}")
     rows = build_pairs([ids for _, ids in encoded], outcome.kind, outcome.scale)
     if not context.examples:
         return rows

@@ -73,7 +73,7 @@ def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
     encoded = [ids for pair in sets.train if (ids := encoder.encode_pair(pair)) is not None]
     if not encoded:
-        raise InputError(f"{config.data.preferences.path}: no training pair is left; raise data.max_prompt_tokens or give more pairs")
+        raise InputError(f"{config.data.preferences.path}: no training pair is left; {'; '.join(encoder.notes('pairs')) or 'give more pairs'}")
     rows = [{"prompt_ids": ids.prompt, "chosen_ids": ids.chosen, "rejected_ids": ids.rejected} for ids in encoded]
     return rows, [*sets.notes, *encoder.notes("pairs")]
 

@@ -83,7 +83,7 @@ def heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], lis
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     kept = [(prompt, ids) for prompt in sets.heldout if (ids := encoder.encode_prompt(prompt)) is not None]
     if not kept:
-        raise InputError(f"{config.data.prompts.path}: no held-out prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
+        raise InputError(f"{config.data.prompts.path}: no held-out prompt is left; {'; '.join(encoder.notes('prompts')) or 'give more prompts'}")
     chosen, notes = sample_prompts(kept, config.evaluation.prompts, config.seed)
     prompts, prompt_ids = zip(*chosen, strict=True)
     return list(prompts), list(prompt_ids), [*sets.notes, *encoder.notes("held-out prompts"), *notes]

@@ -69,7 +69,7 @@ def load_inputs(config: Config) -> Inputs:
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)
     train, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
     if not train:
-        raise InputError(f"{config.data.prompts.path}: no prompt is left after data.max_prompt_tokens {config.data.max_prompt_tokens}")
+        raise InputError(f"{config.data.prompts.path}: no prompt is left; {'; '.join(encoder.notes('prompts')) or 'give more prompts'}")
     evaluated, evaluation_notes = sample_prompts(heldout, config.evaluation.prompts, config.seed)
     return Inputs(
         prompts=[ids for _, ids in train],

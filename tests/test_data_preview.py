@@ -1,0 +1,96 @@
+"""What the dry run says of the data: the same as the run, without torch and in a moment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_runs import LOCAL_CPU, ROOT
+
+from dvpo_ray import cli
+from dvpo_ray.config import load_config
+from dvpo_ray.data.encoding import Encoder
+from dvpo_ray.data.preview import preview
+from dvpo_ray.data.prompts import load_prompts
+from dvpo_ray.models.loading import load_tokenizer
+
+SHIPPED = ROOT / "dvpo_ray" / "quickstart" / "data"
+WORDS = "Tell me what the weather will be like in the park tomorrow, please."
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def config(model: Path, path: Path, *overrides: str, section: str = "prompts"):
+    paths = [f"model.path={model}", f"data.{section}.path={path}", f"data.{section}.heldout_path=null"]
+    return load_config(LOCAL_CPU, ["model.chat_template=auto", *paths, *overrides])
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_dry_run_counts_the_tokens_that_the_run_counts(chat, tiny_model, tiny_chat_model, tmp_path):
+    model = tiny_chat_model if chat else tiny_model
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": WORDS}]
+    rows = [{"prompt": WORDS * 2}, {"prompt": messages}, {"prompt": "Hi"}]
+    settings = config(model, write(tmp_path / "p.jsonl", rows), "data.max_prompt_tokens=30", "data.prompts.heldout_fraction=0.01")
+    encoder = Encoder(load_tokenizer(str(model)), settings.data, "auto", 4096)
+    for prompt in load_prompts(settings.data.prompts, "error").train + load_prompts(settings.data.prompts, "error").heldout:
+        encoder.encode_prompt(prompt)
+    [said] = encoder.notes("prompts")
+    [foreseen] = preview(settings, "data.prompts")
+    assert said.startswith("shortened 2 of 3 prompts: the prompt is over data.max_prompt_tokens 30; the longest has ")
+    assert foreseen.startswith(f"{tmp_path}/p.jsonl: data.long_prompt truncate_left shortens 2 of 3 prompts: ")
+    assert said.partition("prompts: ")[2].partition("; the first")[0] == foreseen.partition("prompts: ")[2].partition("; the first")[0]
+    assert (f"the chat template alone takes {encoder.template_tokens}; " in said) is chat
+
+
+def test_a_template_that_fills_the_limit_is_said_with_the_remedy(tiny_chat_model, tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b"} for i in range(60)])
+    settings = config(tiny_chat_model, path, "data.max_prompt_tokens=21", "data.long_prompt=drop", section="preferences")
+    [line] = preview(settings, "data.preferences")
+    assert line.startswith(
+        f"{path}: data.long_prompt drop leaves out 60 of 60 prompts: the prompt is over data.max_prompt_tokens 21; the longest has "
+    )
+    assert "and the chat template alone takes " in line and " would keep all whole; the first is " in line
+    assert preview(config(tiny_chat_model, path, "data.max_prompt_tokens=400", section="preferences"), "data.preferences") == []
+
+
+def test_a_bad_row_is_found_by_the_dry_run(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"text": "b"}])
+    assert cli.main(["train", LOCAL_CPU, f"model.path={tiny_model}", f"data.prompts.path={path}", "--dry-run"]) == 0
+    assert f"# note: {path}:2: no `prompt`; the row has text\n" in capsys.readouterr().out
+
+
+def test_what_cannot_be_counted_in_a_moment_is_left_to_the_run(tiny_model, tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": WORDS}])
+    assert preview(config(Path("org/name"), path, "data.max_prompt_tokens=1"), "data.prompts") == []
+    (tmp_path / "folder").mkdir()
+    for elsewhere in ("org/name", tmp_path / "folder", tmp_path / "absent.jsonl"):
+        assert preview(config(tiny_model, elsewhere, "data.max_prompt_tokens=1"), "data.prompts") == []
+
+
+@pytest.mark.parametrize("section", ["preferences", "prompts"])
+def test_data_of_ones_own_beside_the_shipped_heldout_file(section, tiny_model, tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "Hi", "chosen": " a", "rejected": " b"}])
+    shipped, key = SHIPPED / f"{section}.heldout.jsonl", f"data.{section}"
+    settings = config(tiny_model, path, f"{key}.heldout_path={shipped}", section=section)
+    [line] = preview(settings, key)
+    assert line.startswith(f"{key}.heldout_path is still {shipped}, which belongs to the quickstart's data and not to {path}: held-out results will")
+    assert f"set {key}.heldout_path=null to hold out a share of it" in line
+    assert preview(config(tiny_model, SHIPPED / f"{section}.train.jsonl", f"{key}.heldout_path={shipped}", section=section), key) == []
+    assert preview(config(tiny_model, path, section=section), key) == []
+    if section == "prompts":
+        assert load_prompts(settings.data.prompts, "error").notes[0] == line  # the run says it too
+
+
+def test_the_dry_run_stays_without_torch(tiny_chat_model, tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": WORDS, "chosen": " a", "rejected": " b"}] * 3)
+    argv = ["gvm", "train", LOCAL_CPU, "model.chat_template=auto", f"model.path={tiny_chat_model}", f"data.preferences.path={path}", "--dry-run"]
+    code = f"import sys; from dvpo_ray import cli; cli.main({argv!r}); sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "data.long_prompt truncate_left shortens 3 of 3 prompts" in done.stdout, done.stderr
