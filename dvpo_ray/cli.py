@@ -6,6 +6,8 @@ import argparse
 import difflib
 import errno
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -47,7 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
         quiet_libraries()
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()  # a reader that is gone shows here, and not when Python ends
+        return status
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (InputError, ResourceError, OSError) as error:
         print("dvpo:", *_refusal(error).split(), file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -93,6 +102,10 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(*args, epilog=f"example:\n  {epilog}", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.set_defaults(parser=self)  # the innermost parser wins, which is that of the chosen command
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # as in `main`
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see `{self.prog} --help`")
 
@@ -104,6 +117,13 @@ class _Parser(argparse.ArgumentParser):
             return f"unknown argument {argument}; did you mean {nearest[0]}? See `{self.prog} --help`"
         hint = "; overrides are written without dashes, key=value" if option.startswith("-") and "=" in argument else ""
         return f"unknown argument {argument}{hint}; see `{self.prog} --help`"
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads this command's output has ended, as `head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _refusal(error: Exception) -> str:

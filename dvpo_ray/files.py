@@ -30,12 +30,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         with clear_when_full(folder):
             draft.mkdir(parents=True)
             yield draft
+            share(draft)
         if folder.exists():
             os.rename(folder, old)
         os.rename(draft, folder)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def share(folder: Path) -> None:
+    """Give the files of a folder the access that the folder has: libraries that write by a temporary file leave it to its owner alone."""
+    access = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(file.stat().st_mode | access)
 
 
 @contextmanager

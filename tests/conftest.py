@@ -17,6 +17,7 @@ settings.load_profile("no-deadline")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["DVPO_CACHE"] = str(Path(__file__).parent / "no-cache")  # configs name the same model whether or not the quickstart has run here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
 # Ray's workers import the classes that tests define; they find them through this variable only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
 import signal
@@ -18,6 +19,7 @@ from dvpo_ray.config import load_config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.experiments.registry import STUDIES
 from dvpo_ray.runtime.termination import keeps_termination
+from dvpo_ray.training.run_folder import RunIsFinished
 
 GVM_COMMANDS = ("train", "eval", "score")
 NESTED = [
@@ -164,6 +166,39 @@ def test_a_library_that_takes_sigterm_gives_it_back(monkeypatch):
 def test_defects_keep_their_traceback(failing, error):
     with pytest.raises(type(error)):
         cli.main(failing(error))
+
+
+def test_resuming_a_finished_run_is_a_success(backend, monkeypatch, capsys, tmp_path):
+    """A job that is put into its queue again after its end is not a failure."""
+
+    def finished(*args, **kwargs):
+        raise RunIsFinished("run: the run is finished and its result is in final/")
+
+    backend("dvpo_ray.training.policy", "train")
+    monkeypatch.setattr(sys.modules["dvpo_ray.training.policy"], "train", finished)
+    (tmp_path / "run").mkdir()
+    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "run", "--resume"]) == 0
+    assert capsys.readouterr() == ("run: the run is finished and its result is in final/\n", "")
+
+
+SAYS_ONE_LINE = "cli.COMMANDS['report'].run = lambda args: RunConsole().say('a line')"
+
+
+@pytest.mark.parametrize("argv", [["train", LOCAL_CPU, "--dry-run"], ["train", "--help"], ["report", "."]], ids=" ".join)
+def test_a_reader_that_ends_early_ends_the_command_in_silence(argv):
+    """As in `dvpo train CONFIG --dry-run | head`."""
+    imports = "import sys; from dvpo_ray import cli; from dvpo_ray.monitoring.console import RunConsole"
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"{imports}; {SAYS_ONE_LINE}; sys.exit(cli.main({argv!r}))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode in (141, 0 if "--help" in argv else 141) and done.stderr == ""  # argparse passes over what it cannot write
+
+
+def test_a_broken_pipe_of_something_else_is_a_defect(failing):
+    with pytest.raises(BrokenPipeError):
+        cli.main(failing(BrokenPipeError(errno.EPIPE, "Broken pipe")))
 
 
 # ------------------------------------------------------------------------------------------------------ dry run

@@ -45,7 +45,6 @@ def _load_with_gvm(args: Namespace) -> tuple[Config, Path]:
     config = load(args)
     if args.gvm is None and config.gvm.path is None:
         raise InputError(f"{args.config}: which value model? give --gvm DIR or set gvm.path")
-    hub.refuse_unreachable(Needed("model.path", config.model.path, "policy"))
     return config, args.gvm or Path(config.gvm.path)
 
 
@@ -59,6 +58,7 @@ def evaluate_gvm(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     out = args.out or dated_folder(config, "-gvm-eval")
     check_new_output(out, "the evaluation")
+    hub.refuse_unreachable(Needed("model.path", config.model.path, "policy"))
 
     from dvpo_ray.gvm.evaluation import evaluate_gvm
 
@@ -75,6 +75,7 @@ def evaluate_gvm(args: Namespace) -> None:
 def score(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     check_new_output(args.output, "--output")
+    hub.refuse_unreachable(Needed("model.path", config.model.path, "policy"))
 
     from dvpo_ray.gvm.scoring import score_file
 

@@ -21,7 +21,7 @@ from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
 from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_placement, plan_training_placement
 from dvpo_ray.runtime.fork_server import prepare
-from dvpo_ray.training.run_folder import check_new
+from dvpo_ray.training.run_folder import RunIsFinished, check_new
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,14 @@ class Training:
             self.print_plan(config, [*self.missing(config), *problems(inputs), *self.notes(config), *of_data])
             return
         self.check(args.config, config)
+        out = choose_run_folder(args.out, config, self.suffix, args.resume)
         hub.refuse_unreachable(*self.inputs(config))
         if self.placement(config):
             prepare(config)
-        print(self.train(config, choose_run_folder(args.out, config, self.suffix, args.resume), args.resume))
+        try:
+            print(self.train(config, out, args.resume))
+        except RunIsFinished as finished:
+            print(finished)
 
 
 def choose_run_folder(out: Path | None, config: Config, suffix: str = "", resume: bool = False) -> Path:

@@ -119,6 +119,13 @@ class Stage:
         return f"{duration((now - self._started) / done * (self._total - self._done))} left"
 
 
+class PipedConsole(Console):
+    """Rich's, which leaves it to the command what happens when the reader of its output is gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls this while it handles the error
+
+
 class RunConsole:
     """The console of a run; a context manager.
 
@@ -133,7 +140,7 @@ class RunConsole:
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or PipedConsole(highlight=False)
         self.clock = clock
         self.bars: _LiveBars | None = None
 

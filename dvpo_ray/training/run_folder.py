@@ -29,6 +29,10 @@ _LEFTOVERS = (
 """Files that a run leaves when it ends before its first step is done."""
 
 
+class RunIsFinished(InputError):
+    """There is nothing to resume. For a job that is put into its queue again, that is a success."""
+
+
 def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
     """Make the folder belong to a run that starts now: write its settings and a summary. Call it when all inputs are loaded.
 
@@ -170,7 +174,7 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
     check_resumable(stage, load_config(kept_file), config, folder)
     if _is_over(folder, stage, config):
         longer = "; give a larger train.steps to go on" if stage == "train" else ""
-        raise InputError(f"{folder}: the run is finished and its result is in final/{longer}")
+        raise RunIsFinished(f"{folder}: the run is finished and its result is in final/{longer}")
     if not any(_checkpoints(folder)):
         over = "start it again without --resume" if _ended_before_its_first_step(folder) else "give another --out, or remove the folder to start anew"
         raise InputError(f"{folder}: no checkpoint to resume from; {over}")
