@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.models.loading import load_tokenizer
+from dvpo_ray.quickstart import openings
 from dvpo_ray.quickstart.self_preferences import main
 from dvpo_ray.refresh.pairs import pair_row, pair_up
 from dvpo_ray.refresh.samples import Sample
@@ -97,7 +99,8 @@ def test_files_hold_split_prompts_and_token_exact_text(config_file, tmp_path, mo
     backend = Scripted(tokenizer)
     monkeypatch.setattr("dvpo_ray.actors.rollout_engine.make_backend", lambda *_: backend)
     assert main([str(config_file), "--out", str(tmp_path / "out"), "--samples", "5", "--pairs", "2"]) == 0
-    assert "6 samples left out" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "6 samples left out" in said and "pairs of 3 prompts, 6 at most; " in said and "fewer than 2 pairs for" not in said
 
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens=256)
     files = [str(tmp_path / "out" / f"preferences.{split}.jsonl") for split in ("train", "heldout")]
@@ -135,3 +138,23 @@ def test_bad_input_is_one_line_and_status_2(config_file, tmp_path, capsys, overr
     assert main([str(config_file), override, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip()
     assert says in error and "\n" not in error
+
+
+def test_fewer_pairs_than_asked_for_are_explained(config_file, tmp_path, monkeypatch, capsys):
+    backend = Scripted(load_tokenizer(load_config(config_file).model.path))
+    monkeypatch.setattr("dvpo_ray.actors.rollout_engine.make_backend", lambda *_: backend)
+    assert main([str(config_file), "--out", str(tmp_path / "out"), "--samples", "5", "--pairs", "3"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    why = "they have fewer than 6 different usable samples; raise --samples"
+    for split in ("train", "heldout"):
+        assert re.search(rf"fewer than 3 pairs for (\d) of \1 {split} prompts: {why}", said)
+
+
+def test_openings_that_are_left_out_are_counted(stories, tmp_path, capsys):
+    out = tmp_path / "p.jsonl"
+    assert openings.main([str(stories), "--tokens", "4", "--count", "60", "--out", str(out)]) == 0
+    said = re.fullmatch(
+        r".*p.jsonl: (\d+) openings; of 60 samples, (\d+) are left out: (\d+) that repeat another one, (\d+) whose text .*\n", capsys.readouterr().out
+    )
+    written, left_out, repeated, inexact = map(int, said.groups())
+    assert written == len(out.read_text().splitlines()) and written + left_out == 60 and repeated + inexact == left_out > 0

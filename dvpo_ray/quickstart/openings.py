@@ -18,11 +18,14 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
 
 
-def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> list[str]:
+def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> tuple[list[str], str]:
     """Distinct openings that encode to exactly `tokens` tokens after the beginning-of-text token.
 
     Args:
-        count: openings sampled. Repeated ones, and those that encode to other tokens, are left out.
+        count: openings sampled.
+
+    Returns:
+        The openings, and how many of the sampled ones are left out, and why.
 
     Raises:
         InputError: the tokenizer has no beginning-of-text token.
@@ -40,7 +43,9 @@ def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> list
     start = torch.full((count, 1), tokenizer.bos_token_id)
     sampled = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=tokens)
     texts = sorted({tokenizer.decode(row, skip_special_tokens=True) for row in sampled})
-    return [text for text in texts if len(tokenizer(text).input_ids) == tokens + 1]
+    exact = [text for text in texts if len(tokenizer(text).input_ids) == tokens + 1]
+    why = f"{count - len(texts)} that repeat another one, {len(texts) - len(exact)} whose text does not have {tokens} tokens"
+    return exact, f"of {count} samples, {count - len(exact)} are left out: {why}; a larger --count gives more"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,18 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", metavar="MODEL", type=name_or_path_option, help="checkpoint folder or hub name")
     positive = whole_number(at_least=1)
     parser.add_argument("--tokens", type=positive, default=16, help="length without the beginning-of-text token (default 16)")
-    parser.add_argument("--count", type=positive, default=2000, help="openings sampled, before some are left out (default 2000)")
+    parser.add_argument("--count", type=positive, default=2000, help="openings sampled, before repeated ones are left out (default 2000)")
     parser.add_argument("--seed", type=whole_number(at_least=0), default=0)
     parser.add_argument("--out", metavar="FILE", type=path_option, required=True, help="JSONL file of prompts")
     args = parser.parse_args(argv)
     try:
-        openings = sample_openings(args.model, args.tokens, args.count, args.seed)
+        openings, left_out = sample_openings(args.model, args.tokens, args.count, args.seed)
     except InputError as error:
         print(f"openings: {error}", file=sys.stderr)
         return 2
     with whole_file(args.out) as file:
         file.writelines(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in openings)
-    print(f"{args.out}: {len(openings)} openings")
+    print(f"{args.out}: {len(openings)} openings; {left_out}")
     return 0
 
 

@@ -101,13 +101,16 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
             answered = [(prompt, judged(prompt, texts, judge)) for prompt, texts in sampler.sample(prompts, samples, seed, progress)]
         rows, left_out = preference_rows(answered, pairs, min_score_gap)
         dropped = sorted({prompt.where for prompt in prompts} - {prompt.where for prompt, _ in answered})
-        for note in [*count_note("left out", dropped, len(prompts), f"{split} prompts", "dropped by the settings of data"), *left_out]:
+        few = [prompt.where for prompt, usable in answered if 2 <= len(usable) < 2 * pairs]
+        why = f"they have fewer than {2 * pairs} different usable samples; raise --samples for more"
+        notes = count_note("left out", dropped, len(prompts), f"{split} prompts", "dropped by the settings of data")
+        for note in [*notes, *left_out, *count_note(f"fewer than {pairs} pairs for", few, len(prompts), f"{split} prompts", why)]:
             console.warn(note)
         path = folder / f"preferences.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         scores = [sample.score for _, answers in answered for sample in answers]
         mean = f"mean gold {np.mean(scores):.3f}" if scores else "no sample was usable"
-        console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts; {len(scores)} samples, {mean}")
+        console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts, {pairs * len(prompts)} at most; {len(scores)} samples, {mean}")
     console.say(f"{sampler.inexact} samples left out: their text does not give their tokens again")
 
 
