@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from cli_runs import ROOT
+
 SCRIPT = """
 import os, sys
 from dvpo_ray.runtime.process import Actor
@@ -41,6 +43,9 @@ def test_another_copy_of_the_package_than_the_drivers_is_refused(tmp_path):
     copy = tmp_path / "clone" / "dvpo_ray"
     copy.mkdir(parents=True)
     done = start_actor(tmp_path, tmp_path, DVPO_PACKAGE_FOLDER=str(copy))
-    assert done.returncode == 1 and f"but this command runs {copy}" in done.stderr and "start it from another folder" in done.stderr
+    assert done.returncode == 1 and f"but this command runs {copy}; to run the first, put PYTHONPATH={ROOT} before the command" in done.stderr
+    assert f"to run the second, start the cluster with PYTHONPATH={copy.parent} (" in done.stderr
+    in_its_folder = start_actor(tmp_path, ROOT, DVPO_PACKAGE_FOLDER=str(copy))
+    assert in_its_folder.returncode == 1 and "to run the second, start the command in another folder (" in in_its_folder.stderr
     elsewhere = start_actor(tmp_path, tmp_path, DVPO_PACKAGE_FOLDER=str(tmp_path / "only" / "on" / "another" / "node"))
     assert elsewhere.returncode == 0, elsewhere.stderr

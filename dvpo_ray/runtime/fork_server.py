@@ -58,9 +58,11 @@ def prepare(config: Config) -> None:
         return
     vllm = config.rollout.backend == "vllm"
     folder = Path(tempfile.mkdtemp(prefix="dvpo-", dir="/tmp"))  # sockets need short paths
-    words = [sys.executable, "-m", "dvpo_ray.runtime.fork_server", str(folder), str(os.getpid()), *(["vllm"] if vllm else [])]
+    words = [sys.executable, "-P", "-m", "dvpo_ray.runtime.fork_server", str(folder), str(os.getpid()), *(["vllm"] if vllm else [])]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", **fork_client.PROCESS_WIDE}
+    # Its package is that of this process, also where the working folder holds another copy.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **fork_client.PROCESS_WIDE}
     _server = subprocess.Popen(words, env=environment, start_new_session=True, **quiet), folder
     atexit.register(_stop)
 
@@ -185,7 +187,7 @@ def _become(request: dict, descriptors: array) -> None:
     os.chdir(request["folder"])
     _apply_environment()
     sys.argv = request["arguments"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:

@@ -72,12 +72,15 @@ def _enter_working_folder() -> None:
 
 def _check_package() -> None:
     """Refuse to compute with another copy of the package than the driver's, if both are on this node."""
-    drivers = Path(os.environ.get(PACKAGE_FOLDER, _package_folder()))
-    if drivers != _package_folder() and drivers.is_dir():
-        raise ResourceError(
-            f"actors would run {_package_folder()}, but this command runs {drivers}: Ray's workers look first in the folder of the command; "
-            "start it from another folder"
-        )
+    mine = _package_folder()
+    drivers = Path(os.environ.get(PACKAGE_FOLDER, mine))
+    if drivers == mine or not drivers.is_dir():
+        return
+    in_its_place = "start the command in another folder" if mine.parent == Path.cwd() else f"start the cluster with PYTHONPATH={drivers.parent}"
+    raise ResourceError(
+        f"actors would run {mine}, but this command runs {drivers}; to run the first, put PYTHONPATH={mine.parent} before the command; "
+        f"to run the second, {in_its_place} (Ray's workers look first in the folder where a command starts)"
+    )
 
 
 class BusyClock:
