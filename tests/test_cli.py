@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,19 @@ def test_a_reader_that_ends_early_ends_the_command_in_silence(argv):
 def test_a_broken_pipe_of_something_else_is_a_defect(failing):
     with pytest.raises(BrokenPipeError):
         cli.main(failing(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+
+
+@pytest.mark.parametrize(("override", "advice"), [("model.path=org/name", "a checkpoint folder"), ("data.prompts.path=org/name", "a file or folder")])
+def test_a_hub_that_cannot_be_reached_is_one_line_within_ten_seconds(override, advice, tmp_path):
+    argv = ["train", LOCAL_CPU, "gvm.path=g", f"model.path={tmp_path}", override]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
+    started = time.monotonic()
+    code = f"import sys; from dvpo_ray import cli; sys.exit(cli.main({argv!r}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert time.monotonic() - started < 10
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"dvpo: {override.replace('=', ' ')}: not on this machine, not in the cache of the hub") and advice in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------ dry run

@@ -103,6 +103,14 @@ def test_no_option_is_a_bare_path():
     assert files == []
 
 
+def test_a_command_writes_into_the_home_folder(home, capsys, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    (home / "run").mkdir()
+    (home / "run" / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    assert cli.main(["report", "~/run"]) == 0
+    assert capsys.readouterr().out == f"{home}/run/report.html\n" and (home / "run" / "report.html").is_file() and not Path("~").exists()
+
+
 def test_home_in_the_domains_of_an_experiment(home):
     assert Domain.parse("a=~/t.jsonl,~/h.jsonl") == Domain("a", f"{home}/t.jsonl", f"{home}/h.jsonl")
 
