@@ -112,3 +112,9 @@ def test_the_wheel_becomes_an_ordinary_checkpoint(tmp_path, offline):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_cache_that_cannot_be_written_to_is_one_line_with_the_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match=r"file/cache: the model cannot be kept there \(Not a directory\); set DVPO_CACHE to a folder"):
+        checkpoint.smollm2_checkpoint(tmp_path / "file" / "cache")

