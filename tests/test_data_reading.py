@@ -1,8 +1,13 @@
 """Reading rows: formats, labels, and the one line that names what is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dvpo_ray.data import reading
@@ -190,3 +195,14 @@ def test_a_bad_parquet_file_is_said_once(tmp_path, caplog):
     with pytest.raises(InputError, match="rows.parquet: could not be read"):
         list(read_rows(str(tmp_path / "rows.parquet"), "train"))
     assert not caplog.records
+
+
+def test_a_home_folder_that_cannot_be_written_to_is_explained(tmp_path):
+    """Libraries read the variable when they are imported."""
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "rows.parquet")
+    (tmp_path / "file").touch()
+    code = f"from dvpo_ray.data.reading import read_rows; list(read_rows({str(tmp_path / 'rows.parquet')!r}, 'train'))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_H", "HF_D", "XDG"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path / "file")}, capture_output=True, text=True)
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"rows.parquet: the cache {tmp_path}/file/.cache/huggingface cannot be written to (Not a directory); set HF_HOME to a folder" in line

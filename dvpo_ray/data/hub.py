@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import urllib.request
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,18 @@ def _in_hub_cache(kind: str, name: str) -> bool:
     from huggingface_hub import constants
 
     return (Path(constants.HF_HUB_CACHE) / "--".join([kind, *name.split("/")])).is_dir()
+
+
+def unwritable_cache() -> str | None:
+    """Why the hub's libraries fail where their cache is in a home folder that cannot be written to, and what helps; None where it can be."""
+    from huggingface_hub import constants
+
+    try:
+        os.makedirs(constants.HF_HOME, exist_ok=True)
+        tempfile.TemporaryFile(dir=constants.HF_HOME).close()
+    except OSError as error:
+        return f"the cache {constants.HF_HOME} cannot be written to ({error.strerror}); set HF_HOME to a folder that you may write to"
+    return None
 
 
 @cache

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow
 
 from dvpo_ray.config.inputs import DATA_SUFFIXES, NAMED_DATA, is_local
-from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
+from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub, unwritable_cache
 from dvpo_ray.errors import InputError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -190,7 +190,8 @@ def _read_datasets(label: str, path: str, *, missing: str = "could not be read",
         while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:
             cause = cause.__cause__  # the error itself says only that something went wrong
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise InputError(f"{label}: {missing} ({reason[0]})") from error
+        unwritable = unwritable_cache() if isinstance(cause, OSError) else None
+        raise InputError(f"{label}: {unwritable or f'{missing} ({reason[0]})'}") from error
     return _label(label, dataset)
 
 

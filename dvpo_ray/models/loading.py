@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from dvpo_ray.config.inputs import is_local, no_checkpoint
 from dvpo_ray.config.schema import ModelConfig
-from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub
+from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub, unwritable_cache
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.models.cpu_linear import use_fast_linears
 
@@ -58,7 +58,8 @@ def load_checkpoint(what: str, path: str, load: Callable[[str], Loaded]) -> Load
     except (OSError, ValueError) as error:
         if on_hub and not is_online:
             raise InputError(f"{path}: {NEITHER_HERE_NOR_CACHED}; give a checkpoint folder with config.json") from error
-        raise InputError(f"{path}: cannot load the {what}: {first_line(error)}") from error
+        unwritable = unwritable_cache() if on_hub and isinstance(error, OSError) else None
+        raise InputError(f"{path}: cannot load the {what}: {unwritable or first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if progress_bar:
