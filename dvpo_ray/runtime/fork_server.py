@@ -203,7 +203,4 @@ def _apply_environment() -> None:
 
 
 if __name__ == "__main__":
-    # As an imported module, so that its classes and functions exist once.
-    from dvpo_ray.runtime.fork_server import serve as serve_
-
-    serve_(Path(sys.argv[1]), int(sys.argv[2]), "vllm" in sys.argv[3:])
+    serve(Path(sys.argv[1]), int(sys.argv[2]), "vllm" in sys.argv[3:])
