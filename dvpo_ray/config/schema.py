@@ -360,7 +360,7 @@ class AdvantageConfig(Section):
     gae_lambda: Probability = Field(1.0, description="Trace decay of `gae` and of `algorithm: ppo`. `release` always uses 0.95, as published.")
     whiten: bool = Field(True, description="Whiten over the response tokens of the whole batch. `release` always does, `grpo` and `rloo` never.")
     value_whitening: Literal["row", "batch"] = Field(
-        "batch",
+        "row",
         description="The values that `release` whitens together: those of each `row`, as the authors ran it, or those of the whole `batch`. "
         "Only `release` reads it.",
     )
