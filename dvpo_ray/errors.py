@@ -13,6 +13,10 @@ class DiskFull(ResourceError):
     """The disk that something is written to has no room left."""
 
 
+class HeadGone(ResourceError):
+    """The Ray cluster that a run is in has ended."""
+
+
 class RoleDied(ResourceError):
     """An actor's process is gone.
 

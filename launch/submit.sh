@@ -6,7 +6,7 @@
 # The cluster is that of the head on this machine, or of the head at RAY_API_SERVER_ADDRESS (http://host:8265). The job runs in
 # the folder it is submitted from, so that folder and the run folder must be on a file system that the cluster's nodes share.
 # The token of a cluster that asks for one: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
-# Ctrl-C stops the output only. `ray job stop ID` stops the job.
+# The exit status is that of `dvpo train`. Ctrl-C stops the output only. `ray job stop ID` stops the job.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=${DVPO_VENV:-$root/.venv}/bin
@@ -18,10 +18,11 @@ fail() {
     exit 2
 }
 
-# HTTP status of a request to the head that needs its token; 000 when nobody answers. By Python, because curl may be absent.
+# Asks the head for its jobs, or for one: the HTTP status (000 when nobody answers), whether a token was sent, and the state and the
+# exit status of that job. By Python, because curl may be absent.
 ask_head() {
-    "$bin/python" - "$address/api/jobs/" <<'PYTHON'
-import os, sys, urllib.error, urllib.request
+    "$bin/python" - "$address/api/jobs/${1-}" <<'PYTHON'
+import json, os, sys, urllib.error, urllib.request
 from pathlib import Path
 
 token = os.environ.get("RAY_AUTH_TOKEN")
@@ -31,7 +32,8 @@ if not token and path.is_file():
 request = urllib.request.Request(sys.argv[1], headers={"Authorization": f"Bearer {token}"} if token else {})
 try:
     with urllib.request.urlopen(request, timeout=30) as answer:
-        print(answer.status, "token" if token else "")
+        job = {} if sys.argv[1].endswith("/") else json.load(answer)
+        print(answer.status, "token" if token else "none", job.get("status"), job.get("driver_exit_code"))
 except urllib.error.HTTPError as error:
     print(error.code)
 except (OSError, ValueError):
@@ -42,9 +44,10 @@ PYTHON
 (($#)) || fail "which config? usage: launch/submit.sh CONFIG [KEY=VALUE ...] [--out DIR] [--resume]"
 [[ $1 != -h && $1 != --help ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 [[ -x $bin/dvpo && -x $bin/ray ]] || fail "$bin/dvpo is not there; run launch/install.sh first"
-"$bin/dvpo" train "$@" --dry-run >/dev/null # a wrong config or override ends here, with one line and exit status 2
+# A wrong config or override ends here, with one line and exit status 2. The address keeps out the limits of a local Ray.
+RAY_ADDRESS=auto "$bin/dvpo" train "$@" --dry-run >/dev/null
 
-read -r status has_token <<<"$(ask_head)"
+read -r status sent _ <<<"$(ask_head)"
 case $status in
     200) ;;
     000) fail "no Ray head answers at $address; start one (ray get-auth-token --generate; ray start --head) or set RAY_API_SERVER_ADDRESS" ;;
@@ -53,9 +56,21 @@ case $status in
     *) fail "$address answers with HTTP status $status; RAY_API_SERVER_ADDRESS must be the address of Ray's dashboard" ;;
 esac
 # A head that has a token asks for it by itself. Its clients send the token only in this mode.
-[[ -z $has_token ]] || export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+[[ $sent != token ]] || export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
 
 # shellcheck disable=SC2016 # expanded by the job's shell
 job='cd "$0" && PATH=$1:$PATH && exec dvpo train "${@:2}"'
 export RAY_API_SERVER_ADDRESS=$address # with http://; else Ray takes it for an address of another kind
-exec "$bin/ray" job submit -- bash -c "$job" "$PWD" "$bin" "$@"
+id=dvpo-$(date +%Y%m%d-%H%M%S)-$$
+trap 'echo "submit.sh: the job goes on; its output: ray job logs $id --follow" >&2; exit 130' INT
+"$bin/ray" job submit --submission-id "$id" -- bash -c "$job" "$PWD" "$bin" "$@" || submitted=$?
+
+# Ray's own status is 1 for every failure, and 0 for a job that was stopped.
+read -r status _ state code <<<"$(ask_head "$id")"
+case $status:$state in
+    200:SUCCEEDED | 200:FAILED) [[ $code == None ]] || exit $((code < 0 ? 128 - code : code)) ;;
+    200:STOPPED) exit 143 ;;
+    200:*) fail "the output ended, but the job goes on; its output: ray job logs $id --follow" ;;
+    000:*) fail "the Ray head at $address does not answer any more; if it is back: ray job status $id" ;;
+esac
+exit "${submitted:-1}"

@@ -170,7 +170,7 @@ def faked(monkeypatch):
         monkeypatch.setattr(runner, "STAGES", dict.fromkeys(runner.STAGES, do))
         return started
 
-    monkeypatch.setattr(cluster, "connect", lambda config: nullcontext())
+    monkeypatch.setattr(cluster, "connect", lambda config, say: nullcontext())
     monkeypatch.setattr(runner, "study_problems", lambda *_, **__: [])
     return faked
 

@@ -211,7 +211,8 @@ def test_files_that_are_not_there(tmp_path):
         ("scorer.ensemble=['']", "override scorer.ensemble=['']: scorer.ensemble is [\"\"]; expected a list, each item text that is not empty"),
         (
             "ray.address=nonsense",
-            "override ray.address=nonsense: ray.address: 'nonsense' is not the address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto",
+            "override ray.address=nonsense: ray.address: 'nonsense' is not the address of a Ray cluster; "
+            "expected HOST:PORT, ray://HOST:PORT, auto or local",
         ),
         ("seed=[", "override seed=[: not valid YAML at line 1: expected the node content, but found '<stream end>'"),
         ("train.steps=3", "override train.steps=3: train is 'long'; expected a mapping of settings"),

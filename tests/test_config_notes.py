@@ -201,6 +201,12 @@ def test_a_local_cluster_that_is_too_small_is_refused_before_anything_is_loaded(
     assert cli.main([*argv, "ray.num_cpus=1", "ray.address=h:1", "--dry-run"]) == (2 if command == ["eval"] else 0)
 
 
+@pytest.mark.parametrize(("address", "status"), [("h:1", 0), ("auto", 0), ("local", 2), ("", 2)])
+def test_the_size_of_a_local_cluster_says_nothing_of_another(monkeypatch, address, status):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cli.main(["train", LOCAL_CPU, "ray.num_cpus=1", "--dry-run"]) == status
+
+
 def test_what_a_cluster_needs_is_counted_by_role(capsys):
     assert cli.main(["train", LOCAL_CPU, "ray.num_gpus=1", "policy.gpus_per_actor=2", "--dry-run"]) == 2
     assert capsys.readouterr().err == (

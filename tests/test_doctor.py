@@ -165,8 +165,31 @@ def test_report_counts_and_returns_the_exit_status():
     assert doctor.print_report([sound, warning], lines.append) == 0
     assert doctor.print_report([sound, Check("vLLM", "fail", "crashed", "repair it")], lines.append) == 2
     text = "\n".join(lines)
-    assert "FAIL  vLLM    crashed" in text and "-> repair it" in text and "1 failed, 0 with a warning, 1 ok" in text
+    assert "FAIL  vLLM               crashed" in text and "-> repair it" in text and "1 failed, 0 with a warning, 1 ok" in text
     assert "use 3.11" not in text  # advice is for what is not well
+
+
+def test_a_line_comes_as_soon_as_its_check_is_done(fake_libraries, tmp_path):
+    flag = tmp_path / "go"
+    wait = f"import os, time\nfor _ in range(600):\n    os.path.exists('{flag}') or time.sleep(0.05)\n"
+    fake_libraries("transformers.py", wait + SOUND_MODULES["transformers.py"])
+    checks = doctor.run_checks()
+    before = [next(checks).name for _ in range(13)]
+    flag.touch()
+    after = [check.name for check in checks]
+    assert {"Python", "memory", "Ray's folder", "PyTorch", "GPUs", "vLLM", "Ray", "DeepSpeed"} <= set(before) and after == ["transformers"]
+
+
+@pytest.mark.parametrize("variable", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_temporary_folder_too_long_for_rays_sockets(monkeypatch, variable):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    socket = f"/ray/session_2026-01-02_03-04-05_678901_{os.getpid()}/sockets/plasma_store"
+    for extra, status in ((0, "ok"), (1, "fail")):
+        folder = "/" + "t" * (107 - len(socket) - 1 + extra)
+        monkeypatch.setenv(variable, folder)
+        check = doctor.check_ray_folder(doctor.ray_temporary_folder())
+        assert check.status == status and "RAY_TMPDIR" in check.advice
+        assert check.found == f"{folder} has {len(folder)} bytes, Ray's sockets allow {107 - len(socket)}"
 
 
 def test_doctor_itself_needs_only_the_standard_library():

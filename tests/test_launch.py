@@ -6,7 +6,9 @@ Nothing is installed here: the programs that the scripts call are stand-ins that
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -197,15 +199,22 @@ def test_leftovers_of_an_interrupted_install_are_removed(state):
 
 
 class Head:
-    """A stand-in for the dashboard of a Ray head: it wants `token`, or none, or answers with a status of its own."""
+    """A stand-in for the dashboard of a Ray head: it wants `token`, or none, or answers with a status of its own.
 
-    def __init__(self, token: str | None = None, status: int | None = None) -> None:
+    It knows any job, in a state and with the exit status of its driver. With a state of None it is gone after its first answer.
+    """
+
+    def __init__(self, token: str | None = None, status: int | None = None, state: str | None = "SUCCEEDED", code: int | None = 0) -> None:
         head = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response(head.answer(self.headers.get("Authorization"), token, status))
                 self.end_headers()
+                if not self.path.endswith("/jobs/"):
+                    self.wfile.write(json.dumps({"status": state, "driver_exit_code": code}).encode())
+                if state is None:
+                    head.server.socket.close()
 
             def log_message(self, *_) -> None:
                 """Nothing: the tests read what the script prints."""
@@ -275,7 +284,7 @@ def test_submit_to_a_head_without_authentication(submit, tmp_path):
     done = submit("config.yaml", "name=two words", RAY_API_SERVER_ADDRESS=head.address)
     call, target = done.stdout.splitlines()
     assert done.returncode == 0 and target == f"to {head.address} mode unset"
-    assert call.startswith("<job> <submit> <--> <bash> <-c> ")
+    assert re.match(r"<job> <submit> <--submission-id> <dvpo-[-0-9]+> <--> <bash> <-c> ", call)
     assert call.endswith(f"<{tmp_path}/a folder> <{tmp_path}/venv/bin> <config.yaml> <name=two words> ")
 
 
@@ -296,6 +305,37 @@ def test_the_submitted_command_runs_dvpo_train_where_it_was_submitted(submit, tm
     executable(tmp_path / "venv" / "bin" / "dvpo", '[[ $* == *--dry-run ]] || { pwd; printf "<%s>" dvpo "$@"; }')
     done = submit("config.yaml", "name=two words", "--resume", RAY_API_SERVER_ADDRESS=Head().address)
     assert done.stdout.splitlines() == [str(tmp_path / "a folder"), "<dvpo><train><config.yaml><name=two words><--resume>"]
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "status", "said"),
+    [
+        ("SUCCEEDED", 0, 0, ""),
+        ("FAILED", 2, 2, ""),
+        ("FAILED", -9, 137, ""),
+        ("FAILED", None, 1, ""),
+        ("STOPPED", None, 143, ""),
+        ("RUNNING", None, 2, "the output ended, but the job goes on; its output: ray job logs dvpo-"),
+    ],
+)
+def test_submit_ends_with_the_status_of_the_job(submit, tmp_path, state, code, status, said):
+    executable(tmp_path / "venv" / "bin" / "ray", f"exit {int(state == 'FAILED')}")  # as `ray job submit` ends
+    done = submit("config.yaml", RAY_API_SERVER_ADDRESS=Head(state=state, code=code).address)
+    assert done.returncode == status and said in done.stderr and bool(done.stderr) == bool(said)
+
+
+def test_submit_says_when_the_head_is_gone(submit, tmp_path):
+    executable(tmp_path / "venv" / "bin" / "ray", "exit 1")
+    done = submit("config.yaml", RAY_API_SERVER_ADDRESS=Head(state=None).address)
+    assert done.returncode == 2 and "does not answer any more" in done.stderr and is_one_line(done.stderr)
+
+
+def test_the_dry_run_of_submit_leaves_the_size_of_the_cluster_to_the_cluster(submit, tmp_path):
+    (tmp_path / "venv" / "bin" / "dvpo").unlink()
+    (tmp_path / "venv" / "bin" / "dvpo").symlink_to(Path(sys.executable).with_name("dvpo"))
+    config = ROOT / "cluster_configs" / "stories-cpu.yaml"
+    done = submit(str(config), "ray.num_cpus=1", PYTHONPATH=str(ROOT), RAY_API_SERVER_ADDRESS=Head().address)
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- slurm

@@ -260,6 +260,37 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert mlflow.configs == [{"seed": 1}]
 
 
+class FakeGauge:
+    """A gauge of Ray, which refuses tags that it does not know, and keeps its last values by name and tags."""
+
+    values: dict = {}
+
+    def __init__(self, name, description, tag_keys):
+        assert re.fullmatch(r"[a-zA-Z_]\w*", name) and description
+        self.name, self.tag_keys = name, tag_keys
+
+    def set(self, value, tags):
+        assert set(tags) == set(self.tag_keys)
+        self.values[self.name, *tags.values()] = value
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_process_in_ray_gives_its_metrics_to_ray(tmp_path, monkeypatch, joined):
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: joined))
+    monkeypatch.setitem(sys.modules, "ray.util.metrics", types.SimpleNamespace(Gauge=FakeGauge))
+    monkeypatch.setattr(FakeGauge, "values", {})
+    with MetricsLog(tmp_path, config={"name": "night"}) as log:
+        log.write(1, {"policy/loss": 0.5, "memory/learner_gib": 2.0, "memory/reward_model_gib": 3.0, "value/mean": math.inf})
+        log.write(2, {"policy/loss": 0.25})
+    wanted = {
+        ("dvpo_step", "night"): 2,
+        ("dvpo_policy_loss", "night"): 0.25,
+        ("dvpo_memory_gib", "night", "learner"): 2,
+        ("dvpo_memory_gib", "night", "reward_model"): 3,
+    }
+    assert FakeGauge.values == (wanted if joined else {})
+
+
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, tracker):
     monkeypatch.setitem(sys.modules, tracker, None)

@@ -54,7 +54,7 @@ def bench_ledger(
         return profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, after_step, partial(_memory_by_role, memory[algorithm]))
 
     contestants = {algorithm: partial(profile, algorithm) for algorithm in algorithms}
-    with RunConsole() as console, connect(config.ray):
+    with RunConsole() as console, connect(config.ray, console.say):
         profiles = take_rounds(contestants, console, run_folder.resolve(), rounds, repeats + 1)
         measured = {
             algorithm: algorithm_results(

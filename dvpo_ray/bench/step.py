@@ -40,7 +40,7 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
     bench = Bench(alone, inputs, str(run_folder), rows, plan.samples_per_worker, repeats)
     stages = (("rollout", compare_rollout, 1), ("scorer and reference", compare_frozen, 2), ("learner", compare_learner, 1))
     comparisons: list[dict] = []
-    with RunConsole() as console, connect(config.ray):
+    with RunConsole() as console, connect(config.ray, console.say):
         for name, compare, count in stages:
             with console.stage(name, count * (repeats + 1), unit="rounds") as progress:
                 bench.after_round = progress.advance

@@ -62,7 +62,7 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
     request = trl_request(config, inputs["dvpo"].prompts, repeats)
 
     def profile(algorithm: str, folder: Path, after_step: Callable[[], None]) -> StepProfile:
-        with connect(config.ray):  # for as long as this lasts: TRL has the machine to itself
+        with connect(config.ray, console.say):  # for as long as this lasts: TRL has the machine to itself
             return profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, after_step)
 
     contestants = {algorithm: partial(profile, algorithm) for algorithm in ALGORITHMS} | {"trl": partial(run_trl, request, trl_python)}

@@ -478,7 +478,9 @@ class HealthConfig(Section):
 class RayConfig(Section):
     """The Ray cluster that the run joins, or the local one that it starts."""
 
-    address: str | None = Field(None, description="Address of a running cluster; not set: join the one of this job, else start a local one.")
+    address: str | None = Field(
+        None, description="Address of a running cluster; not set: RAY_ADDRESS, which a Ray job has. Neither, or `local`: start Ray on this machine."
+    )
     num_cpus: Count | None = Field(None, description="CPUs of the local cluster.")
     num_gpus: CountOrZero | None = Field(None, description="GPUs of the local cluster.")
     object_store_gib: Positive | None = Field(None, description="Object store of the local cluster.")
@@ -492,7 +494,7 @@ class RayConfig(Section):
     @classmethod
     def _is_an_address(cls, address: str | None) -> str | None:
         if address is not None and not _RAY_ADDRESS.fullmatch(address):
-            raise ValueError(f"'{address}' is not the address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto")
+            raise ValueError(f"'{address}' is not the address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT, auto or local")
         return address
 
 

@@ -147,7 +147,7 @@ def _do(runs: Sequence[Run], config: Config) -> None:
     """Do the runs that are not finished, on one Ray session."""
     from dvpo_ray.runtime.cluster import connect
 
-    with connect(config.ray), RunConsole() as console:
+    with RunConsole() as console, connect(config.ray, console.say):
         for number, run in enumerate(runs, start=1):
             if not run.is_finished:
                 console.say(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")

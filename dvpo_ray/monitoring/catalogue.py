@@ -18,8 +18,8 @@ _HEAD = """\
 <!-- Generated: python -m dvpo_ray.monitoring.catalogue > docs/metrics.md -->
 
 `metrics.jsonl` in the run folder has one object per step: `step`, `time` (Unix seconds) and these metrics. A value that
-is not finite is `null`. TensorBoard, Weights & Biases and MLflow get the same names (`train.trackers`), and
-`report.html` draws them.
+is not finite is `null`. TensorBoard, Weights & Biases and MLflow get the same names (`train.trackers`), Ray's Prometheus
+endpoints have them as gauges ([installing](install.md#metrics-in-prometheus-and-grafana)), and `report.html` draws them.
 
 ⚠ marks a bound: if the mean over the last steps is out of bounds, the report says so.
 """

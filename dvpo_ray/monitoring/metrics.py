@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object per step in metrics.jsonl, and the same in the config's trackers."""
+"""The metrics of a run: one JSON object per step in metrics.jsonl, and the same in the config's trackers and in Ray's metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.files import clear_when_full, whole_file
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.run_files import check_step, read_json_lines
-from dvpo_ray.monitoring.trackers import TRACKERS
+from dvpo_ray.monitoring.trackers import TRACKERS, RayTracker, is_in_ray
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class MetricsLog:
             _drop_after(path, resume_step)
         elif path.exists() and path.stat().st_size > 0:
             raise InputError(f"{path} holds the metrics of an earlier run; resume that run, or choose another --out")
-        self._trackers = [TRACKERS[name](folder, config or {}, resume_step) for name in trackers]
+        kinds = [*(TRACKERS[name] for name in trackers), *([RayTracker] if is_in_ray() else [])]
+        self._trackers = [kind(folder, config or {}, resume_step) for kind in kinds]
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__()
 

@@ -1,18 +1,21 @@
-"""TensorBoard, Weights & Biases and MLflow behind one interface: `log` the finite metrics of a step, and `close`.
+"""TensorBoard, Weights & Biases, MLflow and Ray's metrics behind one interface: `log` the finite metrics of a step, and `close`.
 
-Each library is imported only if the config names its tracker.
+The library of a tracker that the config names is imported only then. Ray's metrics are for every run in a process that has joined Ray.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import whole_file
+from dvpo_ray.monitoring.catalogue import find_metric
 
 
 class TensorBoardTracker:
@@ -67,6 +70,38 @@ class MlflowTracker:
 
     def close(self) -> None:
         self._mlflow.end_run()
+
+
+class RayTracker:
+    """Gauges of Ray: Ray's Prometheus endpoints, its dashboard and Grafana show the last step of a run that goes on.
+
+    `group/name` is `ray_dvpo_group_name` there, with the label `run`, the config's name. A metric of a role has the role as a label
+    and not in its name: `memory/learner_gib` is `ray_dvpo_memory_gib{role="learner"}`.
+    """
+
+    def __init__(self, run_folder: Path, config: dict[str, Any], resume_step: int | None) -> None:
+        self._gauge = importlib.import_module("ray.util.metrics").Gauge
+        self._run = {"run": str(config.get("name", run_folder.name))}
+        self._gauges: dict[str, Any] = {}
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in {"step": float(step), **metrics}.items():
+            metric = find_metric(name)
+            before, _, after = metric.name.partition("<role>") if metric else (name, "", "")
+            role = {"role": name[len(before) : len(name) - len(after)]} if after else {}
+            tags = self._run | role
+            gauge = "dvpo_" + re.sub(r"\W", "_", before + after.removeprefix("_"))
+            if gauge not in self._gauges:
+                self._gauges[gauge] = self._gauge(gauge, description=metric.meaning if metric else "Steps that are done.", tag_keys=tuple(tags))
+            self._gauges[gauge].set(value, tags=tags)
+
+    def close(self) -> None:
+        """Nothing: Ray forgets the gauges when the process leaves it."""
+
+
+def is_in_ray() -> bool:
+    """Whether this process has joined Ray."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "mlflow": MlflowTracker}

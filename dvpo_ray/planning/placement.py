@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dvpo_ray.config.algorithms import ALGORITHMS, ROLE_SECTIONS
-from dvpo_ray.config.schema import Config, PreferenceTraining, RoleConfig
+from dvpo_ray.config.schema import Config, PreferenceTraining, RayConfig, RoleConfig
 from dvpo_ray.errors import InputError
 
 
@@ -66,13 +66,19 @@ def choose_transport(config: Config) -> str:
     return "ipc" if max(gpus) < 1 else "nccl"
 
 
+def joined_address(settings: RayConfig) -> str | None:
+    """Address of the cluster that a run joins: `ray.address`, else RAY_ADDRESS, which a Ray job has. None when it starts Ray on this machine."""
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    return address if address != "local" else None
+
+
 def check_local_cluster(config: Config, bundles: Iterable[Bundle]) -> None:
     """Refuse actors that don't fit the local cluster of the config. The size of a cluster at an address is known only there.
 
     Raises:
         InputError: `ray.num_cpus` or `ray.num_gpus` is below what the actors reserve together.
     """
-    if config.ray.address is not None or "RAY_ADDRESS" in os.environ or config.ray.autoscaling:
+    if joined_address(config.ray) or config.ray.autoscaling:
         return
     bundles = list(bundles)
     for name, there, wanted in zip(("cpus", "gpus"), (config.ray.num_cpus, config.ray.num_gpus), total_resources(bundles), strict=True):

@@ -67,7 +67,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Path:
         console.header("DVPO quickstart", _facts(config, out))
         if not any(override.startswith("model.path=") for override in overrides):
             config = quickstart_config(overrides, smollm2_checkpoint(say=console.say))
-        with connect(config.ray):
+        with connect(config.ray, console.say):
             gvm = train_value_model(config, config.gvm, out / "gvm", console=console)
             value_model = config.gvm.model_copy(update={"path": str(gvm)})
             train(config.model_copy(update={"gvm": value_model, "out": str(out)}), console=console)

@@ -14,8 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,6 +30,10 @@ MEMORY_GIB, LEAST_MEMORY_GIB = 10.0, 4.0
 OPEN_FILES = 4096
 RAY_DISK_LIMIT = 0.95
 """Ray creates no more objects once the disk of its temporary folder is fuller than this."""
+SOCKET_PATH_BYTES = 107
+"""The longest path of a Unix socket."""
+NAME_WIDTH = 17
+"""Of the column with the names of the checks."""
 
 REPAIR = "run launch/install.sh; it repairs what is broken"
 
@@ -82,39 +87,40 @@ LIBRARIES = (
 )
 
 
-def run_checks() -> list[Check]:
-    """Examine the machine and the Python environment. This takes about as long as importing the libraries."""
+def run_checks() -> Iterator[Check]:
+    """Examine the machine and the Python environment. Each check comes when it is done, those of the libraries last."""
+    yield Check("Python", "ok", f"{platform.python_version()} in {sys.prefix}")
+    yield check_cpus(usable_cores())
+    yield check_memory(available_memory_bytes())
+    yield check_shared_memory(Path("/dev/shm"))
+    yield check_disk("disk, this folder", Path.cwd())
+    yield check_disk("disk, Ray's", ray_temporary_folder())
+    yield check_ray_folder(ray_temporary_folder())
+    yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with ThreadPoolExecutor(max_workers=2) as pool:
-        results = list(pool.map(import_library, LIBRARIES))
-    torch_facts = results[0][1]
-    return [
-        Check("Python", "ok", f"{platform.python_version()} in {sys.prefix}"),
-        *(check for check, _ in results),
-        check_gpus(torch_facts.get("gpus", []), listed_gpus()),
-        check_cpus(usable_cores()),
-        check_memory(available_memory_bytes()),
-        check_shared_memory(Path("/dev/shm")),
-        check_disk("disk, this folder", Path.cwd()),
-        check_disk("disk, Ray's", ray_temporary_folder()),
-        check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
-    ]
+        results = {pool.submit(import_library, library): library for library in LIBRARIES}
+        for done in as_completed(results):
+            check, facts = done.result()
+            yield check
+            if results[done].name == "PyTorch":
+                yield check_gpus(facts.get("gpus", []), listed_gpus())
 
 
-def print_report(checks: Sequence[Check], say: Callable[[str], None] = print) -> int:
-    """Print the checks as a table.
+def print_report(checks: Iterable[Check], say: Callable[[str], None] = print) -> int:
+    """Print the checks as a table, each as it comes.
 
     Returns:
         The exit status: 2 when a check failed, else 0.
     """
-    width = max(len(check.name) for check in checks)
+    counts: Counter[Status] = Counter()
     for check in checks:
+        counts[check.status] += 1
         mark = check.status if check.status == "ok" else check.status.upper()
-        say(f"{mark:<5} {check.name:<{width}}  {check.found}")
+        say(f"{mark:<5} {check.name:<{NAME_WIDTH}}  {check.found}")
         if check.status != "ok":
-            say(f"{'':<5} {'':<{width}}  -> {check.advice}")
-    failed, warned = (sum(check.status == status for check in checks) for status in ("fail", "warn"))
-    say(f"\n{failed} failed, {warned} with a warning, {len(checks) - failed - warned} ok")
-    return 2 if failed else 0
+            say(f"{'':<5} {'':<{NAME_WIDTH}}  -> {check.advice}")
+    say(f"\n{counts['fail']} failed, {counts['warn']} with a warning, {counts['ok']} ok")
+    return 2 if counts["fail"] else 0
 
 
 def import_library(library: Library, timeout_seconds: float = IMPORT_TIMEOUT_SECONDS) -> tuple[Check, dict]:
@@ -232,8 +238,16 @@ def check_shared_memory(folder: Path) -> Check:
 
 
 def ray_temporary_folder() -> Path:
-    """The folder in which Ray keeps its sessions, logs and spilled objects."""
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
+    """The folder in which Ray keeps its sessions, sockets, logs and spilled objects."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+
+
+def check_ray_folder(folder: Path) -> Check:
+    """The length of Ray's temporary folder: its name stands before the names of Ray's sockets."""
+    session = f"/ray/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    limit, length = SOCKET_PATH_BYTES - len(session), len(os.fsencode(folder))
+    found = f"{folder} has {length} bytes, Ray's sockets allow {limit}"
+    return Check("Ray's folder", "ok" if length <= limit else "fail", found, "set RAY_TMPDIR to a folder with a shorter name, such as /tmp")
 
 
 def check_disk(name: str, folder: Path) -> Check:

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dvpo_ray.config.schema import Config
+from dvpo_ray.planning.placement import joined_address
 from dvpo_ray.runtime import fork_client
 
 COMMON = (
@@ -53,8 +54,7 @@ _in_use = False
 def prepare(config: Config) -> None:
     """Start the server of this process, unless it is there or the run joins a cluster. It loads its libraries while this process goes on."""
     global _server
-    joins = config.ray.address or os.environ.get("RAY_ADDRESS")
-    if joins or _server is not None or not sys.platform.startswith("linux") or Path("/dev/nvidiactl").exists():
+    if joined_address(config.ray) or _server is not None or not sys.platform.startswith("linux") or Path("/dev/nvidiactl").exists():
         return
     vllm = config.rollout.backend == "vllm"
     folder = Path(tempfile.mkdtemp(prefix="dvpo-", dir="/tmp"))  # sockets need short paths

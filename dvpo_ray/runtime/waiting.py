@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,14 +16,17 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
-from dvpo_ray.errors import InputError, ResourceError, RoleDied
+from dvpo_ray.errors import HeadGone, InputError, ResourceError, RoleDied
 from dvpo_ray.monitoring.console import duration
 
 PERIOD_SECONDS = 30.0
 """A wait that lasts says so again and again after this time."""
+HEAD_PERIOD_SECONDS = 5.0
+"""How often a wait looks whether Ray's head is still there. Ray itself ends the process, without a word to it, after a minute without a head."""
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Say a line where no console is open. Standard output is for results."""
     print(text, file=sys.stderr)
 
 
@@ -32,11 +36,13 @@ class Patience:
 
     Attributes:
         seconds: the limit of a wait that has none of its own.
+        head: host and port of Ray's head; without it nobody looks for the head.
         say: tells the user of a wait that lasts.
     """
 
     seconds: float = float("inf")
-    say: Callable[[str], None] = _tell
+    head: str = ""
+    say: Callable[[str], None] = tell
 
 
 _patience = Patience()
@@ -85,6 +91,7 @@ def get(refs, *, what: str, timeout_seconds: float | None = None):
         except GetTimeoutError:
             continue
         except RayError as error:
+            check_head(what)  # with the head, the actors on its node die
             raise _in_one_line(error, what) from None
     raise AssertionError("unreachable")
 
@@ -126,16 +133,41 @@ def _slices(refs: list[ObjectRef], what: str, limit: float | None = None) -> Ite
     """Seconds of the next part of a wait. Between the parts the user is told.
 
     Raises:
+        HeadGone: Ray's head is gone.
         ResourceError: the time limit has passed.
     """
     key = "" if limit is not None else " (ray.wait_timeout_seconds)"
     limit = _patience.seconds if limit is None else limit
-    started = time.monotonic()
-    while (passed := time.monotonic() - started) < limit:
-        if passed > 0.9 * PERIOD_SECONDS:
+    started = told = time.monotonic()
+    while (passed := (now := time.monotonic()) - started) < limit:
+        if passed > 0.9 * HEAD_PERIOD_SECONDS:
+            check_head(what)
+        if now - told > 0.9 * PERIOD_SECONDS:
+            told = now
             _patience.say(f"still waiting for {what}{_of(refs)} after {duration(passed)}")
-        yield min(PERIOD_SECONDS, limit - passed)
+        yield min(HEAD_PERIOD_SECONDS, PERIOD_SECONDS, limit - passed)
     raise ResourceError(f"{what} did not finish within {limit:g} seconds{key}{_of(refs)}")
+
+
+def check_head(what: str) -> None:
+    """Look whether Ray's head is still there.
+
+    Args:
+        what: the work that is waited for, for the message.
+
+    Raises:
+        HeadGone: nothing has answered at its address for some seconds.
+    """
+    if not _patience.head:
+        return
+    host, _, port = _patience.head.rpartition(":")
+    for pause in (1.0, 2.0, 0.0):
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError:
+            time.sleep(pause)
+    raise HeadGone(f"Ray's head at {_patience.head} was gone during {what}: its processes have ended, or the network to it is down")
 
 
 def _of(refs: list[ObjectRef]) -> str:

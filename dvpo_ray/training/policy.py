@@ -46,7 +46,7 @@ def train(config: Config, resume: bool = False, console: RunConsole | None = Non
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     with (
         run.started(config.algorithm.upper(), state.header(), inputs.notes, state.summary, console) as console,
-        connect(config.ray),
+        connect(config.ray, console.say),
         ExitStack() as actors,
     ):
         with console.stage("start of the actors"):

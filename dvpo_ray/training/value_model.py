@@ -59,7 +59,7 @@ def train_value_model(
     training.check_checkpoint(run.open_checkpoint())
     with (
         run.started(training.title, training.header(), data.notes, lambda: training.summary, console) as run_console,
-        connect(config.ray),
+        connect(config.ray, run_console.say),
         training.started_trainers(room) as trainers,
     ):
         return training.train(trainers, run_console)
