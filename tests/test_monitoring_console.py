@@ -3,14 +3,19 @@
 import io
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 import textwrap
+import time
+from contextlib import contextmanager
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
-from dvpo_ray.monitoring.console import PLAIN_PERIOD_SECONDS, RunConsole, duration, key_metrics
+from dvpo_ray.monitoring.console import PLAIN_PERIOD_SECONDS, RunConsole, Shell, duration, key_metrics
 
 METRICS = {"reward/gold_mean": 0.6123, "kl/reference_mean": 4.2, "value/terminal_mean": 0.331, "time/step_seconds": 8.11, "policy/loss": 0.1}
 
@@ -33,9 +38,9 @@ def plain(clock) -> tuple[RunConsole, io.StringIO]:
     return RunConsole(Console(file=out, force_terminal=False, width=60), clock), out
 
 
-def live() -> tuple[RunConsole, io.StringIO]:
+def live(width: int = 80) -> tuple[RunConsole, io.StringIO]:
     out = io.StringIO()
-    return RunConsole(Console(file=out, force_terminal=True, width=80, highlight=False, color_system=None)), out
+    return RunConsole(Console(file=out, force_terminal=True, width=width, highlight=False, color_system=None)), out
 
 
 def test_key_metrics():
@@ -99,6 +104,118 @@ def test_a_stage_without_items_says_no_number(plain, clock):
     assert "start of the actors  in 0 s" in out.getvalue()
 
 
+def test_a_silent_stage_is_said_with_its_seconds_ever_more_seldom(plain, clock):
+    console, out = plain
+    with console, console.stage("start of the actors") as stage:
+        for clock.now in range(1, 61):
+            stage.tick()
+    assert [line.rpartition(" · ")[2] for line in out.getvalue().splitlines()[1:-1]] == ["8 s so far", "24 s so far", "56 s so far"]
+
+
+def test_a_silent_console_ticks_by_itself(monkeypatch):
+    monkeypatch.setattr("dvpo_ray.monitoring.console.SILENCE_SECONDS", 0.5)
+    out = io.StringIO()
+    with RunConsole(Console(file=out, force_terminal=False)) as console, console.stage("start of Ray"):
+        deadline = time.monotonic() + 30
+        while "so far" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert "start of Ray · 1 s so far\n" in out.getvalue()
+
+
+def test_only_the_innermost_stage_is_said(plain, clock):
+    console, out = plain
+    with console, console.stage("policy optimisation", 4, unit="steps") as outer:
+        with console.stage("saving a checkpoint", quiet=True) as inner:
+            clock.now = 7.0
+            inner.tick()
+        outer.tick()
+        clock.now = 14.0
+        outer.tick()
+    assert out.getvalue().splitlines()[:3] == [
+        "policy optimisation: 0/4 steps",
+        "saving a checkpoint · 7 s so far",
+        "saving a checkpoint · done in 7 s",
+    ]
+    assert "14 s so far" not in out.getvalue()  # the stage within it was heard of 7 seconds ago
+
+
+def test_a_quiet_stage_that_is_short_leaves_no_line(plain, clock):
+    console, out = plain
+    with console, console.stage("saving a checkpoint", quiet=True):
+        clock.now = 4.0
+    assert out.getvalue() == ""
+    console, out = live()
+    with console, console.stage("saving a checkpoint", quiet=True):
+        pass
+    assert "✓" not in out.getvalue()
+
+
+def test_the_start_of_a_context_is_a_stage(plain, clock):
+    @contextmanager
+    def slow():
+        clock.now += 9
+        yield "ready"
+        clock.now += 100
+
+    console, out = plain
+    with console, console.entering("start of Ray", slow()) as value:
+        assert value == "ready"
+    assert out.getvalue().splitlines() == ["start of Ray: starts", "start of Ray · done in 9 s"]
+
+
+def test_the_start_of_actors_says_each_change_once(plain, clock):
+    console, out = plain
+    with console:
+        console.starting({"rollout-0": "importing", "learner-0": "importing"})
+        clock.now = 9.0
+        console.starting({"rollout-0": "importing", "learner-0": "importing"})
+        console.starting({"rollout-0": "loading", "learner-0": "importing"})
+        clock.now = 12.0
+        console.starting({"rollout-0": "ready", "learner-0": "ready"})
+        clock.now = 500.0  # another run in the same console
+        console.starting({"rollout-0": "importing"})
+    assert out.getvalue().splitlines() == [
+        "rollout-0, learner-0: importing",
+        "rollout-0: loading after 9 s",
+        "rollout-0, learner-0: ready after 12 s",
+        "rollout-0: importing",
+    ]
+
+
+def test_a_shell_line_is_broken_so_that_it_can_be_pasted(plain):
+    words = ["dvpo", "eval", "runs/policy/config.yaml", "--policy", "runs/a policy/final", f"data.prompts.path={'x' * 50}"]
+    line = Shell(shlex.join(words))
+    console, out = live(40)
+    console.say(line)
+    lines = out.getvalue().splitlines()
+    assert len(lines) > 2 and all(len(line) <= 40 for line in lines if "xxx" not in line)
+    pasted = subprocess.run(["bash", "-c", f"printf '%s\\n' {out.getvalue()}"], capture_output=True, text=True, check=True)
+    assert pasted.stdout.splitlines() == words
+    console, out = plain
+    console.say(line)
+    assert out.getvalue() == line + "\n"
+
+
+@pytest.mark.parametrize("width", [40, 64, 80])
+def test_no_line_is_longer_than_the_terminal(width):
+    console, out = live(width)
+    with console:
+        console.header("Global Value Model", {"model": "/data/models/SmolLM2-135M-Instruct", "pairs": "12000 for training, 844 held out"})
+        console.warn("held-out accuracy 0.55 by mean value is under 0.60; give more pairs: /data/preferences/ultrafeedback/pairs.jsonl")
+        console.starting({f"rollout-{i}": "importing" for i in range(8)})
+        with console.stage("evaluation at step 1000", 512, unit="held-out prompts") as stage:
+            stage.advance(512, "kl 12.345 · gold 0.123")
+        with console.stage("policy optimisation", 100, unit="steps") as stage:
+            stage.step(1, METRICS)
+            console.bars.refresh()
+        with console.stage("start of the actors"):
+            console.bars.refresh()
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split("[\r\n]", out.getvalue())]
+    assert max(map(cell_len, lines)) <= width
+    shown = " ".join(line.strip() for line in lines)
+    assert re.search(r"evaluation at step 1000\S* .*0/512 .*0:00:00", shown) and "1/100" in shown
+
+
 def test_a_failed_stage_does_not_say_done(plain):
     console, out = plain
     with pytest.raises(RuntimeError), console, console.stage("evaluation", 2):
@@ -134,7 +251,7 @@ def test_live_bars_show_the_key_metrics():
     text = out.getvalue()
     assert "SmolLM2" in text and "[not markup]" in text
     assert "policy optimisation" in text and "0/2 steps" in text
-    assert f"✓ policy optimisation  2 steps in 0 s · {key_metrics(METRICS)}" in text
+    assert f"✓ policy optimisation  2 steps in 0 s · {key_metrics(METRICS)}" in text.replace(" \n", " ")
 
 
 def test_a_live_bar_and_its_details_fit_80_columns():

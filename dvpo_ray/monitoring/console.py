@@ -1,21 +1,35 @@
 """What the user sees while a run goes on: a header, one bar per stage, and notes. Everything else goes to files.
 
-On a terminal the bars are live (rich). Elsewhere, as in CI logs, each stage prints a plain line from time to time.
+On a terminal the bars are live (rich), and no line is longer than the terminal is wide. Elsewhere, as in CI logs, each stage prints a
+plain line from time to time, also while nothing advances.
 """
 
 from __future__ import annotations
 
+import shlex
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import TypeVar
 
 from rich.console import Console, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+T = TypeVar("T")
+
 PLAIN_PERIOD_SECONDS = 15.0
+SILENCE_SECONDS = 8.0
+"""After so long without a line, a plain console says what goes on; then after twice as long, up to `LONGEST_SILENCE_SECONDS`."""
+LONGEST_SILENCE_SECONDS = 60.0
+QUIET_SECONDS = 5.0
+"""A quiet stage that takes less leaves no line."""
+READY = "ready"
+NARROW = 64
+"""Columns under which a bar shows its name, two numbers and the time only."""
 
 _KEY_METRICS = {
     "reward/gold_mean": "gold {:.3f}",
@@ -40,18 +54,51 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+class Shell(str):
+    """A shell line. Where the terminal is too narrow for it, it is broken in such a way that it can be pasted."""
+
+    def broken(self, width: int) -> str:
+        lines = [""]
+        for word in map(shlex.quote, shlex.split(self)):
+            if lines[-1].strip() and len(lines[-1]) + len(word) + 3 > width:
+                lines[-1] += " \\"
+                lines.append("    ")
+            lines[-1] += f" {word}" if lines[-1].strip() else word
+        return "\n".join(lines)
+
+
 def _joined(*parts: str) -> str:
     return " · ".join(filter(None, parts))
 
 
 class _LiveBars(Progress):
-    """Bars with their details on a line below, so that both fit a terminal of 80 columns."""
+    """Bars with their details on a line below, so that both fit a terminal of 40 columns."""
+
+    def __init__(self, console: Console) -> None:
+        self.narrow = console.width < NARROW
+        name, count, elapsed = TextColumn("{task.description}"), TextColumn("{task.fields[count]}"), TimeElapsedColumn()
+        columns = (name, count, elapsed) if self.narrow else (name, BarColumn(bar_width=20), count, elapsed, _TimeLeft())
+        super().__init__(*columns, console=console)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:
             yield self.make_tasks_table([task])
             if task.fields["details"]:
                 yield Text(f"  {task.fields['details']}", style="cyan", no_wrap=True, overflow="ellipsis")
+
+
+class _TimeLeft(ProgressColumn):
+    """The remaining time, where it is known."""
+
+    max_refresh = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._remaining = TimeRemainingColumn()
+
+    def render(self, task: Task) -> Text:
+        known = task.total is not None and task.time_remaining is not None
+        return Text.assemble("left ", self._remaining.render(task)) if known else Text()
 
 
 class Stage:
@@ -61,14 +108,15 @@ class Stage:
     `PLAIN_PERIOD_SECONDS` between.
     """
 
-    def __init__(self, console: RunConsole, name: str, total: int | None, done: int, unit: str) -> None:
+    def __init__(self, console: RunConsole, name: str, total: int | None, done: int, unit: str, quiet: bool) -> None:
         self._console, self._bars, self._clock = console, console.bars, console.clock
-        self._name, self._total, self._done, self._unit = name, total, done, unit
+        self._name, self._total, self._done, self._unit, self._quiet = name, total, done, unit, quiet
         self._done_before, self._details = done, ""
         self._started = self._spoke = self._clock()
+        self._patience = QUIET_SECONDS if quiet else SILENCE_SECONDS
         if self._bars is not None:
-            self._task = self._bars.add_task(name, total=total, completed=done, unit=unit, details="")
-        else:
+            self._task = self._bars.add_task(name, total=total, completed=done, count=self._count(), details="")
+        elif not quiet:
             self._console.say(f"{name}: starts" if total is None else self._progress())
 
     def advance(self, count: int = 1, details: str = "") -> None:
@@ -84,33 +132,49 @@ class Stage:
     def _show(self, details: str) -> None:
         self._details, now = details, self._clock()
         if self._bars is not None:
-            self._bars.update(self._task, completed=self._done, details=details)
+            self._bars.update(self._task, completed=self._done, count=self._count(), details=details)
         elif now - self._spoke >= PLAIN_PERIOD_SECONDS and self._done != self._total:
-            self._spoke = now
+            self.heard(now)
             self._console.say(_joined(self._progress(), details, self._remaining(now)))
 
+    def heard(self, now: float) -> None:
+        """The user has just seen a line of this stage, or of what it does."""
+        self._spoke, self._patience = now, SILENCE_SECONDS
+
+    def tick(self) -> None:
+        """Say that the stage goes on, if nothing has been said for long."""
+        now = self._clock()
+        if self._bars is None and now - self._spoke >= self._patience:
+            self._console.say(_joined(self._progress(), f"{duration(now - self._started)} so far"))
+            self._spoke, self._patience = now, min(2 * max(self._patience, SILENCE_SECONDS), LONGEST_SILENCE_SECONDS)
+
     def finish(self) -> None:
-        """Leave a line that stays."""
-        took = duration(self._clock() - self._started)
+        """Leave a line that stays, unless it is a quiet stage that was short."""
+        seconds = self._clock() - self._started
+        silent = self._quiet and seconds < QUIET_SECONDS
         if self._bars is None:
-            self._console.say(_joined(self._progress(), self._details, f"done in {took}"))
+            if not silent:
+                self._console.say(_joined(self._progress(), self._details, f"done in {duration(seconds)}"))
             return
         self._bars.remove_task(self._task)
         self._bars.refresh()  # otherwise the removed bar stays below the line
-        counted = f"{self._done} {self._unit} " if self._counts else ""
-        text = _joined(f"{counted}in {took}", self._details)
-        self._bars.console.print(Text.assemble(("✓ ", "green"), (self._name, "bold"), f"  {text}"), soft_wrap=True)
+        if not silent:
+            text = _joined(f"{self._done} {self._unit} in {duration(seconds)}" if self._counts else f"in {duration(seconds)}", self._details)
+            self._bars.console.print(Text.assemble(("✓ ", "green"), (self._name, "bold"), f"  {text}"))
 
     @property
     def _counts(self) -> bool:
         """False for a stage that has no items."""
         return self._total is not None or self._done > 0
 
-    def _progress(self) -> str:
+    def _count(self) -> str:
         if not self._counts:
-            return self._name
+            return ""
         count = self._done if self._total is None else f"{self._done}/{self._total}"
-        return f"{self._name}: {count} {self._unit}".rstrip()
+        return f"{count}" if self._bars is not None and self._bars.narrow else f"{count} {self._unit}".rstrip()
+
+    def _progress(self) -> str:
+        return f"{self._name}: {self._count()}" if self._counts else self._name
 
     def _remaining(self, now: float) -> str:
         done = self._done - self._done_before
@@ -143,26 +207,31 @@ class RunConsole:
         self._console = console or PipedConsole(highlight=False)
         self.clock = clock
         self.bars: _LiveBars | None = None
+        self._stages: list[Stage] = []
+        self._over = threading.Event()
+        self._states: dict[str, str] = {}
+        self._starting_since = 0.0
 
     def __enter__(self) -> RunConsole:
         if self._console.is_terminal:
-            self.bars = _LiveBars(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
+            self.bars = _LiveBars(self._console)
             self.bars.start()
+        else:
+            self._over.clear()
+            threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self._over.set()
         if self.bars is not None:
             self.bars.stop()
             self.bars = None
+
+    def _tick(self) -> None:
+        with suppress(BrokenPipeError):  # the command itself sees that the reader is gone
+            while not self._over.wait(1.0):
+                for stage in self._stages[-1:]:
+                    stage.tick()
 
     def header(self, title: str, facts: Mapping[str, object]) -> None:
         """What runs, and with what."""
@@ -172,21 +241,69 @@ class RunConsole:
                 self.say(f"  {name}: {value}")
             return
         table = Table.grid(padding=(0, 2))
+        table.add_column(overflow="fold")
+        table.add_column(overflow="fold")
         for name, value in facts.items():
             table.add_row(Text(name, style="dim"), Text(str(value)))
         self._console.print(Panel(table, title=Text(title, style="bold"), title_align="left", expand=False))
 
     def say(self, text: str) -> None:
-        """One line for the user."""
-        self._console.print(Text(text), soft_wrap=True)
+        """One line for the user; on a terminal it is wrapped between words."""
+        if isinstance(text, Shell) and self._console.is_terminal:
+            # A word that is longer than a line is left to the terminal, which copies it whole.
+            self._console.print(Text(text.broken(self._console.width)), soft_wrap=True)
+        else:
+            self._print(Text(text))
 
     def warn(self, text: str) -> None:
         """One line that the user should not miss."""
-        self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+        self._print(Text(f"warning: {text}", style="yellow"))
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=not self._console.is_terminal)
+
+    def starting(self, roles: Mapping[str, str]) -> None:
+        """How far the start of the actors is: one line for each state that has changed since the last call.
+
+        Args:
+            roles: by actor, such as `rollout-0`, its state: importing, loading, ready.
+        """
+        now = self.clock()
+        if all(self._states.get(actor, READY) == READY for actor in roles):  # of a run that is over, or not there yet
+            self._starting_since = now
+        changed: dict[str, list[str]] = {}
+        for actor, state in roles.items():
+            if self._states.get(actor) != state:
+                changed.setdefault(state, []).append(actor)
+        self._states.update(roles)
+        seconds = now - self._starting_since
+        for state, actors in changed.items():
+            self.say(f"{', '.join(actors)}: {state}" + (f" after {duration(seconds)}" if seconds >= 1 else ""))
+        if changed:
+            for stage in self._stages[-1:]:
+                stage.heard(now)
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, *, done: int = 0, unit: str = "") -> Iterator[Stage]:
-        """A stage with a bar: `done` of `total` items are done already; a total of None is unknown."""
-        stage = Stage(self, name, total, done, unit)
-        yield stage
+    def stage(self, name: str, total: int | None = None, *, done: int = 0, unit: str = "", quiet: bool = False) -> Iterator[Stage]:
+        """A stage with a bar: `done` of `total` items are done already; a total of None is unknown.
+
+        Args:
+            quiet: a stage of less than `QUIET_SECONDS` leaves no line.
+        """
+        stage = Stage(self, name, total, done, unit, quiet)
+        self._stages.append(stage)
+        try:
+            yield stage
+        finally:
+            self._stages.remove(stage)
+            for outer in self._stages[-1:]:
+                outer.heard(self.clock())
         stage.finish()
+
+    @contextmanager
+    def entering(self, name: str, context: AbstractContextManager[T], *, quiet: bool = False) -> Iterator[T]:
+        """A context whose start is a stage, such as that of Ray."""
+        with ExitStack() as opened:
+            with self.stage(name, quiet=quiet):
+                value = opened.enter_context(context)
+            yield value
