@@ -3,9 +3,12 @@
 import html.parser
 import json
 import math
+import os
 import re
+import socket
 from pathlib import Path
 
+import psutil
 import pytest
 from report_pages import AFTER, BEFORE, HEADLINES, evaluation, finished_run, page, step_metrics, visible, write_rows
 
@@ -132,9 +135,89 @@ def test_a_run_that_failed_early_shows_how_far_it_came(run):
     write_summary(run, {"name": "first", "state": "failed", "error": "weight sync did not finish", "steps": 3})
     text = visible(page(run))
     assert "first failed" in text
-    assert "The run failed. weight sync did not finish" in text
+    assert "The run failed after step 3. weight sync did not finish" in text
     assert "There is no evaluation after training to compare with." in text
     assert "Before (step 0)" in text and "After" not in text
+
+
+HERE = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
+GONE = HERE | {"started": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("summary", "badge", "said"),
+    [
+        (
+            {"state": "failed", "error": "learner-0 died: killed by signal 9", "error_actor": "learner-0", "steps": 3},
+            'bad">failed',
+            "The run failed after step 3 of 20, in learner-0. learner-0 died: killed by signal 9",
+        ),
+        ({"state": "failed", "error": "no GPU", "steps": 0}, 'bad">failed', "The run failed before its first step was done. no GPU"),
+        ({"state": "interrupted", "steps": 3}, 'warn">interrupted', "The run was interrupted after step 3 of 20. Ctrl-C or a signal ended it."),
+        ({"state": "stopped", "steps": 3}, 'warn">stopped', "An alarm stopped the run after step 3 of 20."),
+        ({"state": "running", "process": HERE}, 'warn">running', "The run is going on after step 3 of 20."),
+        ({"state": "running", "process": GONE | {"host": "elsewhere"}}, 'warn">running', "The run is going on after step 3 of 20."),
+        ({"state": "running", "process": GONE}, 'bad">died', f"The run ended without a word after step 3 of 20. Its process {os.getpid()} is gone"),
+        ({"name": "first"}, '">state unknown', "How the run ended is not known after step 3 of 20."),
+    ],
+)
+def test_a_run_that_is_not_finished_says_how_it_stands_and_nothing_is_green(run, summary, badge, said):
+    (run / "config.yaml").write_text("train: {steps: 20}\n")
+    write_rows(run / "evaluation" / "step_000003.jsonl", evaluation(BEFORE))
+    write_summary(run, {"stage": "train", **summary})
+    text = page(run)
+    assert f'class="badge {badge}</span>' in text
+    assert said in visible(text)
+    assert "No metric is out of bounds up to here." in text and not re.search(r'class="[^"]*\bgood"', text)
+
+
+def test_what_continues_a_run_and_the_log_of_its_actor(run):
+    (run / "logs").mkdir()
+    (run / "logs" / "learner-0.log").touch()
+    ended = {"stage": "train", "state": "failed", "error": "it died", "error_actor": "learner-0", "steps": 3}
+    write_summary(run, ended)
+    assert "The log of the actor: logs/learner-0.log There is no checkpoint to continue from." in visible(page(run))
+    (run / "checkpoints" / "step_000002").mkdir(parents=True)
+    goes_on = f"To continue: dvpo train {run}/config.yaml --out {run} --resume"
+    assert f"The log of the actor: logs/learner-0.log {goes_on}" in visible(page(run))
+    write_summary(run, {"stage": "train", "state": "running", "process": GONE})  # a killed run has left no line
+    assert goes_on in visible(page(run))
+    write_summary(run, {"stage": "train", "state": "running", "process": HERE})
+    assert "To continue" not in visible(page(run))
+
+
+def test_command_data_settings_and_uses_are_there(run):
+    (run / "config.yaml").write_text("data: {prompts: {path: p.jsonl}}\npolicy: {learning_rate: 3.0e-05}\nevaluation: {judge: vader}\n")
+    (run / "final").mkdir()
+    write_summary(run, {"stage": "train", "state": "finished", "command": ["dvpo", "train", "c.yaml", "--out", "my run"]})
+    text = visible(page(run))
+    assert "Command dvpo train c.yaml --out 'my run' Data data.prompts.path p.jsonl Main settings policy.learning_rate 3e-05" in text
+    assert f"To judge it on held-out prompts dvpo eval {run}/config.yaml --policy {run}/final To serve it vllm serve {run}/final" in text
+    assert f"AutoModelForCausalLM.from_pretrained('{run}/final')" in text
+    (run / "final").rmdir()
+    assert "Use the result" not in page(run)
+
+
+def test_notes_have_their_own_title(run):
+    write_summary(run, {"state": "finished", "notes": ["kl.coefficient has no effect"]})
+    assert "Notes on data and settings: 1 kl.coefficient has no effect" in visible(page(run))
+
+
+@pytest.mark.parametrize(
+    ("stage", "metrics", "titles"),
+    [
+        ("sft", {"sft/loss": 2.0, "sft/grad_norm": 1.0}, ["SFT loss", "SFT gradient norm"]),
+        ("dpo", {"dpo/loss": 2.0, "dpo/accuracy": 0.6, "dpo/margin": 0.1}, ["DPO loss", "Pairs ordered correctly", "Rewards"]),
+    ],
+)
+def test_a_run_of_a_trainer_shows_its_loss(tmp_path, stage, metrics, titles):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2):
+            log.write(step, metrics | {f"{stage}/loss": 2.0 / step})
+    write_summary(tmp_path, {"stage": stage, "state": "finished", "steps": 2})
+    text = visible(page(tmp_path))
+    assert "Training loss, first and last step 2 → 1" in text and all(title in text for title in titles)
+    assert "Gold score" not in text and "Rollouts" not in text
 
 
 def test_a_run_without_a_judge(run):

@@ -112,7 +112,15 @@ def test_prompts_of_messages_show_their_roles(run):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi <you>"}]
     for step, gold in ((0, 0.1), (3, 0.5)):
         write_rows(run / "evaluation" / f"step_{step:06d}.jsonl", [{"prompt": messages, "response": "Hello", "gold": gold, "kl": 1.0}])
-    assert "system: Be kind.\nuser: Hi &lt;you&gt;" in page(run)
+    text = page(run)
+    assert 'class="turn user"><div class="role">user</div>' in text
+    assert "system Be kind. user Hi <you> Before (step 0)" in visible(text)
+
+
+@pytest.mark.parametrize("prompt", [[{"role": "user"}], [{"role": "user", "content": None}], ["Hi"], 5, None])
+def test_a_prompt_that_is_neither_text_nor_messages_is_named(run, prompt):
+    write_rows(run / "rollouts" / "step_000003.jsonl", [rollout(prompt=prompt)])
+    assert "step_000003.jsonl:1: `prompt` is missing or not a text; the line is left out" in visible(page(run))
 
 
 # ---------------------------------------------------------------------------------------------------- findings
@@ -126,7 +134,7 @@ def run_with(columns: dict[str, list[float]], **summary) -> RunData:
 
 def test_a_healthy_run_has_no_findings(run):
     assert list(findings(load_run(run))) == []
-    assert "No metric is out of bounds." in page(run)
+    assert 'class="notice good">No metric is out of bounds.' in page(run)
 
 
 def test_a_metric_beyond_its_bounds_is_found_with_advice():
@@ -137,6 +145,11 @@ def test_a_metric_beyond_its_bounds_is_found_with_advice():
 
 def test_a_metric_that_was_beyond_its_bounds_long_ago_is_not_found():
     assert list(findings(run_with({"policy/clip_fraction": [0.9] * 5 + [0.1] * 5}))) == []
+
+
+def test_a_response_that_was_cut_off_says_so(run):
+    write_rows(run / "evaluation" / "step_000003.jsonl", [row | {"truncated": i == 2} for i, row in enumerate(evaluation(AFTER))])
+    assert visible(page(run)).count("cut off at the length limit") == 1
 
 
 def test_value_up_while_gold_falls_is_an_alarm():
@@ -159,6 +172,7 @@ def test_alarms_come_first_with_their_advice(run):
     alarm = {"step": 12, "name": "value_bias", "text": "Responses <far> away are overrated.", "advice": "Raise kl.coefficient."}
     write_summary(run, json.loads((run / "summary.json").read_text()) | {"state": "stopped", "alarms": [alarm]})
     text = visible(page(run))
+    assert "An alarm stopped the run after step 3." in text
     assert "Alarms: 1 Step 12, value_bias: Responses <far> away are overrated. Raise kl.coefficient." in text
     assert "stopped" in text
 

@@ -59,3 +59,13 @@ def read_evaluation(run_folder: Path, step: int) -> list[dict]:
 def gold_gain(run_folder: Path, last_step: int) -> dict:
     """The `gold` entry of summary.json: `gain_of` the evaluations at step 0 and at the last step."""
     return gain_of(*([row["gold"] for row in read_evaluation(run_folder, step)] for step in (0, last_step)))
+
+
+def verdict(gold: dict) -> str:
+    """One sentence on what a gain and its interval say."""
+    low, high = gold["gain_ci95"]
+    if low > 0:
+        return "The policy got better on prompts it was never trained on: the interval of the gain is clear of 0."
+    if high < 0:
+        return "The policy got worse: the interval of the gain is below 0."
+    return "No clear change: the interval of the gain contains 0. More steps or a larger policy.learning_rate move the policy further."

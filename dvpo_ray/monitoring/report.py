@@ -11,10 +11,11 @@ from jinja2 import Environment
 from dvpo_ray import __version__
 from dvpo_ray.files import whole_file
 from dvpo_ray.monitoring import report_summary, report_texts
+from dvpo_ray.monitoring.ending import uses
 from dvpo_ray.monitoring.report_charts import chart_sections
-from dvpo_ray.monitoring.run_data import RunData, load_run
+from dvpo_ray.monitoring.run_data import DIED, RunData, load_run
 
-_BADGES = {"finished": "good", "failed": "bad", "stopped": "warn", "interrupted": "warn", "running": "warn"}
+_BADGES = {"finished": "good", "failed": "bad", DIED: "bad", "stopped": "warn", "interrupted": "warn", "running": "warn"}
 _CONTROL = {code: "\ufffd" for code in [*range(0x20), 0x7F] if chr(code) not in "\n\t"}
 
 
@@ -50,7 +51,10 @@ def _content(run: RunData) -> dict:
     """What the template shows."""
     return {
         "run": run,
-        "badge": _BADGES.get(str(run.summary.get("state")), ""),
+        "badge": _BADGES.get(run.state, ""),
+        "outcome": report_summary.outcome(run),
+        "origin": report_summary.origin(run),
+        "uses": uses(run.folder.resolve(), run.stage, run.settings) if (run.folder / "final").is_dir() else {},
         "facts": report_summary.facts(run),
         "headline": report_summary.headline(run),
         "tiles": report_summary.tiles(run),

@@ -89,6 +89,14 @@ VALUE_MODEL = (
     Lines("Disagreement", {"health/disagreement": "standard deviation over the ensemble"}),
     Lines("GVM gradient norm", {"gvm/grad_norm": "before clipping"}),
 )
+TRAINER = (
+    Lines("SFT loss", {"sft/loss": "loss"}),
+    Lines("SFT gradient norm", {"sft/grad_norm": "before clipping"}),
+    Lines("DPO loss", {"dpo/loss": "loss"}),
+    Lines("Pairs ordered correctly", {"dpo/accuracy": "accuracy"}, from_zero=False),
+    Lines("Rewards", {"dpo/chosen_reward": "chosen", "dpo/rejected_reward": "rejected", "dpo/margin": "margin"}),
+    Lines("DPO gradient norm", {"dpo/grad_norm": "before clipping"}),
+)
 UPDATE = (
     Lines(
         "Advantage",
@@ -129,9 +137,10 @@ def chart_sections(run: RunData) -> dict[str, dict]:
             "Is the policy better, and how far has it moved to get there?",
             [curves.gold(), curves.lines(DISTANCE), curves.gold_against_kl(), curves.lines(VALUE)],
         ),
+        "trainer": ("Training", "Does the model learn its rows?", list(map(curves.lines, TRAINER))),
         "value_model": (
-            "Global Value Model",
-            "How good is the value model that the advantages come from?",
+            "Reward model" if run.stage == "rm" else "Global Value Model",
+            "How good is the model that training takes its values or rewards from?",
             [curves.accuracy_by_position(), *map(curves.lines, VALUE_MODEL)],
         ),
         "update": ("Update", "Is each policy update sound?", list(map(curves.lines, UPDATE))),

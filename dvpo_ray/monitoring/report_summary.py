@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from statistics import fmean
@@ -11,12 +12,29 @@ from dvpo_ray.health.alarms import trend
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.charts import number, range_chart
 from dvpo_ray.monitoring.console import duration
-from dvpo_ray.monitoring.run_data import RunData
+from dvpo_ray.monitoring.run_data import DIED, RunData, setting
+from dvpo_ray.monitoring.run_files import resume_command
 
 LAST_STEPS = 5
 LEAST_STEPS = 12
 LEAST_TREND = 2.0
 LOW_GVM_ACCURACY = 0.6
+
+_DATA = tuple(f"data.{key}" for key in ("sft", "preferences.path", "preferences.heldout_path", "prompts.path", "prompts.heldout_path"))
+_COMMON = ("model.path", "model.dtype", "model.chat_template", "data.max_prompt_tokens", "seed")
+_VALUE_MODEL = ("init_from", "num_layers", "objective", "epochs", "pairs_per_step", "learning_rate")
+_TRAINER = ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate")
+_SETTINGS = {
+    "train": (
+        *("algorithm", "advantage.mode", "gvm.path", "reward_model.path", "train.steps", "batch.prompts_per_step", "batch.samples_per_prompt"),
+        *("policy.learning_rate", "kl.placement", "kl.coefficient", "rollout.max_response_tokens", "rollout.temperature", "evaluation.judge"),
+    ),
+    "gvm": tuple(f"gvm.{key}" for key in _VALUE_MODEL),
+    "rm": tuple(f"reward_model.{key}" for key in _VALUE_MODEL),
+    "sft": tuple(f"sft.{key}" for key in (*_TRAINER, "max_tokens")),
+    "dpo": tuple(f"dpo.{key}" for key in (*_TRAINER, "beta")),
+}
+"""What a reader asks for first; the whole config is below."""
 
 
 def facts(run: RunData) -> dict[str, object]:
@@ -27,8 +45,53 @@ def facts(run: RunData) -> dict[str, object]:
     return {name: value for name, value in known.items() if value is not None}
 
 
+def outcome(run: RunData) -> dict | None:
+    """How a run that is not finished stands: `kind`, `title`, `text`, the `log` of the actor and the `command` that continues it."""
+    if run.state == "finished":
+        return None
+    process, actor, error = run.summary.get("process") or {}, run.summary.get("error_actor"), run.summary.get("error")
+    kind, title, text = {
+        "failed": ("bad", "The run failed", ""),
+        "interrupted": ("warn", "The run was interrupted", "Ctrl-C or a signal ended it."),
+        "stopped": ("warn", "An alarm stopped the run", ""),
+        "running": ("", "The run is going on", "This page shows it so far; `dvpo report` writes it anew."),
+        DIED: (
+            "bad",
+            "The run ended without a word",
+            f"Its process {process.get('pid', '')} is gone: killed, out of memory, or the machine went down. The files in logs/ may tell.",
+        ),
+    }.get(run.state, ("warn", "How the run ended is not known", "summary.json does not say it."))
+    steps = setting(run.settings, "train.steps") if run.stage == "train" else None
+    goes_on = resume_command(run.folder.resolve(), run.stage) if run.state != "running" else None
+    where = f"after step {run.last_step}{f' of {steps}' if steps else ''}" if run.last_step else "before its first step was done"
+    return {
+        "kind": kind,
+        "title": f"{title} {where}{f', in {actor}' if actor else ''}.",
+        "text": " ".join(filter(None, [error, text])),
+        "log": f"logs/{actor}.log" if actor and (run.folder / "logs" / f"{actor}.log").is_file() else "",
+        "command": goes_on,
+        "anew": run.state not in ("", "running") and goes_on is None,
+    }
+
+
+def origin(run: RunData) -> dict:
+    """How a run was made: its `command`, its `data` and its main `settings`, as pairs of key and value."""
+    command = run.summary.get("command")
+    own = _SETTINGS.get(run.stage, ())
+    known = {key: setting(run.settings, key) for key in (*_DATA, *_COMMON, *own)}
+    return {
+        "command": shlex.join(map(str, command)) if isinstance(command, list) else "",
+        "data": [(key, known[key]) for key in _DATA if known[key] is not None],
+        "settings": [(key, known[key]) for key in (*_COMMON, *own) if known[key] is not None],
+    }
+
+
 def headline(run: RunData) -> dict:
     """The main result: `title`, `big` numbers, `text`, a `verdict` with its colour, a `note` and a `plot`; some are missing."""
+    if run.stage in ("sft", "dpo"):
+        known = [value for value in run.column(f"{run.stage}/loss") if value is not None]
+        numbers = {"big": [number(known[0]), number(known[-1])]} if known else {"note": "No step has been logged."}
+        return {"title": "Training loss, first and last step", **numbers}
     if run.is_value_model:
         return {"title": "Held-out pairs ordered correctly", **_accuracy(run)}
     evaluations = {step: [row.get("gold") for row in rows] for step, rows in sorted(run.evaluations.items())}
@@ -37,7 +100,8 @@ def headline(run: RunData) -> dict:
     prompts = [[row["prompt"] for row in run.evaluations[step]] for step in (steps[:1] + steps[-1:])]
     before, after = (evaluations[steps[0]], evaluations[steps[-1]]) if steps else ([], [])
     if len(steps) > 1 and steps[0] == 0 and prompts[0] == prompts[1] and None not in (*before, *after):
-        return {"title": f"{title}, before and after", **_gain(gain_of(before, after))}
+        when = "before and after" if run.state == "finished" else f"at steps 0 and {steps[-1]}"
+        return {"title": f"{title}, {when}", **_gain(gain_of(before, after))}
     scored = {step: known for step, scores in evaluations.items() if (known := [score for score in scores if score is not None])}
     if not scored:
         return {"title": title, "note": "No gold judge scored this run, so nothing independent measures its gain. Set evaluation.judge."}
@@ -82,10 +146,9 @@ def tiles(run: RunData) -> list[tuple[str, str, str]]:
         ("GVM accuracy", f"{next(iter(accuracy.values())):.1%}", views) if accuracy else ("GVM accuracy", "–", "not in the summary"),
         ("Rollouts", number(rollouts) if rollouts else "–", "responses sampled for training"),
     ]
-    steps = run.summary_number("steps") or max(run.steps, default=0)
     return [
-        *([] if run.is_value_model else policy),
-        ("Steps", number(steps), f"{number(fmean(known))} s per step" if known else ""),
+        *(policy if run.stage == "train" else []),
+        ("Steps", number(run.last_step), f"{number(fmean(known))} s per step" if known else ""),
         ("Duration", duration(seconds) if seconds is not None else "–", "start to end, evaluations included"),
         ("Peak memory", f"{number(memory)} GiB" if memory is not None else "–", "all processes of the run on this node"),
     ]

@@ -12,6 +12,7 @@ from dvpo_ray.monitoring.charts import Series, line_chart, number
 from dvpo_ray.monitoring.run_data import RunData
 
 SAMPLES = 8
+CUT_OFF = "cut off at the length limit"
 MOST_TOKENS = 600
 _BROKEN = "\ufffd"  # a token that holds only part of a character decodes to this
 _LONGEST_CHARACTERS = 8  # of the text that a run of such tokens stands for
@@ -21,7 +22,7 @@ _LONGEST_CHARACTERS = 8  # of the text that a run of such tokens stands for
 
 
 def samples(run: RunData) -> dict | None:
-    """Held-out prompts with the responses before and after training: a `lead`, and `cards` of a `prompt` and its `sides`."""
+    """Held-out prompts with the responses before and after training: a `lead`, and `cards` of a `prompt`, a text or messages, and its `sides`."""
     steps = sorted(run.evaluations)
     if not steps:
         return None
@@ -42,7 +43,7 @@ def samples(run: RunData) -> dict | None:
     for before, after in chosen:
         sides = [_side(f"Before (step {steps[0]})", before, None)]
         sides += [_side(f"After (step {steps[-1]})", after, before)] if len(steps) > 1 else []
-        cards.append({"prompt": _text(before["prompt"]), "sides": sides})
+        cards.append({"prompt": before["prompt"], "sides": sides})
     return {"lead": lead, "cards": cards}
 
 
@@ -51,16 +52,13 @@ def _side(label: str, row: dict, before: dict | None) -> dict:
     if row.get("gold") is not None:
         gain = round(row["gold"] - before["gold"], 2) + 0.0 if before and before.get("gold") is not None else None
         kind = "good" if (gain or 0) > 0 else "bad" if (gain or 0) < 0 else ""
-        text = f"gold {row['gold']:.2f}" + ("" if gain is None else f" ({gain:+.2f})" if gain else " (±0)")
+        text = f"gold {round(row['gold'], 2) + 0.0:.2f}" + ("" if gain is None else f" ({gain:+.2f})" if gain else " (±0)")
         chips.append((text.replace("-", "−"), kind))
     if before is not None and row.get("kl") is not None:
         chips.append((f"KL {number(row['kl'])} nats", ""))
-    return {"label": label, "chips": chips, "text": _text(row["response"])}
-
-
-def _text(content: str | list[dict]) -> str:
-    """A text, or the messages of a chat, each after its role."""
-    return content if isinstance(content, str) else "\n".join(f"{message['role']}: {message['content']}" for message in content)
+    if row.get("truncated"):
+        chips.append((CUT_OFF, "warn"))
+    return {"label": label, "chips": chips, "text": row["response"]}
 
 
 # ------------------------------------------------------------------------------------------------- token credit
@@ -88,7 +86,7 @@ def token_credit(run: RunData) -> dict | None:
         f"The {shown[:-1]} of this response moves most among the {len(run.rollouts)} rollouts of step {run.rollout_step}. "
         "Point at a token to see its numbers and to find it in every view."
     )
-    return {"lead": lead, "prompt": _text(row["prompt"]), "chips": _rollout_chips(row), "curve": curve, "views": views}
+    return {"lead": lead, "prompt": row["prompt"], "chips": _rollout_chips(row), "curve": curve, "views": views}
 
 
 def _rollout_chips(row: dict) -> list[str]:
@@ -97,7 +95,7 @@ def _rollout_chips(row: dict) -> list[str]:
         texts += [f"value of the prompt {number(row['values'][0])}", f"value at the end {number(row['values'][-1])}"]
     texts.append(f"{len(row['tokens'])} tokens")
     if row.get("truncated"):
-        texts.append("cut off at the length limit")
+        texts.append(CUT_OFF)
     if len(row["tokens"]) > MOST_TOKENS:
         texts.append(f"the first {MOST_TOKENS} shown")
     return texts

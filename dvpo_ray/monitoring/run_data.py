@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from dvpo_ray.config.resuming import STAGES
 from dvpo_ray.errors import InputError
-from dvpo_ray.monitoring.run_files import check_step, read_json_lines
+from dvpo_ray.monitoring.run_files import check_step, living, read_json_lines
+
+DIED = "died"
+"""The state of a run whose summary says `running` though its process is gone."""
 
 
 @dataclass
@@ -44,6 +51,29 @@ class RunData:
         return self.summary.get("name") or self.folder.resolve().name
 
     @property
+    def state(self) -> str:
+        """How the run ended: a state of summary.json, `DIED`, or "" where nothing is known."""
+        state = str(self.summary.get("state") or "")
+        return DIED if state == "running" and not living(self.summary) else state
+
+    @property
+    def stage(self) -> str:
+        """What kind of run it is: train, gvm, rm, sft or dpo; a folder without a summary is taken for one of `dvpo train`."""
+        stage = self.summary.get("stage")
+        return stage if stage in STAGES else "gvm" if self.is_value_model else "train"
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is done. The summary of a run that has not ended may be behind metrics.jsonl."""
+        said, logged = self.summary_number("steps"), max(self.steps, default=0)
+        return int(logged if said is None or self.state in ("running", DIED) else said)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings of config.yaml."""
+        return parse_config(self.config)
+
+    @property
     def is_value_model(self) -> bool:
         """Whether this is a run of `dvpo gvm train`, which has no policy, no rollouts and no gold scores."""
         return any(name.startswith("gvm/") for name in self.names())
@@ -64,10 +94,24 @@ class RunData:
 
     def summary_number(self, key: str) -> float | None:
         """A number of the summary by its dotted key; None if it is not there."""
-        value: Any = self.summary
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return _number(value)
+        return _number(setting(self.summary, key))
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The settings of a config.yaml, none where it is damaged."""
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key, None where it is not set."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 def load_run(folder: str | Path) -> RunData:
@@ -134,12 +178,17 @@ def _step_files(folder: Path) -> list[tuple[int, Path]]:
 
 def _check_evaluation(row: dict) -> str | None:
     for key in ("prompt", "response"):
-        if not isinstance(row.get(key), (str, list)):
+        if not isinstance(row.get(key), str) and not (key == "prompt" and _is_dialogue(row.get(key))):
             return f"`{key}` is missing or not a text"
     for key in ("gold", "kl"):
         if row.get(key) is not None and _number(row[key]) is None:
             return f"`{key}` is not a number"
     return None
+
+
+def _is_dialogue(content: Any) -> bool:
+    known = isinstance(content, list) and all(isinstance(message, dict) for message in content)
+    return known and all(isinstance(message.get(part), str) for message in content for part in ("role", "content"))
 
 
 def _check_rollout(row: dict) -> str | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from dvpo_ray.config.resuming import STAGES
 from dvpo_ray.files import whole_file
 
-SUMMARY = "summary.json"
+CONFIG, SUMMARY = "config.yaml", "summary.json"
 _ROOM = 4096
 """Characters that the file takes at least, so that its end can be written on a disk that is full."""
 
@@ -83,6 +85,21 @@ def living(summary: dict[str, Any]) -> bool:
         return abs(psutil.Process(process["pid"]).create_time() - process["started"]) < 1.0
     except psutil.NoSuchProcess:
         return False
+
+
+def saved_checkpoints(run_folder: Path) -> Iterator[Path]:
+    """The package's own checkpoints, and those of transformers' trainers."""
+    yield from (run_folder / "checkpoints").glob("step_*")
+    yield from (run_folder / "checkpoints").glob("checkpoint-*")
+
+
+def resume_command(run_folder: Path, stage: str) -> str | None:
+    """The shell line that continues a run, if it has a checkpoint. Relative paths in its config mean those of the present folder."""
+    if not any(saved_checkpoints(run_folder)):
+        return None
+    here = Path.cwd()
+    shown = run_folder.relative_to(here) if run_folder.is_relative_to(here) and run_folder != here else run_folder
+    return f"{STAGES[stage].command} {shlex.quote(str(shown / CONFIG))} --out {shlex.quote(str(shown))} --resume"
 
 
 def read_json_lines(path: Path, check: Callable[[dict], str | None] | None = None, *, appended: bool = True) -> tuple[list[dict], list[str]]:

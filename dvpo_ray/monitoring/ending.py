@@ -1,0 +1,140 @@
+"""What a command says when it is done: the result in words, where it is, and what to do with it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dvpo_ray.evaluation.gain import verdict
+from dvpo_ray.monitoring.console import Shell
+from dvpo_ray.monitoring.run_data import parse_config, setting
+from dvpo_ray.monitoring.run_files import read_summary, resume_command
+
+CHANCE = 0.5
+_LOADERS = {"model": "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}
+
+
+def ending(folder: Path) -> list[str]:
+    """The end of a run, from its folder, one line each, shell lines for themselves; empty where the folder has no summary.
+
+    Args:
+        folder: as the user wrote it.
+    """
+    summary = read_summary(folder)
+    return [*_stop(folder, summary), *_result(summary), *whereabouts(folder, _stage(summary))]
+
+
+def whereabouts(folder: Path, stage: str) -> list[str]:
+    """Where the report and the result of a run are, as far as they are there, and the command that uses the result."""
+    lines = [f"report: {folder / 'report.html'}"] if (folder / "report.html").is_file() else []
+    if (folder / "final").is_dir():
+        lines.append(f"{'model' if stage in ('train', 'sft', 'dpo') else 'value model'}: {folder / 'final'}")
+        for purpose, command in list(uses(folder, stage, _settings(folder)).items())[:1]:
+            lines += [f"next, to {purpose}:", Shell(command)]
+    return lines
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    config = folder / "config.yaml"
+    return parse_config(config.read_text(encoding="utf-8")) if config.is_file() else {}
+
+
+def _stage(summary: Mapping[str, Any]) -> str:
+    return str(summary.get("stage"))
+
+
+def _stop(folder: Path, summary: Mapping[str, Any]) -> list[str]:
+    """That a run did not come to its end, and how it goes on."""
+    if summary.get("state") != "stopped":
+        return []
+    alarms = [f", {alarm['name']}: {alarm['text']}" for alarm in summary.get("alarms", [])[-1:]]
+    goes_on = resume_command(folder.resolve(), _stage(summary))
+    return [f"stopped by an alarm after step {summary.get('steps')}{''.join(alarms)}", *(["to go on:", Shell(goes_on)] if goes_on else [])]
+
+
+def _result(summary: Mapping[str, Any]) -> list[str]:
+    if _stage(summary) in ("sft", "dpo"):
+        return _last_step(_stage(summary), summary.get("last_step") or {})
+    if _stage(summary) != "train":
+        return []  # the training of a value model has said how good it is
+    kl = summary.get("kl", {}).get("after_mean")
+    moved = [f"KL from the reference: {kl:.2f} nats per response"] if kl is not None else []
+    if "gold" in summary:
+        return [*gold_words(summary["gold"]), *moved]
+    return [*moved, "no judge scored held-out prompts before and after, so nothing independent says what the run gained: see evaluation.judge"]
+
+
+def _last_step(stage: str, metrics: Mapping[str, float | None]) -> list[str]:
+    loss, accuracy = metrics.get(f"{stage}/loss"), metrics.get(f"{stage}/accuracy")
+    lines = [f"loss at the last step: {loss:.3f}"] if loss is not None else []
+    if accuracy is not None:
+        lines.append(f"pairs of the last step that the policy itself orders correctly: {accuracy:.0%}; {CHANCE:.0%} is chance")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------ results in words
+
+
+def gold_words(gold: Mapping[str, Any]) -> list[str]:
+    """The `gold` entry of summary.json: before, after, the gain, and what its interval says."""
+    before, after = (gold[side]["mean"] for side in ("before", "after"))
+    return [
+        f"gold score on {gold['prompts']} held-out prompts: {before:+.3f} before, {after:+.3f} after",
+        f"gain: {gold['gain']:+.3f}, {_interval(gold['gain_ci95'], sign='+')}",
+        verdict(gold),
+    ]
+
+
+def policy_words(result: Mapping[str, Any]) -> list[str]:
+    """The result of `dvpo eval`: `policy`, `judge`, `prompts` and `gold`."""
+    gold = result["gold"]
+    score = f"{gold['mean']:+.3f}, {_interval(gold['ci95'], sign='+')}"
+    return [f"gold score of {result['policy']} by {result['judge']}: {score}, {result['prompts']} prompts"]
+
+
+def accuracy_words(report: Mapping[str, Any], views: Sequence[str] = ("mean", "last")) -> list[str]:
+    """Held-out accuracy of a value model, and what it means.
+
+    Args:
+        report: has `pairs`, `heldout_accuracy` and `accuracy_ci95`, see `heldout_report`.
+        views: the values that pairs are ordered by; the first one counts.
+    """
+    accuracy = report["heldout_accuracy"]
+    (low, high), longer = report["accuracy_ci95"][views[0]], accuracy["longer_wins"]
+    shown = ", ".join(f"{accuracy[view]:.3f} by {view} value" for view in views)
+    bars = {f"chance ({CHANCE})": CHANCE, f'"the longer wins" ({longer:.3f})': longer}
+    unclear = [name for name, bar in bars.items() if low <= bar]
+    found = f"not clearly better than {' and '.join(unclear)}" if unclear else f"better than {' and '.join(bars)}"
+    return [f"held-out accuracy: {shown}, {report['pairs']} pairs", f"by {views[0]} value it is {found}: {_interval((low, high))}"]
+
+
+def _interval(ends: Sequence[float], sign: str = "") -> str:
+    return f"95 % interval {ends[0]:{sign}.3f} to {ends[1]:{sign}.3f}"
+
+
+# ------------------------------------------------------------------------------------------------------------- uses
+
+
+def uses(folder: Path, stage: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """What `final/` of a run is for: commands by their purpose, the most natural one first."""
+    final, own = shlex.quote(str(folder / "final")), shlex.quote(str(folder / "config.yaml"))
+    prompts = "" if setting(config, "data.prompts.path") else " data.prompts.path=PROMPTS.jsonl"
+    pairs = "" if setting(config, "data.preferences.path") else " data.preferences.path=PAIRS.jsonl"
+    judge = "" if setting(config, "evaluation.judge") not in (None, "none") else " evaluation.judge=vader"
+    judged = {"judge it on held-out prompts": f"dvpo eval {own} --policy {final}{prompts}{judge}"}
+    load = "\n".join(f"{name} = {loader}.from_pretrained({str(folder / 'final')!r})" for name, loader in _LOADERS.items())
+    served = {"serve it": f"vllm serve {final}", "load it in Python": f"from transformers import {', '.join(_LOADERS.values())}\n{load}"}
+    by_stage = {
+        "gvm": {
+            "optimise a policy with it": f"dvpo train {own} gvm.path={final}{prompts}",
+            "measure it again": f"dvpo gvm eval {own} --gvm {final} --out DIR",
+            "see its values of texts": f"dvpo gvm score {own} --gvm {final} --input ROWS.jsonl --output VALUES.jsonl",
+        },
+        "rm": {"optimise a policy with it": f"dvpo train {own} algorithm=ppo reward_model.path={final}{prompts}"},
+        "sft": {"train a value model for it": f"dvpo gvm train {own} model.path={final}{pairs}", **judged, **served},
+        "dpo": {**judged, **served},
+        "train": {**(served if judge else judged), **(judged if judge else served)},
+    }
+    return by_stage.get(stage, {})
