@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -131,6 +132,10 @@ def test_the_whole_quickstart_on_a_tiny_model(tiny_model, tmp_path, capsys):
     assert main(["quickstart", *overrides, "--steps", "2", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["state"] == "finished" and summary["steps"] == 2
+    printed = capsys.readouterr().out
+    assert printed.startswith("loading the libraries: starts\n")
+    assert re.search(r"^.*learner-0.*: ready after \d", printed, re.MULTILINE) and "start of the actors · done in" in printed
+    assert f"report: {out}/report.html\nmodel: {out}/final\nnext, to judge it on held-out prompts:\ndvpo eval {out}/config.yaml" in printed
     assert {"before", "after", "gain", "gain_ci95"} <= set(summary["gold"]) and summary["gold"]["prompts"] == 8
     assert set(summary["gvm"]["heldout_accuracy"]) >= {"mean", "last"}
     assert summary["duration_seconds"] > json.loads((out / "gvm" / "summary.json").read_text())["duration_seconds"]
@@ -140,4 +145,4 @@ def test_the_whole_quickstart_on_a_tiny_model(tiny_model, tmp_path, capsys):
     first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     assert abs(first["kl/reference_mean"]) < 1e-4 < abs(second["kl/reference_mean"])  # the engine did get the trained layer
     assert max(row["mismatch/log_prob_abs_max"] for row in (first, second)) < 1e-3
-    assert "gold score" in capsys.readouterr().out
+    assert "gold score" in printed

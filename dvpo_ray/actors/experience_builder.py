@@ -14,7 +14,8 @@ from dvpo_ray.batch import RaggedBatch, balanced_shards
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
-from dvpo_ray.data.prompts import Prompt
+from dvpo_ray.data.prompts import Prompt, ids_key
+from dvpo_ray.data.rows import Content, content_text
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.health.diagnostics import confidence, health_statistics
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
@@ -50,6 +51,11 @@ class ExperienceBuilder(Actor):
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.judge = make_judge(config.evaluation.judge)
         self.batch: RaggedBatch | None = None
+        self.contents: dict[bytes, Content] = {}
+
+    def know_prompts(self, prompts: dict[bytes, Content]) -> None:
+        """The run's prompts as the data has them, by their `ids_key`: for the judge, and for the files that people read."""
+        self.contents |= prompts
 
     # ------------------------------------------------------------------------------------------------ experience
 
@@ -145,13 +151,12 @@ class ExperienceBuilder(Actor):
 
     def _record(self, r: int) -> dict:
         batch, response = self.batch, self.batch.response(r)
-        prompt_ids = batch.tokens[batch.offsets[r] : response.start].tolist()
         response_ids = batch.tokens[response].tolist()
         return {
             "row_id": int(batch.row_ids[r]),
-            "prompt": self._text(prompt_ids),
+            "prompt": self._prompt(batch, r),
             "response": self._text(response_ids),
-            "prompt_ids": prompt_ids,
+            "prompt_ids": _prompt_ids(batch, r),
             "response_ids": response_ids,
             "tokens": [self.tokenizer.decode([token]) for token in response_ids],
             **({"values": _rounded(batch.by_token["values"][batch.states(r)])} if "values" in batch.by_token else {}),
@@ -177,10 +182,11 @@ class ExperienceBuilder(Actor):
             gold, kl = batch.by_row.get("gold"), sequence_kl(batch)
             records = [
                 {
-                    "prompt": self._text(batch.tokens[batch.offsets[r] : batch.response(r).start]),
+                    "prompt": self._prompt(batch, r),
                     "response": self._text(batch.tokens[batch.response(r)]),
                     "gold": None if gold is None else round(float(gold[r]), 6),
                     "kl": round(float(kl[r]), 6),
+                    "truncated": bool(batch.truncated[r]),
                 }
                 for r in range(batch.num_rows)
             ]
@@ -190,12 +196,18 @@ class ExperienceBuilder(Actor):
     def _text(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
+    def _prompt(self, batch: RaggedBatch, r: int) -> Content:
+        """The prompt of a row: as the data has it, else what its tokens say."""
+        ids = _prompt_ids(batch, r)
+        content = self.contents.get(ids_key(ids))
+        return self._text(ids) if content is None else content
+
     def _judged(self, batch: RaggedBatch) -> RaggedBatch:
         """The batch with the row field `gold`, if there is a judge."""
         if self.judge is None:
             return batch
         rows = range(batch.num_rows)
-        prompts = [self._text(batch.tokens[batch.offsets[r] : batch.response(r).start]) for r in rows]
+        prompts = [content_text(self._prompt(batch, r)) for r in rows]
         return batch.with_row_fields(gold=self.judge.score(prompts, [self._text(batch.tokens[batch.response(r)]) for r in rows]))
 
 
@@ -206,6 +218,10 @@ def _gather(chunks: list[ScoredChunk]) -> RaggedBatch:
         rollouts, *scores = ray.get([chunk.rollouts, *chunk.scores.values()])
         whole.append(rollouts.with_fields(*scores))
     return RaggedBatch.concatenate(whole).sorted_by_id()
+
+
+def _prompt_ids(batch: RaggedBatch, r: int) -> list[int]:
+    return batch.tokens[batch.offsets[r] : batch.response(r).start].tolist()
 
 
 def _check_rows(batch: RaggedBatch, policy_version: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -83,7 +83,12 @@ class Roles:
 
 @contextmanager
 def started_roles(
-    config: Config, run_folder: str, stop_token_ids: frozenset[int], max_sequence_tokens: int, only: Collection[str] | None = None
+    config: Config,
+    run_folder: str,
+    stop_token_ids: frozenset[int],
+    max_sequence_tokens: int,
+    only: Collection[str] | None = None,
+    show: Callable[[Mapping[str, str]], None] = lambda states: None,
 ) -> Iterator[Roles]:
     """All actors of a run, ready, for the time of a `with` block.
 
@@ -92,6 +97,7 @@ def started_roles(
         stop_token_ids: tokens that end a response.
         max_sequence_tokens: longest prompt and response together.
         only: the roles to start; all that the algorithm has when not given.
+        show: as in `wait_until_ready`.
 
     Raises:
         ResourceError: the cluster has no room for them, or one did not start in time.
@@ -112,7 +118,7 @@ def started_roles(
             for bundle in bundles:
                 more = more_of.get(bundle.role, ())
                 actors.setdefault(bundle.role, []).append(_start(config, bundle, room, run_folder, *more))
-            pids = wait_until_ready(actors, patience)
+            pids = wait_until_ready(actors, patience, show)
             roles = Roles(actors, [pid for role in pids.values() for pid in role], room, run_folder)
             for role, ranks in roles.trained.items():
                 address = get(ranks[0].rendezvous.remote(), what=f"{role} rendezvous")

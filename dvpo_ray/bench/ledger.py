@@ -47,14 +47,15 @@ def bench_ledger(
     """
     measurement = describe_measurement(config)
     configs = {algorithm: config_for(override_config(config, settings[algorithm]), algorithm, group_size) for algorithm in algorithms}
-    inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
+    with RunConsole() as console, console.stage("reading models and prompts", quiet=True):
+        inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
     memory: dict[str, dict[str, ActorMemory]] = {algorithm: {} for algorithm in algorithms}
 
     def profile(algorithm: str, folder: Path, after_step: Callable[[], None]) -> StepProfile:
         return profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, after_step, partial(_memory_by_role, memory[algorithm]))
 
     contestants = {algorithm: partial(profile, algorithm) for algorithm in algorithms}
-    with RunConsole() as console, connect(config.ray, console.say):
+    with RunConsole() as console, console.entering("start of Ray", connect(config.ray, console.say), quiet=True):
         profiles = take_rounds(contestants, console, run_folder.resolve(), rounds, repeats + 1)
         measured = {
             algorithm: algorithm_results(

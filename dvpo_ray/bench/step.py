@@ -32,7 +32,8 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
         InputError, ResourceError: in one line; bad input is found before any actor starts.
     """
     measurement = describe_measurement(config)
-    inputs, plan = load_inputs(config), derive_batch(config)
+    with RunConsole() as console, console.stage("reading models and prompts", quiet=True):
+        inputs, plan = load_inputs(config), derive_batch(config)
     run_folder = run_folder.resolve()
     run_folder.mkdir(parents=True, exist_ok=True)
     rows = max(plan.max_samples_per_engine, plan.samples_per_worker)
@@ -40,7 +41,7 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
     bench = Bench(alone, inputs, str(run_folder), rows, plan.samples_per_worker, repeats)
     stages = (("rollout", compare_rollout, 1), ("scorer and reference", compare_frozen, 2), ("learner", compare_learner, 1))
     comparisons: list[dict] = []
-    with RunConsole() as console, connect(config.ray, console.say):
+    with RunConsole() as console, console.entering("start of Ray", connect(config.ray, console.say), quiet=True):
         for name, compare, count in stages:
             with console.stage(name, count * (repeats + 1), unit="rounds") as progress:
                 bench.after_round = progress.advance

@@ -58,7 +58,8 @@ def bench_trl(config: Config, trl_python: Path, run_folder: Path, repeats: int, 
     if config.gvm.path == str(made):
         make_value_model(config, made)
     configs = {algorithm: override_config(config, [f"algorithm={algorithm}", *settings[algorithm]]) for algorithm in ALGORITHMS}
-    inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
+    with RunConsole() as console, console.stage("reading models and prompts", quiet=True):
+        inputs = {algorithm: load_inputs(changed) for algorithm, changed in configs.items()}
     request = trl_request(config, inputs["dvpo"].prompts, repeats)
 
     def profile(algorithm: str, folder: Path, after_step: Callable[[], None]) -> StepProfile:

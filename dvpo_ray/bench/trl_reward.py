@@ -59,13 +59,16 @@ def bench_trl_reward(config: Config, out: Path) -> dict:
     if config.reward_model.lora is not None:
         raise InputError("reward_model.lora is set, but the comparison with TRL trains whole models; leave it out")
     measurement = describe_measurement(config)
-    data = load_gvm_data(config, config.reward_model)
-    model = new_reward_model(config)
-    ours = {
-        name: _our_accuracies(evaluate_gvm(config, Path(path), out / f"{name}-evaluation"))
-        for name in ("gvm", "reward_model")
-        if (path := getattr(config, name).path) is not None
-    }
+    with RunConsole() as console:
+        with console.stage("reading the pairs", quiet=True):
+            data = load_gvm_data(config, config.reward_model)
+            model = new_reward_model(config)
+        with console.stage("held-out values of our models", quiet=True):
+            ours = {
+                name: _our_accuracies(evaluate_gvm(config, Path(path), out / f"{name}-evaluation"))
+                for name in ("gvm", "reward_model")
+                if (path := getattr(config, name).path) is not None
+            }
     with RunConsole() as console:
         for note in data.notes:
             console.warn(note)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
+
+import numpy as np
 
 from dvpo_ray.config.schema import PromptData
 from dvpo_ray.data.preferences import separate_prompt
@@ -36,6 +39,11 @@ class Prompt:
     def text(self) -> str:
         """The prompt as bare text, for a judge or a reader: message contents, each on a line of its own."""
         return content_text(self.content)
+
+
+def ids_key(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """A short key for the token ids of a prompt."""
+    return hashlib.blake2b(np.asarray(token_ids, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
 def load_prompts(data: PromptData, on_bad_row: Literal["error", "skip"]) -> Sets[Prompt]:

@@ -145,10 +145,11 @@ def run_study(study: Study, runs: Sequence[Run]) -> str:
 
 def _do(runs: Sequence[Run], config: Config) -> None:
     """Do the runs that are not finished, on one Ray session."""
-    from dvpo_ray.runtime.cluster import connect
-
-    with RunConsole() as console, connect(config.ray, console.say):
-        for number, run in enumerate(runs, start=1):
-            if not run.is_finished:
-                console.say(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
-                STAGES[run.stage](run, console)
+    with RunConsole() as console:
+        with console.stage("loading the libraries"):
+            from dvpo_ray.runtime.cluster import connect
+        with console.entering("start of Ray", connect(config.ray, console.say), quiet=True):
+            for number, run in enumerate(runs, start=1):
+                if not run.is_finished:
+                    console.say(f"run {number} of {len(runs)}: {run.variant}, seed {run.seed}")
+                    STAGES[run.stage](run, console)

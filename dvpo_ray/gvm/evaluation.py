@@ -46,8 +46,8 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
         out: folder for evaluation.json and the plots.
 
     Returns:
-        The content of evaluation.json: see `heldout_report`; and `notes`, one line for each reason why pairs are left out or shortened
-        or the accuracy may mislead.
+        The content of evaluation.json: see `heldout_report`; the `objective` of the model; and `notes`, one line for each reason why
+        pairs are left out or shortened or the accuracy may mislead.
 
     Raises:
         InputError: as in `load_gvm` and `load_heldout`.
@@ -57,7 +57,7 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
     heldout, notes = load_heldout(config, config.gvm, manifest, tokenizer)
     flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)
     values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[heldout.batch.state_index])])
-    report = heldout_report(values, manifest.outcome.kind)
+    report = heldout_report(values, manifest.outcome.kind) | {"objective": manifest.objective.name}
     report["notes"] = [*notes, *length_warning(report, "last" if manifest.objective.name == "bradley_terry" else "mean")]
     write_evaluation(out, values, report)
     return report

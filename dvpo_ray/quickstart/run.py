@@ -13,8 +13,10 @@ from pathlib import Path
 from rich.table import Table
 
 from dvpo_ray.config import Config, load_config
-from dvpo_ray.evaluation.gain import read_evaluation
+from dvpo_ray.data.rows import content_text
+from dvpo_ray.evaluation.gain import read_evaluation, verdict
 from dvpo_ray.monitoring.console import PipedConsole, RunConsole, duration
+from dvpo_ray.monitoring.ending import whereabouts
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import write_summary
@@ -75,7 +77,7 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Path:
     whole = {"duration_seconds": round(time.time() - started, 1), "peak_memory_gib": round(memory.peak_gib, 3)}
     write_summary(out, _summary(out) | whole)
     report = write_report(out)
-    print_result(out, report)
+    print_result(out)
     return report
 
 
@@ -95,7 +97,7 @@ def _summary(out: Path) -> dict:
 # ------------------------------------------------------------------------------------------------------------ result
 
 
-def print_result(out: Path, report: Path) -> None:
+def print_result(out: Path) -> None:
     """The gold scores before and after, some responses side by side, and where everything is."""
     summary = _summary(out)
     console = PipedConsole(highlight=False)
@@ -103,7 +105,8 @@ def print_result(out: Path, report: Path) -> None:
     console.print(gold_table(summary["gold"]))
     console.print(verdict(summary["gold"]), style="bold")
     console.print(f"{duration(summary['duration_seconds'])}, {summary['peak_memory_gib']:.1f} GiB of memory at most", highlight=False)
-    console.print(f"report: {report}\nmodel:  {out / 'final'}", soft_wrap=True)
+    for line in whereabouts(out, "train"):
+        RunConsole(console).say(line)
 
 
 def gold_table(gold: dict) -> Table:
@@ -120,18 +123,8 @@ def samples_table(out: Path, last_step: int) -> Table:
     table = Table("prompt", "before", "after", title="Some held-out prompts", show_lines=True)
     before, after = read_evaluation(out, 0), read_evaluation(out, last_step)
     for first, last in list(zip(before, after, strict=True))[:SHOWN_PROMPTS]:
-        table.add_row(first["prompt"], *(f"{row['response'].strip()} ({row['gold']:+.2f})" for row in (first, last)))
+        table.add_row(content_text(first["prompt"]), *(f"{row['response'].strip()} ({row['gold']:+.2f})" for row in (first, last)))
     return table
-
-
-def verdict(gold: dict) -> str:
-    """One sentence on what the gain and its interval say."""
-    low, high = gold["gain_ci95"]
-    if low > 0:
-        return "The policy got better on prompts it was never trained on: the interval of the gain is clear of 0."
-    if high < 0:
-        return "The policy got worse: the interval of the gain is below 0."
-    return "No clear change: the interval of the gain contains 0. More steps or a larger policy.learning_rate move the policy further."
 
 
 def interval(ends: Sequence[float]) -> str:

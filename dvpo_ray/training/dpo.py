@@ -14,9 +14,8 @@ from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.models.loading import context_tokens, load_policy, load_tokenizer
-from dvpo_ray.monitoring.logs import library_output
 from dvpo_ray.training.run import Run
-from dvpo_ray.training.trl_stage import OPTIMIZER_METRICS, last_trainer_checkpoint, run_stage, trained_policy, training_arguments
+from dvpo_ray.training.trl_stage import OPTIMIZER_METRICS, last_trainer_checkpoint, run_stage, stage_output, trained_policy, training_arguments
 
 METRICS = {
     "rewards/accuracies": "accuracy",
@@ -45,18 +44,20 @@ def train_dpo(config: Config, out: Path, resume: bool) -> Path:
     run = Run("dpo", config, out, resume=resume)
     run.open_checkpoint(last_trainer_checkpoint)
     refuse_as_policy(config.model.path, "model.path")
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    rows, notes = encode_pairs(config, tokenizer)
     arguments = DPOConfig(**training_arguments(config, config.dpo, out), beta=config.dpo.beta, max_length=None)
-    with library_output() as output:
-        trainer = EncodedDPOTrainer(
-            model=trained_policy(config),
-            ref_model=load_policy(config.model),
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-        )
-        return run_stage(run, trainer, METRICS, tokenizer, output, notes)
+    with stage_output() as (output, console):
+        with console.stage("reading the pairs", quiet=True):
+            tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+            rows, notes = encode_pairs(config, tokenizer)
+        with console.stage("loading the model", quiet=True):
+            trainer = EncodedDPOTrainer(
+                model=trained_policy(config),
+                ref_model=load_policy(config.model),
+                args=arguments,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+            )
+        return run_stage(run, trainer, METRICS, tokenizer, output, console, notes)
 
 
 def encode_pairs(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, list[int]]], list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -15,11 +15,12 @@ from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts, sample_prompts
 from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.gain import mean_ci
-from dvpo_ray.evaluation.judges import make_judge
+from dvpo_ray.evaluation.judges import Judge, make_judge
 from dvpo_ray.files import whole_file
 from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.health.alarms import cut_off_note
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.planning.placement import plan_placement, wanted_gpus
 from dvpo_ray.rollouts.pool import RolloutPool
 from dvpo_ray.runtime.cluster import check_gpus, connect
@@ -36,7 +37,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     Args:
         config: `data.prompts`, `evaluation`, `rollout`, `ray` and the settings of `model` beside its path are used.
         policy: checkpoint folder or hub name.
-        out: folder that gets `evaluation.jsonl` with one row per prompt, and the engines' logs.
+        out: folder that gets `evaluation.json` with what is returned, `evaluation.jsonl` with one row per prompt, and the engines' logs.
 
     Returns:
         `policy`, `judge`, `prompts` (their number), `gold.mean`, `gold.ci95`, `response_length.mean` in tokens,
@@ -53,18 +54,29 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     refuse_as_policy(policy, "--policy" if policy != config.model.path else "model.path")
     check_gpus(wanted_gpus(config, [bundle for bundle in plan_placement(config) if bundle.role in ENGINES]), config.ray)
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
-    tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
-    encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
-    prompts, prompt_ids, notes = heldout_prompts(config, encoder)
+    with RunConsole() as console:
+        return _evaluate(config, judge, out, console)
+
+
+def _evaluate(config: Config, judge: Judge, out: Path, console: RunConsole) -> dict:
+    policy = config.model.path
+    with console.stage("reading the prompts", quiet=True):
+        tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
+        encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
+        prompts, prompt_ids, notes = heldout_prompts(config, encoder)
     out.mkdir(parents=True, exist_ok=True)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    with policy_sampler(config, frozenset(encoder.stop_token_ids), longest, out.resolve()) as sample:
+    sampler = policy_sampler(config, frozenset(encoder.stop_token_ids), longest, out.resolve(), console.starting)
+    with console.entering("start of the engines", sampler) as sample, console.stage("responses", len(prompts), unit="prompts") as progress:
         batch = sample(prompt_ids)
-    responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
-    gold = judge.score([prompt.text for prompt in prompts], responses)
+        progress.advance(len(prompts))
+    with console.stage("judging", quiet=True):
+        responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
+        gold = judge.score([prompt.text for prompt in prompts], responses)
+        mean, low, high = mean_ci(gold)
     _write_rows(out / "evaluation.jsonl", prompts, responses, gold.tolist(), batch)
-    (mean, low, high), cut_off = mean_ci(gold), float(batch.truncated.mean())
-    return {
+    cut_off = float(batch.truncated.mean())
+    result = {
         "policy": policy,
         "judge": judge.name,
         "prompts": len(prompts),
@@ -72,6 +84,9 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         "response_length": {"mean": float(batch.response_lengths.mean()), "truncated_fraction": cut_off},
         "notes": [*notes, *cut_off_note(cut_off, config.health)],
     }
+    with whole_file(out / "evaluation.json") as file:
+        json.dump(result, file, indent=2)
+    return result
 
 
 def heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], list[list[int]], list[str]]:
@@ -100,12 +115,15 @@ class Sample(Protocol):
 
 
 @contextmanager
-def policy_sampler(config: Config, stop_token_ids: frozenset[int], longest: int, out: Path) -> Iterator[Sample]:
+def policy_sampler(
+    config: Config, stop_token_ids: frozenset[int], longest: int, out: Path, show: Callable[[Mapping[str, str]], None] = lambda states: None
+) -> Iterator[Sample]:
     """Rollout engines with the model of `model.path`, for the time of a `with` block.
 
     Args:
         longest: tokens of the longest prompt and response together.
         out: folder of the engines' logs.
+        show: as in `wait_until_ready`.
 
     Raises:
         ResourceError: the cluster has no room for the engines.
@@ -113,7 +131,7 @@ def policy_sampler(config: Config, stop_token_ids: frozenset[int], longest: int,
     # The weights never change here, so no channel between GPUs is opened.
     prepare(config)
     config = config.model_copy(update={"weight_sync": config.weight_sync.model_copy(update={"transport": "object_store"})})
-    with connect(config.ray), started_roles(config, str(out), stop_token_ids, longest, only=ENGINES) as roles:
+    with connect(config.ray), started_roles(config, str(out), stop_token_ids, longest, ENGINES, show) as roles:
         pool = RolloutPool(roles.engines, config.seed)
 
         def sample(prompt_ids: Sequence[list[int]], stream: int = 0) -> RaggedBatch:

@@ -9,7 +9,7 @@ that made them to the actor that needs them. All randomness of a step follows fr
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,18 +41,22 @@ def train(config: Config, resume: bool = False, console: RunConsole | None = Non
     """
     prepare(config)
     run = Run("train", config, Path(config.out), resume=resume)
-    inputs = load_inputs(config)
-    state = PolicyState(run, inputs)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    with (
-        run.started(config.algorithm.upper(), state.header(), inputs.notes, state.summary, console) as console,
-        connect(config.ray, console.say),
-        ExitStack() as actors,
-    ):
-        with console.stage("start of the actors"):
-            roles = actors.enter_context(started_roles(state.refresher.scoring_config, str(run.folder), inputs.stop_token_ids, longest))
+    is_part = console is not None
+    with nullcontext(console) if is_part else RunConsole() as console:
+        with console.stage("reading models and prompts", quiet=True):
+            inputs = load_inputs(config)
+            state = PolicyState(run, inputs)
+        start = (state.refresher.scoring_config, str(run.folder), inputs.stop_token_ids, longest)
+        with (
+            run.started(config.algorithm.upper(), state.header(), inputs.notes, state.summary, console, is_part=is_part),
+            console.entering("start of Ray", connect(config.ray, console.say), quiet=True),
+            console.entering("start of the actors", started_roles(*start, show=console.starting)) as roles,
+        ):
             run.memory.add_pids(roles.local_pids)
-        optimise(run, state, PolicyLoop(config, roles, inputs.prompts, inputs.heldout, inputs.manifest.context.examples > 0), console)
+            roles.builder.know_prompts.remote(inputs.contents)
+            loop = PolicyLoop(config, roles, inputs.prompts, inputs.heldout, inputs.manifest.context.examples > 0)
+            optimise(run, state, loop, console)
     return run.folder
 
 
@@ -60,9 +64,11 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
     """All steps from the checkpoint or the start on, and what comes after them."""
     config = run.config
     if run.checkpoint is None:
-        loop.sync(0)  # engines start without weights
+        with console.stage("first weights to the engines", quiet=True):
+            loop.sync(0)  # engines start without weights
     else:
-        loop.load(*run.checkpoint)
+        with console.stage("loading the checkpoint", quiet=True):
+            loop.load(*run.checkpoint)
     state.evaluate_if_due(loop, console)
     with (
         run.metrics_log() as log,
@@ -81,14 +87,14 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
                 stops = state.heed(alarms, console)
             state.evaluate_if_due(loop, console)
             if stops or state.refresh_is_due or is_due(step, config.checkpoint.every_steps):
-                with run.whole_step():
+                with console.stage("saving a checkpoint", quiet=True), run.whole_step():
                     run.save_checkpoint(loop.save, loop.state_dict() | state.state_dict())
             if stops:
                 run.outcome = "stopped"
                 break
         if run.last_step not in state.evaluations:
             state.evaluate(loop, console)
-        with whole_folder(run.folder / "final") as draft:
+        with console.stage("saving the policy", quiet=True), whole_folder(run.folder / "final") as draft:
             loop.save_policy(draft)
     loop.finish()
 

@@ -12,7 +12,8 @@ from dvpo_ray.config.inputs import biased_sampling, too_long_rows
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
-from dvpo_ray.data.prompts import Prompt, load_prompts, sample_prompts
+from dvpo_ray.data.prompts import Prompt, ids_key, load_prompts, sample_prompts
+from dvpo_ray.data.rows import Content
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec, GVMManifest, check_files, check_tokenizer, read_manifest, refuse_as_policy
 from dvpo_ray.gvm.model import check_trunk
@@ -31,6 +32,7 @@ class Inputs:
         prompts: training prompts.
         texts: the same prompts as the data has them.
         heldout: held-out prompts for evaluations, `evaluation.prompts` of them at most.
+        contents: all of these prompts as the data has them, by the `ids_key` of their token ids.
         stop_token_ids: tokens that end a response.
         manifest: of the GVM, or of a baseline's reward model.
         notes: settings that are probably a mistake, and rows that are left out or shortened, one line for each reason.
@@ -39,6 +41,7 @@ class Inputs:
     prompts: list[list[int]]
     texts: list[Prompt]
     heldout: list[list[int]]
+    contents: dict[bytes, Content]
     stop_token_ids: frozenset[int]
     manifest: GVMManifest
     notes: list[str]
@@ -75,6 +78,7 @@ def load_inputs(config: Config) -> Inputs:
         prompts=[ids for _, ids in train],
         texts=[prompt for prompt, _ in train],
         heldout=[ids for _, ids in evaluated],
+        contents={ids_key(ids): prompt.content for prompt, ids in [*train, *evaluated]},
         stop_token_ids=frozenset(encoder.stop_token_ids),
         manifest=manifest,
         notes=[*training_notes(config), *pair_notes, *sets.notes, *encoder.notes("prompts"), *evaluation_notes],

@@ -101,7 +101,8 @@ class Refresher:
         share, seed = settings.old_pairs_per_new, self.config.seed + step
         self._note(step, write_pairs(folder, rows, f"policy@{step}", settings.heldout_fraction, old, share, seed), console)
         config = training_config(self.config, manifest, self.state.path, folder)
-        before = self._accuracy(config, manifest, loop.roles)
+        with console.stage("accuracy before the refresh", quiet=True):
+            before = self._accuracy(config, manifest, loop.roles)
         artifact = train_value_model(config, config.gvm, folder, console=console, room=loop.roles.retire("scorer"))
         self.state = Refreshed(
             path=str(artifact),
@@ -110,7 +111,8 @@ class Refresher:
             accuracy_before=before,
             accuracy=read_manifest(artifact).heldout_accuracy["last"],
         )
-        self.run.memory.add_pids(loop.roles.restart("scorer", self.scoring_config))
+        with console.stage("start of the scorers", quiet=True):
+            self.run.memory.add_pids(loop.roles.restart("scorer", self.scoring_config))
         console.say(f"GVM refreshed after step {step} on {len(rows)} new pairs: held-out accuracy {before:.3f} → {self.state.accuracy:.3f}")
         return {"time/refresh_seconds": time.perf_counter() - started}
 

@@ -3,7 +3,7 @@
     run = Run("train", config, folder, resume=resume)     refuses a folder or settings that are not this run's
     inputs = ...                                          every mistake in the inputs is found here
     run.open_checkpoint()                                 the last whole one of a resumed run
-    with run.started("DVPO", facts, notes) as console:    from here on the folder is this run's
+    with run.started("DVPO", facts, notes, …):            from here on the folder is this run's
         ...                                               `run.last_step` and `run.outcome` go to the summary
 
 However the block ends, summary.json says it: `finished`, `stopped`, `interrupted` or `failed`, and why.
@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
-from dvpo_ray.monitoring.run_files import amend_summary, read_summary, write_summary
+from dvpo_ray.monitoring.run_files import amend_summary, read_summary, resume_command, write_summary
 from dvpo_ray.runtime import checkpoints
 from dvpo_ray.runtime.termination import held, limited
 from dvpo_ray.runtime.waiting import patience
-from dvpo_ray.training.run_folder import begin, check_resume, locked, resume_command
+from dvpo_ray.training.run_folder import begin, check_resume, locked
 
 logger = logging.getLogger(__name__)
 
@@ -76,30 +76,33 @@ class Run:
         facts: Mapping[str, object],
         notes: Sequence[str],
         summary: Callable[[], Mapping[str, Any]],
-        console: RunConsole | None = None,
-    ) -> Iterator[RunConsole]:
+        console: RunConsole,
+        *,
+        is_part: bool = False,
+    ) -> Iterator[None]:
         """The run itself, with its console; the summary and the report are written however it ends.
 
         Args:
             title, facts: what runs, and with what, for the header.
             notes: what the user should know of settings and data, one line each.
             summary: entries of summary.json beside those that every run has; asked for at the end.
-            console: of a larger run that this is a part of; otherwise the run opens its own.
+            console: shows the header, the notes, and what the run waits for.
+            is_part: of a larger run.
 
         Raises:
             InputError: another process runs in the folder.
-            InputError, ResourceError: of the block. A run of its own adds the command that continues it.
+            InputError, ResourceError: of the block. A run that is no part adds the command that continues it.
         """
-        began, is_part = time.time(), console is not None
+        began = time.time()
         record = partial(self._record, began, notes, summary)
         with locked(self.folder):
             begin(self.folder, self.stage, self.config, resumed=self.resumed)
             try:
-                with nullcontext(console) if is_part else RunConsole() as console, self.memory, patience(say=console.warn):
+                with self.memory, patience(say=console.warn):
                     console.header(title, {**facts, "run folder": self.folder})
                     for note in notes:
                         console.warn(note)
-                    yield console
+                    yield
             except BaseException as error:
                 command = resume_command(self.folder, self.stage)
                 if isinstance(error, InputError | ResourceError) and command and not is_part:
@@ -132,8 +135,7 @@ class Run:
             write_summary(self.folder, read_summary(self.folder) | entries | end)
         except DiskFull:  # not even for a second file beside the first
             amend_summary(self.folder, end)
-        if self.stage == "train":
-            write_report(self.folder)
+        write_report(self.folder)
 
     def metrics_log(self) -> MetricsLog:
         """metrics.jsonl and the trackers; of a resumed run it goes on after `last_step`."""

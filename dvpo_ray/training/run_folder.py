@@ -7,7 +7,6 @@ Nothing here loads torch or ray, and nothing is written before `begin`.
 from __future__ import annotations
 
 import fcntl
-import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.resuming import STAGES, check_resumable
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
-from dvpo_ray.monitoring.run_files import SUMMARY, living, read_summary, this_process, write_summary
+from dvpo_ray.monitoring.run_files import CONFIG, SUMMARY, living, read_summary, saved_checkpoints, this_process, write_summary
 
-CONFIG, LOCK = "config.yaml", ".lock"
+LOCK = ".lock"
 _OF_AN_END = ("error", "error_actor", "resume_command")
 
 _LEFTOVERS = (
@@ -69,15 +68,6 @@ def _is_run_by(folder: Path, summary: Mapping) -> InputError:
     return InputError(f"{folder}: {whose} still runs in it; wait for its end or stop it, or give another --out")
 
 
-def resume_command(folder: Path, stage: str) -> str | None:
-    """The shell line that continues a run, if it has a checkpoint. Relative paths in its config mean those of the present folder."""
-    if not any(_checkpoints(folder)):
-        return None
-    here = Path.cwd()
-    shown = folder.relative_to(here) if folder.is_relative_to(here) and folder != here else folder
-    return f"{STAGES[stage].command} {shlex.quote(str(shown / CONFIG))} --out {shlex.quote(str(shown))} --resume"
-
-
 # --------------------------------------------------------------------------------------------------------- a new run
 
 
@@ -108,13 +98,7 @@ def _ended_before_its_first_step(folder: Path) -> bool:
 
 def _has_results(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"
-    return (folder / "final").exists() or any(_checkpoints(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
-
-
-def _checkpoints(folder: Path) -> Iterator[Path]:
-    """The package's own checkpoints, and those of transformers' trainers."""
-    yield from (folder / "checkpoints").glob("step_*")
-    yield from (folder / "checkpoints").glob("checkpoint-*")
+    return (folder / "final").exists() or any(saved_checkpoints(folder)) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _hint(folder: Path) -> str:
@@ -123,7 +107,7 @@ def _hint(folder: Path) -> str:
     state = summary.get("state")
     if living(summary):
         return f"; process {summary['process']['pid']} on {summary['process']['host']} still runs in it"
-    if state is None or any(_checkpoints(folder)):
+    if state is None or any(saved_checkpoints(folder)):
         return ""
     over = "it is finished" if state == "finished" else f"its state is {state}; once it is over, remove the folder to start anew"
     return f" (it has no checkpoint to continue from: {over})"
@@ -175,7 +159,7 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
     if _is_over(folder, stage, config):
         longer = "; give a larger train.steps to go on" if stage == "train" else ""
         raise RunIsFinished(f"{folder}: the run is finished and its result is in final/{longer}")
-    if not any(_checkpoints(folder)):
+    if not any(saved_checkpoints(folder)):
         over = "start it again without --resume" if _ended_before_its_first_step(folder) else "give another --out, or remove the folder to start anew"
         raise InputError(f"{folder}: no checkpoint to resume from; {over}")
 

@@ -19,9 +19,8 @@ from dvpo_ray.data.rows import BadRow, Content, checked_content, checked_prompt,
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import refuse_as_policy
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
-from dvpo_ray.monitoring.logs import library_output
 from dvpo_ray.training.run import Run
-from dvpo_ray.training.trl_stage import OPTIMIZER_METRICS, last_trainer_checkpoint, run_stage, trained_policy, training_arguments
+from dvpo_ray.training.trl_stage import OPTIMIZER_METRICS, last_trainer_checkpoint, run_stage, stage_output, trained_policy, training_arguments
 
 IGNORED_LABEL = -100
 """Label of tokens outside the loss, as in torch's cross entropy."""
@@ -54,13 +53,16 @@ def train_sft(config: Config, out: Path, resume: bool) -> Path:
     run = Run("sft", config, out, resume=resume)
     run.open_checkpoint(last_trainer_checkpoint)
     refuse_as_policy(config.model.path, "model.path")
-    tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-    answers, notes = load_answers(config.data.sft, config.data.on_bad_row)
-    rows, more_notes = encode_answers(answers, tokenizer, config)
     arguments = SFTConfig(**training_arguments(config, config.sft, out), max_length=None)
-    with library_output() as output:
-        trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        return run_stage(run, trainer, OPTIMIZER_METRICS, tokenizer, output, [*notes, *more_notes])
+    with stage_output() as (output, console):
+        with console.stage("reading the rows", quiet=True):
+            tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+            answers, notes = load_answers(config.data.sft, config.data.on_bad_row)
+            rows, more_notes = encode_answers(answers, tokenizer, config)
+        with console.stage("loading the model", quiet=True):
+            dataset = Dataset.from_list(rows)
+            trainer = SFTTrainer(model=trained_policy(config), args=arguments, train_dataset=dataset, processing_class=tokenizer)
+        return run_stage(run, trainer, OPTIMIZER_METRICS, tokenizer, output, console, [*notes, *more_notes])
 
 
 # ------------------------------------------------------------------------------------------------------- rows

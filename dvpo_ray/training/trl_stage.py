@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dvpo_ray.errors import InputError, diverged
 from dvpo_ray.files import whole_folder
 from dvpo_ray.models.loading import load_policy, rehearse_saving, save_policy, torch_dtype
 from dvpo_ray.monitoring.console import RunConsole
-from dvpo_ray.monitoring.logs import LibraryOutput
+from dvpo_ray.monitoring.logs import LibraryOutput, library_output
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.runtime.checkpoints import problem, write_manifest
 from dvpo_ray.runtime.termination import held
@@ -66,8 +66,21 @@ def training_arguments(config: Config, stage: TRLStageConfig, out: Path) -> dict
     }
 
 
+@contextmanager
+def stage_output() -> Iterator[tuple[LibraryOutput, RunConsole]]:
+    """What libraries write in this process, kept off the terminal, and the console that still reaches it."""
+    with library_output() as output, RunConsole(Console(file=output.terminal, highlight=False)) as console:
+        yield output, console
+
+
 def run_stage(
-    run: Run, trainer: Trainer, metrics: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, output: LibraryOutput, notes: Sequence[str] = ()
+    run: Run,
+    trainer: Trainer,
+    metrics: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    output: LibraryOutput,
+    console: RunConsole,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Train, and save the result as a checkpoint that later stages start from.
 
@@ -76,6 +89,7 @@ def run_stage(
         trainer: with the arguments of `training_arguments`.
         metrics: what goes to metrics.jsonl: the trainer's names, and ours after `<stage>/`. The first is shown beside the progress bar.
         output: of the libraries; goes to `logs/<stage>.log`.
+        console: on the terminal, beside that output.
         notes: what the user should know of the data, one line each.
 
     Returns:
@@ -92,17 +106,15 @@ def run_stage(
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         return {"steps": trainer.state.global_step, "last_step": _metrics_entry(stage, metrics, history[-1]) if history else {}}
 
-    with (
-        RunConsole(Console(file=output.terminal, highlight=False)) as terminal,
-        run.started(stage.upper(), facts, notes, summary, terminal) as console,
-    ):
+    with run.started(stage.upper(), facts, notes, summary, console):
         output.keep(run.folder / "logs" / f"{stage}.log")
-        rehearse_saving(partial(save_policy, trainer.model, {}, tokenizer, source), run.folder, source.path)
+        with console.stage("rehearsing the saving", quiet=True):
+            rehearse_saving(partial(save_policy, trainer.model, {}, tokenizer, source), run.folder, source.path)
         with run.metrics_log() as log, held(run.config.termination.grace_seconds) as signals:
             trainer.add_callback(_Progress(run, console, log, metrics, signals))
             trainer.train(resume_from_checkpoint=str(run.checkpoint[0]) if run.checkpoint is not None else None)
         _check_weights(trainer.model, stage)
-        with whole_folder(run.folder / "final") as folder:
+        with console.stage("saving the model", quiet=True), whole_folder(run.folder / "final") as folder:
             save_policy(trainer.model.to(torch_dtype(source.dtype)), None, tokenizer, source, folder)
     return run.folder / "final"
 

@@ -21,6 +21,7 @@ from dvpo_ray.gvm.evaluation import heldout_report, heldout_warning, length_warn
 from dvpo_ray.gvm.pairs import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
 from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.ending import accuracy_words
 from dvpo_ray.planning.placement import plan_training_placement
 from dvpo_ray.runtime.cluster import check_gpus, connect
 from dvpo_ray.runtime.fork_server import prepare
@@ -54,15 +55,18 @@ def train_value_model(
     run = Run(STAGES[settings.section], config, out, resume=resume)
     if room is None:
         check_gpus({f"{settings.section}.gpus_per_actor": settings.gpus_per_actor}, config.ray)
-    data = load_gvm_data(config, settings)
-    training = ValueModelTraining(run, settings, data)
-    training.check_checkpoint(run.open_checkpoint())
-    with (
-        run.started(training.title, training.header(), data.notes, lambda: training.summary, console) as run_console,
-        connect(config.ray, run_console.say),
-        training.started_trainers(room) as trainers,
-    ):
-        return training.train(trainers, run_console)
+    is_part = console is not None
+    with nullcontext(console) if is_part else RunConsole() as console:
+        with console.stage("reading the pairs", quiet=True):
+            data = load_gvm_data(config, settings)
+        training = ValueModelTraining(run, settings, data)
+        training.check_checkpoint(run.open_checkpoint())
+        with (
+            run.started(training.title, training.header(), data.notes, lambda: training.summary, console, is_part=is_part),
+            console.entering("start of Ray", connect(config.ray, console.say), quiet=True),
+            console.entering("start of the trainers", training.started_trainers(room, console)) as trainers,
+        ):
+            return training.train(trainers, console)
 
 
 class ValueModelTraining:
@@ -104,7 +108,7 @@ class ValueModelTraining:
             )
 
     @contextmanager
-    def started_trainers(self, room: Room | None) -> Iterator[list[ActorHandle]]:
+    def started_trainers(self, room: Room | None, console: RunConsole) -> Iterator[list[ActorHandle]]:
         """All ranks of the trainer with their shards of the model, for the time of a `with` block."""
         config, folder, trainers = self.config, str(self.run.folder), []
         with reserved(plan_training_placement(self.settings), config.ray) if room is None else nullcontext(room) as room:
@@ -112,7 +116,7 @@ class ValueModelTraining:
                 for index, bundle in enumerate(room.free):
                     arguments = (config, self.settings, index, folder)
                     trainers.append(spawn(GVMTrainer, bundle, room, environment(self.settings), *arguments, run_folder=folder, role=GVMTrainer.role))
-                pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds)
+                pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds, console.starting)
                 self.run.memory.add_pids(pids[GVMTrainer.role])
                 yield trainers
             finally:
@@ -121,13 +125,15 @@ class ValueModelTraining:
 
     def train(self, trainers: list[ActorHandle], console: RunConsole) -> Path:
         """All steps after the checkpoint or from the start, then the held-out evaluation and the artifact. Returns the artifact's folder."""
-        address = get(trainers[0].rendezvous.remote(), what=f"the meeting of the {self.called} trainers")
-        pairs = ray.put(self.data.train)
-        connected = [trainer.connect.remote(*address, pairs, self.total_steps) for trainer in trainers]
-        head, num_layers = get(connected, what=f"the start of the {self.called} trainers")[0]
+        with console.stage(f"loading the {self.called}", quiet=True):
+            address = get(trainers[0].rendezvous.remote(), what=f"the meeting of the {self.called} trainers")
+            pairs = ray.put(self.data.train)
+            connected = [trainer.connect.remote(*address, pairs, self.total_steps) for trainer in trainers]
+            head, num_layers = get(connected, what=f"the start of the {self.called} trainers")[0]
+            if self.run.checkpoint is not None:
+                folder = str(self.run.checkpoint[0] / "trainer")
+                get([trainer.load_checkpoint.remote(folder) for trainer in trainers], what="loading a checkpoint")
         if self.run.checkpoint is not None:
-            folder = str(self.run.checkpoint[0] / "trainer")
-            get([trainer.load_checkpoint.remote(folder) for trainer in trainers], what="loading a checkpoint")
             console.say(f"resumed after step {self.run.last_step}")
         write, state = partial(self._write_checkpoint, trainers), {"total_steps": self.total_steps}
         with (
@@ -143,7 +149,8 @@ class ValueModelTraining:
                     log.write(step, metrics)
                     self.accuracies.append(metrics["gvm/accuracy"])
                     if is_due(step, self.settings.checkpoint_every_steps):
-                        self.run.save_checkpoint(write, state)
+                        with console.stage("saving a checkpoint", quiet=True):
+                            self.run.save_checkpoint(write, state)
                 text = f"loss {metrics['gvm/loss']:.3f} · accuracy {metrics['gvm/accuracy']:.2f} · {metrics['time/step_seconds']:.1f} s/step"
                 progress.advance(1, text)
         report = self._evaluate(trainers, console)
@@ -155,7 +162,8 @@ class ValueModelTraining:
             heldout_regression={name: report["regression"][name] for name in ("mse", "explained_variance")},
         )
         final = self.run.folder / "final"
-        get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what=f"saving the {self.called}")
+        with console.stage(f"saving the {self.called}", quiet=True):
+            get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what=f"saving the {self.called}")
         self.summary["gvm"] = {"path": str(final), "heldout_accuracy": manifest.heldout_accuracy}
         return final
 
@@ -179,20 +187,20 @@ class ValueModelTraining:
 
     def _evaluate(self, trainers: list[ActorHandle], console: RunConsole) -> dict:
         """Held-out metrics of the trained model, written to the run folder; with a warning when they are poor."""
-        heldout = ray.put(self.data.heldout)
-        parts = get([trainer.evaluate.remote(heldout) for trainer in trainers], what="the held-out evaluation")
+        with console.stage("held-out evaluation", quiet=True):
+            heldout = ray.put(self.data.heldout)
+            parts = get([trainer.evaluate.remote(heldout) for trainer in trainers], what="the held-out evaluation")
         values = HeldoutValues.from_parts(self.data.heldout, [part for worker in parts for part in worker])
         if not np.isfinite(values.values).all():
             raise diverged("the held-out values are not finite after the last step", self.settings.section)
         report = heldout_report(values, self.settings.outcome)
         write_evaluation(self.run.folder / "evaluation", values, report)
-        accuracy = report["heldout_accuracy"]
-        by_mean = "" if self.is_reward_model else f"{accuracy['mean']:.3f} by mean value, "
-        console.say(f"held-out accuracy: {by_mean}{accuracy['last']:.3f} by last value, {values.num_pairs} pairs")
+        views = ["last"] if self.is_reward_model else ["mean", "last"]
+        for line in accuracy_words(report, views):
+            console.say(line)
         training_accuracy = float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0]))
-        view = "last" if self.is_reward_model else "mean"
-        weak = heldout_warning(accuracy, training_accuracy, self.data.train.num_pairs, self.settings.section, view)
-        warnings = [*([weak] if weak is not None else []), *length_warning(report, view)]
+        weak = heldout_warning(report["heldout_accuracy"], training_accuracy, self.data.train.num_pairs, self.settings.section, views[0])
+        warnings = [*([weak] if weak is not None else []), *length_warning(report, views[0])]
         for warning in warnings:
             console.warn(warning)
         if warnings:
