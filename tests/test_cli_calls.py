@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
-from cli_runs import LOCAL_CPU, ROOT, refusal
+from cli_runs import LOCAL_CPU, ROOT, refusal, without_loading
 
 from dvpo_ray import cli
 from dvpo_ray.config import load_config
@@ -21,7 +24,7 @@ def test_train_calls_the_run(backend, capsys, tmp_path):
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "run", "--resume"]) == 0
     ((config,), options) = calls[0]
     assert (config.out, config.gvm.path, options) == ("run", "g", {"resume": True})
-    assert capsys.readouterr().out == "done\n"
+    assert without_loading(capsys.readouterr().out) == "done\n"
 
 
 @pytest.mark.parametrize(
@@ -49,20 +52,47 @@ def test_quickstart_calls_the_quickstart(backend):
     assert calls[0] == ((Path("run"), ["train.steps=3"]), {})
 
 
-def test_gvm_eval_calls_the_evaluation_and_prints_json(backend, capsys):
-    calls = backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", {"accuracy": {"last": 0.75}})
+ACCURACY = {
+    "pairs": 40,
+    "heldout_accuracy": {"mean": 0.8, "last": 0.75, "longer_wins": 0.55},
+    "accuracy_ci95": {"mean": [0.7, 0.9], "last": [0.6, 0.85]},
+    "objective": "monte_carlo",
+    "notes": ["left out 2 of 42 pairs"],
+}
+
+
+def test_gvm_eval_calls_the_evaluation_and_says_what_it_means(backend, capsys):
+    calls = backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", ACCURACY)
+    assert cli.main(["gvm", "eval", LOCAL_CPU, "seed=4", "--gvm", "g", "--out", "e"]) == 0
     assert cli.main(["gvm", "eval", LOCAL_CPU, "--gvm", "g"]) == 0
-    (config, gvm, out), _ = calls[0]
-    assert (config, gvm) == (load_config(LOCAL_CPU), Path("g"))
-    assert re.fullmatch(r"runs/local-cpu-gvm-eval-\d{8}-\d{6}", str(out))
-    assert capsys.readouterr().out == '{\n  "accuracy": {\n    "last": 0.75\n  }\n}\n'
+    assert calls[0] == ((load_config(LOCAL_CPU, ["seed=4"]), Path("g"), Path("e")), {})
+    assert re.fullmatch(r"runs/local-cpu-gvm-eval-\d{8}-\d{6}", str(calls[1][0][2]))
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index("note: left out 2 of 42 pairs") : lines.index("e/evaluation.json") + 1]
+    assert lines == [
+        "note: left out 2 of 42 pairs",
+        "held-out accuracy: 0.800 by mean value, 0.750 by last value, 40 pairs",
+        'by mean value it is better than chance (0.5) and "the longer wins" (0.550): 95 % interval 0.700 to 0.900',
+        "plots: e",
+        "next, to use it:",
+        f"dvpo train {LOCAL_CPU} seed=4 gvm.path=g",
+        "e/evaluation.json",
+    ]
+
+
+def test_gvm_eval_of_a_reward_model_goes_by_its_last_value(backend, capsys):
+    backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", ACCURACY | {"objective": "bradley_terry"})
+    assert cli.main(["gvm", "eval", LOCAL_CPU, "--gvm", "g", "--out", "e"]) == 0
+    out = capsys.readouterr().out
+    assert "held-out accuracy: 0.750 by last value, 40 pairs\n" in out
+    assert f"\ndvpo train {LOCAL_CPU} algorithm=ppo reward_model.path=g\n" in out
 
 
 def test_gvm_score_calls_the_scoring(backend, capsys):
     calls = backend("dvpo_ray.gvm.scoring", "score_file", 12)
     assert cli.main(["gvm", "score", LOCAL_CPU, "gvm.path=g", "--input", "in.jsonl", "--output", "out.jsonl"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("g"), Path("in.jsonl"), Path("out.jsonl")), {})
-    assert capsys.readouterr().out == "out.jsonl: 12 rows\n"
+    assert capsys.readouterr().out.splitlines()[-1] == "out.jsonl: 12 rows"
 
 
 def test_report_calls_the_report(backend, capsys, tmp_path):
@@ -94,14 +124,64 @@ def test_dry_run_of_rm_train_speaks_of_the_reward_model(capsys):
     assert "reward_model.gpus_per_actor 1.5 is 1.5 GPUs" in refusal(capsys, "rm", "train", LOCAL_CPU, "reward_model.gpus_per_actor=1.5")
 
 
+JUDGED = {
+    "policy": "runs/a/final",
+    "judge": "vader",
+    "prompts": 3,
+    "gold": {"mean": 0.5, "ci95": [-0.1, 0.9]},
+    "response_length": {"mean": 20.0, "truncated_fraction": 0.25},
+    "notes": ["most responses are cut off"],
+}
+
+
 def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
-    calls = backend("dvpo_ray.training.evaluate", "evaluate_policy", {"prompts": 3})
+    calls = backend("dvpo_ray.training.evaluate", "evaluate_policy", JUDGED)
     assert cli.main(["eval", LOCAL_CPU, "--policy", "runs/a/final", "--out", "there"]) == 0
+    printed = without_loading(capsys.readouterr().out)
     assert cli.main(["eval", LOCAL_CPU, "model.path=m"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU), "runs/a/final", Path("there")), {})
     (_, policy, out), _ = calls[1]
     assert policy == "m" and re.fullmatch(r"runs/local-cpu-eval-\d{8}-\d{6}", str(out))
-    assert capsys.readouterr().out == '{\n  "prompts": 3\n}\n' * 2
+    assert printed.splitlines() == [
+        "note: most responses are cut off",
+        "gold score of runs/a/final by vader: +0.500, 95 % interval -0.100 to +0.900, 3 prompts",
+        "responses: there/evaluation.jsonl",
+        f"next, to compare with {load_config(LOCAL_CPU).model.path}:",
+        f"dvpo eval {LOCAL_CPU}",
+        "there/evaluation.json",
+    ]
+    assert f"next, to compare with a trained policy:\ndvpo eval {LOCAL_CPU} model.path=m --policy RUN/final\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "function", "result"),
+    [
+        (["eval"], "dvpo_ray.training.evaluate", "evaluate_policy", JUDGED),
+        (["gvm", "eval", "--gvm", "g"], "dvpo_ray.gvm.evaluation", "evaluate_gvm", ACCURACY),
+        (["train", "gvm.path=g", "--out", "run"], "dvpo_ray.training.policy", "train", {"state": "finished"}),
+    ],
+    ids=["eval", "gvm eval", "train"],
+)
+def test_json_has_standard_output_for_itself(argv, module, function, result, tmp_path):
+    """What Python, C and this process's own console write beside it goes to standard error."""
+    command = [word for word in argv if word in ("eval", "gvm", "train")]
+    program = f"""
+        import json, os, sys, types
+        from pathlib import Path
+        def work(*args, **kwargs):
+            print("from Python")
+            os.write(1, b"from C\\n")
+            Path("run").mkdir()
+            Path("run/summary.json").write_text(json.dumps({result!r}))
+            return {result!r}
+        sys.modules[{module!r}] = types.SimpleNamespace({function}=work)
+        from dvpo_ray.cli import main
+        sys.exit(main({[*command, LOCAL_CPU, f"model.path={tmp_path}", *argv[len(command) :], "--json"]!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == result
+    assert {"from Python", "from C", "loading the libraries: starts"} <= set(done.stderr.splitlines())
 
 
 def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, tmp_path):
@@ -109,7 +189,7 @@ def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, t
     assert cli.main(["bench", "step", LOCAL_CPU, "gvm.path=g", "--out", "b", "--repeats", "2"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("b"), 2), {})
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "step"}
-    assert capsys.readouterr().out == "b/bench.json\n"
+    assert without_loading(capsys.readouterr().out) == "b/bench.json\n"
     assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == (
         "argument --repeats: '0' is not a whole number of at least 1; see `dvpo bench step --help`"
     )
@@ -125,7 +205,7 @@ def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys
     )
     assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2, {"ppo": ["policy.threads=1"], "dvpo": []}, 3)]
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl"}
-    assert capsys.readouterr().out == "b/bench.json\n"
+    assert without_loading(capsys.readouterr().out) == "b/bench.json\n"
     assert "data.prompts.path is not set" in refusal(capsys, "bench", "trl", LOCAL_CPU, "data.prompts=null", "--trl-python", "p")
     assert "arguments are required: --trl-python" in refusal(capsys, "bench", "trl", LOCAL_CPU)
 
@@ -146,7 +226,7 @@ def test_bench_trl_reward_calls_the_benchmark_and_keeps_its_results(backend, cap
     assert cli.main(["bench", "trl-reward", LOCAL_CPU, "model.path=hub/model", "--out", str(tmp_path / "b")]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU, ["model.path=hub/model"]), tmp_path / "b"), {})
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl-reward"}
-    assert capsys.readouterr().out == f"{tmp_path}/b/bench.json\n"
+    assert without_loading(capsys.readouterr().out) == f"{tmp_path}/b/bench.json\n"
     assert "data.preferences.path is not set" in refusal(capsys, "bench", "trl-reward", LOCAL_CPU, "data.preferences=null")
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+from cli_runs import without_loading
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -294,7 +295,8 @@ def run_plan(llama, tmp_path, capsys):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(config_of(llama).model_dump(mode="json")), encoding="utf-8")
         status = cli.main(["plan", str(path), *argv])
-        return status, *capsys.readouterr()
+        out, error = capsys.readouterr()
+        return status, without_loading(out), error
 
     return run_plan
 

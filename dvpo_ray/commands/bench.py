@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dvpo_ray.commands.common import add_config_arguments, check_new_output, dated_folder, load
+from dvpo_ray.commands.common import add_config_arguments, check_new_output, dated_folder, load, loading
 from dvpo_ray.commands.train import check_train_config, missing_pairs
 from dvpo_ray.config import Config, override_config
 from dvpo_ray.config.algorithms import ALGORITHMS
@@ -108,13 +108,15 @@ def run(args: argparse.Namespace) -> int:
 def _step(args: argparse.Namespace, config: Config, out: Path) -> Results:
     check_train_config(args.config, config)
 
-    from dvpo_ray.bench.step import bench_step
+    with loading():
+        from dvpo_ray.bench.step import bench_step
 
     return bench_step(config, out, args.repeats), None
 
 
 def _trl(args: argparse.Namespace, config: Config, out: Path) -> Results:
-    from dvpo_ray.bench.trl import ALGORITHMS, bench_trl, with_models
+    with loading():
+        from dvpo_ray.bench.trl import ALGORITHMS, bench_trl, with_models
 
     settings = settings_by_algorithm(args.set, ALGORITHMS)
     whole = with_models(config, fallback="made")
@@ -130,7 +132,8 @@ def _trl_reward(args: argparse.Namespace, config: Config, out: Path) -> Results:
     for problem in [*missing_pairs(config), *problems([*preference_inputs(config, "reward_model"), *compared])]:
         raise InputError(f"{args.config}: {problem}")
 
-    from dvpo_ray.bench.trl_reward import bench_trl_reward
+    with loading():
+        from dvpo_ray.bench.trl_reward import bench_trl_reward
 
     return bench_trl_reward(config, out), None
 
@@ -140,7 +143,8 @@ def _ledger(args: argparse.Namespace, config: Config, out: Path) -> Results:
         raise InputError("--tokenizer is for --random-weights CONFIG_JSON; without it the tokenizer is the model's own")
     settings = settings_by_algorithm(args.set, args.algorithms)
 
-    from dvpo_ray.bench.ledger import bench_ledger, config_for
+    with loading():
+        from dvpo_ray.bench.ledger import bench_ledger, config_for
 
     def by_algorithm() -> dict[str, Config]:
         return {name: config_for(override_config(config, settings[name]), name, args.group_size) for name in args.algorithms}

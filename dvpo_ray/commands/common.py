@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from dvpo_ray.config import Config, dump_config, load_config
+from dvpo_ray.config.inputs import Needed
+from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
+from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.planning.placement import Bundle, total_resources
 
 
@@ -48,6 +53,7 @@ def overrides(replaced: str) -> Argument:
 
 CONFIG = (argument("config", metavar="CONFIG", help="YAML file, for example cluster_configs/local-cpu.yaml"), overrides("the file"))
 DRY_RUN = argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
+JSON = argument("--json", action="store_true", help="print the numbers as JSON on standard output, and everything else on standard error")
 
 
 def command(help: str, example: str, *arguments: Argument) -> Callable[[Callable], Command]:
@@ -117,6 +123,52 @@ def check_writable_folder(folder: Path) -> None:
         raise InputError(f"{folder}: nothing can be written there: {there} is a file; give another path")
     if not os.access(there, os.W_OK):
         raise InputError(f"{folder}: you may not write to {there}; give another path")
+
+
+# ------------------------------------------------------------------------------------------------- what a user sees
+
+
+def loading() -> AbstractContextManager:
+    """Around the import of the libraries that take seconds. It prints the first line of a command."""
+    return stage("loading the libraries")
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Work that has no console of its own, said with its name and its seconds."""
+    with RunConsole() as console, console.stage(name):
+        yield
+
+
+def refuse_unreachable(*needed: Needed) -> None:
+    """`hub.refuse_unreachable`, said before it begins: it takes seconds where the hub does not answer."""
+    if hub.names(*needed):
+        with stage("asking the hub"):
+            hub.refuse_unreachable(*needed)
+
+
+@contextmanager
+def only_json(wanted: bool) -> Iterator[None]:
+    """Where `--json` is given, send to standard error what this process writes, so that standard output is left for the JSON."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def tell(lines: Iterable[str]) -> None:
+    """Print lines for people."""
+    console = RunConsole()
+    for line in lines:
+        console.say(line)
 
 
 # -------------------------------------------------------------------------------------------------------------- plan

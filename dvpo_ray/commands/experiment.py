@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(*plan_lines(runs), *(f"note: {problem}" for problem in study_problems(study, runs, ask_hub=False)), sep="\n")
         return 0
+    print(f"{args.experiment}: {len(runs)} runs in {out}", flush=True)
     print(run_study(study, runs))
     print(out)
     return 0

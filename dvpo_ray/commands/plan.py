@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 
-from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, load
+from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, load, loading, stage
 from dvpo_ray.config.inputs import not_made_yet, plan_inputs, policy_misfits, problems
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.options import finite_number
@@ -31,11 +31,16 @@ def plan(args: Namespace) -> None:
     for problem in [*problems(plan_inputs(config)), *policy_misfits(config)]:
         raise InputError(problem)
 
-    from dvpo_ray.files import whole_file
-    from dvpo_ray.planning.report import Plan
-    from dvpo_ray.planning.times import calibrate, choose_device
+    with loading():
+        from dvpo_ray.files import whole_file
+        from dvpo_ray.planning.report import Plan
+        from dvpo_ray.planning.times import calibrate, choose_device
 
-    device = calibrate(config) if args.calibrate else choose_device(config, args.device)
+    if args.calibrate:
+        with stage("measuring the speed of this machine"):
+            device = calibrate(config)
+    else:
+        device = choose_device(config, args.device)
     plan = Plan(config, device, args.node_memory_gib)
     notes = [note for note in (not_made_yet(config), *training_notes(config)) if note is not None]
     print(*plan.lines(), *(f"note: {note}" for note in notes), sep="\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from dvpo_ray.commands.common import DRY_RUN, argument, command, overrides
+from dvpo_ray.commands.common import DRY_RUN, argument, command, loading, overrides
 from dvpo_ray.commands.train import POLICY, choose_run_folder
 from dvpo_ray.config import load_config
 from dvpo_ray.config.notes import training_notes
@@ -31,6 +31,7 @@ def quickstart(args: Namespace) -> None:
         return
     out = choose_run_folder(args.out, config)
 
-    from dvpo_ray.quickstart.run import quickstart
+    with loading():
+        from dvpo_ray.quickstart.run import quickstart
 
     quickstart(out, settings)

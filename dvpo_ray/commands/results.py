@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, dated_folder, load
+from dvpo_ray.commands.common import (
+    CONFIG,
+    JSON,
+    argument,
+    check_new_output,
+    command,
+    dated_folder,
+    load,
+    loading,
+    only_json,
+    refuse_unreachable,
+    stage,
+    tell,
+)
 from dvpo_ray.config import Config
 from dvpo_ray.config.inputs import Needed
 from dvpo_ray.config.paths import name_or_path_option, path_option
-from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
+from dvpo_ray.monitoring.console import Shell
+from dvpo_ray.monitoring.ending import accuracy_words, policy_words
 from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
 
@@ -21,7 +36,8 @@ from dvpo_ray.planning.placement import check_local_cluster, plan_placement
     "dvpo eval cluster_configs/local-cpu.yaml --policy runs/first/final --out runs/first-eval",
     *CONFIG,
     argument("--policy", metavar="MODEL", type=name_or_path_option, help="checkpoint folder or hub name (default: model.path of the config)"),
-    argument("--out", metavar="DIR", type=path_option, help="new folder for the judged responses (default: runs/<name>-eval-<time>)"),
+    argument("--out", metavar="DIR", type=path_option, help="new folder for the numbers and the judged responses (default: runs/<name>-eval-<time>)"),
+    JSON,
 )
 def evaluate(args: Namespace) -> None:
     config = load(args)
@@ -31,11 +47,21 @@ def evaluate(args: Namespace) -> None:
     check_new_output(out, "the evaluation")
     check_local_cluster(config, (bundle for bundle in plan_placement(config) if bundle.role == "rollout"))
     policy = args.policy or config.model.path
-    hub.refuse_unreachable(Needed("--policy" if args.policy else "model.path", policy, "policy"))
+    with only_json(args.json):
+        refuse_unreachable(Needed("--policy" if args.policy else "model.path", policy, "policy"))
+        with loading():
+            from dvpo_ray.training.evaluate import evaluate_policy
+        result = evaluate_policy(config, policy, out)
+        same = shlex.join(["dvpo", "eval", args.config, *args.overrides])
+        other = f"{same} --policy RUN/final" if policy == config.model.path else same
+        what = "a trained policy" if policy == config.model.path else config.model.path
+        tell([*_notes(result), *policy_words(result), f"responses: {out / 'evaluation.jsonl'}", f"next, to compare with {what}:", Shell(other)])
+    # The last line is for scripts.
+    print(json.dumps(result, indent=2) if args.json else out / "evaluation.json")
 
-    from dvpo_ray.training.evaluate import evaluate_policy
 
-    print(json.dumps(evaluate_policy(config, policy, out), indent=2))
+def _notes(result: dict) -> list[str]:
+    return [f"note: {note}" for note in result["notes"]]
 
 
 GVM = argument("--gvm", metavar="DIR", type=path_option, help="GVM folder (default: gvm.path of the config)")
@@ -52,17 +78,25 @@ def _load_with_gvm(args: Namespace) -> tuple[Config, Path]:
     "measure a value model on held-out pairs",
     "dvpo gvm eval cluster_configs/local-cpu.yaml --gvm runs/gvm/final --out runs/gvm-eval",
     *(*CONFIG, GVM),
-    argument("--out", metavar="DIR", type=path_option, help="new folder for the JSON and the plots (default: runs/<name>-gvm-eval-<time>)"),
+    argument("--out", metavar="DIR", type=path_option, help="new folder for the numbers and the plots (default: runs/<name>-gvm-eval-<time>)"),
+    JSON,
 )
 def evaluate_gvm(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     out = args.out or dated_folder(config, "-gvm-eval")
     check_new_output(out, "the evaluation")
-    hub.refuse_unreachable(Needed("model.path", config.model.path, "policy"))
-
-    from dvpo_ray.gvm.evaluation import evaluate_gvm
-
-    print(json.dumps(evaluate_gvm(config, gvm, out), indent=2))
+    with only_json(args.json):
+        refuse_unreachable(Needed("model.path", config.model.path, "policy"))
+        with loading():
+            from dvpo_ray.gvm.evaluation import evaluate_gvm
+        with stage("values of the held-out pairs"):
+            result = evaluate_gvm(config, gvm, out)
+        is_reward_model = result["objective"] == "bradley_terry"
+        more = [f"gvm.path={gvm}"] if not is_reward_model else ["algorithm=ppo", f"reward_model.path={gvm}"]
+        use = shlex.join(["dvpo", "train", args.config, *args.overrides, *more])
+        words = accuracy_words(result, ["last"] if is_reward_model else ["mean", "last"])
+        tell([*_notes(result), *words, f"plots: {out}", "next, to use it:", Shell(use)])
+    print(json.dumps(result, indent=2) if args.json else out / "evaluation.json")
 
 
 @command(
@@ -75,17 +109,19 @@ def evaluate_gvm(args: Namespace) -> None:
 def score(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     check_new_output(args.output, "--output")
-    hub.refuse_unreachable(Needed("model.path", config.model.path, "policy"))
+    refuse_unreachable(Needed("model.path", config.model.path, "policy"))
 
-    from dvpo_ray.gvm.scoring import score_file
-
-    print(f"{args.output}: {score_file(config, gvm, args.input, args.output)} rows")
+    with loading():
+        from dvpo_ray.gvm.scoring import score_file
+    with stage(f"values of {args.input}"):
+        rows = score_file(config, gvm, args.input, args.output)
+    print(f"{args.output}: {rows} rows")
 
 
 @command(
     "write report.html of a run folder",
     "dvpo report runs/first",
-    argument("run_folder", metavar="RUN", type=path_option, help="run folder of `dvpo train`"),
+    argument("run_folder", metavar="RUN", type=path_option, help="run folder of a command that trains"),
 )
 def report(args: Namespace) -> None:
     if not args.run_folder.is_dir():

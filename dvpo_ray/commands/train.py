@@ -9,7 +9,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dvpo_ray.commands.common import CONFIG, DRY_RUN, Command, argument, check_writable_folder, command, dated_folder, load, print_plan
+from dvpo_ray.commands.common import (
+    CONFIG,
+    DRY_RUN,
+    JSON,
+    Command,
+    argument,
+    check_writable_folder,
+    command,
+    dated_folder,
+    load,
+    loading,
+    only_json,
+    print_plan,
+    refuse_unreachable,
+    tell,
+)
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
@@ -17,8 +32,9 @@ from dvpo_ray.config.inputs import Needed, policy_inputs, policy_misfits, prefer
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
-from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
+from dvpo_ray.monitoring.ending import ending
+from dvpo_ray.monitoring.run_files import SUMMARY
 from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_placement, plan_training_placement
 from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.training.run_folder import RunIsFinished, check_new
@@ -51,7 +67,7 @@ class Training:
         folder = f"run folder, new or empty (default: `out` of the config, else runs/<name>{self.suffix}-<time>)"
         resume = "continue the run in the run folder from its last whole checkpoint"
         out = argument("--out", metavar="DIR", type=path_option, help=folder)
-        return command(help, example, *CONFIG, out, argument("--resume", action="store_true", help=resume), DRY_RUN)(self._run)
+        return command(help, example, *CONFIG, out, argument("--resume", action="store_true", help=resume), JSON, DRY_RUN)(self._run)
 
     def check(self, path: str, config: Config) -> None:
         """Refuse a config that can't be trained with, before anything is loaded.
@@ -85,14 +101,18 @@ class Training:
             self.print_plan(config, [*self.missing(config), *problems(inputs), *self.notes(config), *of_data])
             return
         self.check(args.config, config)
-        out = choose_run_folder(args.out, config, self.suffix, args.resume)
-        hub.refuse_unreachable(*self.inputs(config))
-        if self.placement(config):
-            prepare(config)
-        try:
-            print(self.train(config, out, args.resume))
-        except RunIsFinished as finished:
-            print(finished)
+        folder = choose_run_folder(args.out, config, self.suffix, args.resume)
+        with only_json(args.json):
+            refuse_unreachable(*self.inputs(config))
+            if self.placement(config):
+                prepare(config)
+            try:
+                result = self.train(config, folder, args.resume)
+                tell(ending(folder))
+            except RunIsFinished as finished:
+                result = finished
+        # The last line is for scripts.
+        print((folder / SUMMARY).read_text(encoding="utf-8").rstrip() if args.json else result)
 
 
 def choose_run_folder(out: Path | None, config: Config, suffix: str = "", resume: bool = False) -> Path:
@@ -138,13 +158,15 @@ def _optimizer_steps(stage: TRLStageConfig, row: str) -> dict[str, str]:
 
 
 def _train_sft(config: Config, out: Path, resume: bool) -> Path:
-    from dvpo_ray.training.sft import train_sft
+    with loading():
+        from dvpo_ray.training.sft import train_sft
 
     return train_sft(config, out, resume)
 
 
 def _train_dpo(config: Config, out: Path, resume: bool) -> Path:
-    from dvpo_ray.training.dpo import train_dpo
+    with loading():
+        from dvpo_ray.training.dpo import train_dpo
 
     return train_dpo(config, out, resume)
 
@@ -195,7 +217,8 @@ def _value_model_training(section: str, suffix: str) -> Training:
         }
 
     def train(config: Config, out: Path, resume: bool) -> Path:
-        from dvpo_ray.training.value_model import train_value_model
+        with loading():
+            from dvpo_ray.training.value_model import train_value_model
 
         return train_value_model(config, getattr(config, section), out, resume)
 
@@ -250,7 +273,8 @@ def _policy_arithmetic(config: Config) -> dict[str, str]:
 
 
 def _train_policy(config: Config, out: Path, resume: bool) -> Path:
-    from dvpo_ray.training.policy import train
+    with loading():
+        from dvpo_ray.training.policy import train
 
     return train(config.model_copy(update={"out": str(out)}), resume=resume)
 

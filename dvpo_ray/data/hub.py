@@ -35,13 +35,18 @@ def prepare_hub() -> bool:
     return not constants.HF_HUB_OFFLINE
 
 
+def names(*needed: Needed) -> list[Needed]:
+    """Those that are named for the hub."""
+    return [one for one in needed if one.kind in ("policy", "trunk", "data") and (one.path in NAMED_DATA or not is_local(one.path))]
+
+
 def refuse_unreachable(*needed: Needed) -> None:
     """Refuse hub names that cannot be had here, in seconds: before the libraries are imported that would find it out.
 
     Raises:
         InputError: names the first of them and its key.
     """
-    on_hub = [one for one in needed if one.kind in ("policy", "trunk", "data") and (one.path in NAMED_DATA or not is_local(one.path))]
+    on_hub = names(*needed)
     if not on_hub:
         return
     from huggingface_hub import constants
