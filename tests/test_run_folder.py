@@ -109,7 +109,7 @@ def test_the_first_differences_are_told_and_the_others_counted(tmp_path):
 
 
 def test_what_advantages_are_made_of_may_not_change():
-    changed = config_with(advantage__value_whitening="row", advantage__mode="td")
+    changed = config_with(advantage__value_whitening="batch", advantage__mode="td")
     keys = [key for key, _, _ in forbidden_changes("train", config_with(), changed)]
     assert keys == ["advantage.mode", "advantage.value_whitening"]
     assert forbidden_changes("gvm", config_with(), changed) == []

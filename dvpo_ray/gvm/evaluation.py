@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from dvpo_ray.config import Config
 from dvpo_ray.files import whole_folder
@@ -28,6 +27,9 @@ from dvpo_ray.gvm.views import (
 )
 from dvpo_ray.models.forward import batch_values
 from dvpo_ray.models.loading import load_tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WEAK_ACCURACY = 0.60
 """Held-out accuracy under which training has failed according to the paper (arXiv 2502.16944)."""
@@ -150,6 +152,8 @@ def length_warning(report: dict, view: str = "mean") -> list[str]:
 @contextmanager
 def _axes(file: Path, title: str, x: str, y: str) -> Iterator[Axes]:
     """Axes of a figure that is saved at the end. Without pyplot there is no global state and no display."""
+    from matplotlib.figure import Figure  # a second to import
+
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)

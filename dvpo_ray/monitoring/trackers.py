@@ -92,11 +92,16 @@ class RayTracker:
             tags = self._run | role
             gauge = "dvpo_" + re.sub(r"\W", "_", before + after.removeprefix("_"))
             if gauge not in self._gauges:
-                self._gauges[gauge] = self._gauge(gauge, description=metric.meaning if metric else "Steps that are done.", tag_keys=tuple(tags))
+                self._gauges[gauge] = self._gauge(gauge, description=_ascii(metric.meaning) if metric else "Steps that are done.", tag_keys=tuple(tags))
             self._gauges[gauge].set(value, tags=tags)
 
     def close(self) -> None:
         """Nothing: Ray forgets the gauges when the process leaves it."""
+
+
+def _ascii(text: str) -> str:
+    """Ray takes no other characters in a description."""
+    return text.translate({ord("π"): "pi", ord("λ"): "lambda", ord("±"): "+-"}).encode("ascii", "replace").decode()
 
 
 def is_in_ray() -> bool:

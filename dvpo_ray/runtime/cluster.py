@@ -154,7 +154,15 @@ def _own_ports() -> Iterator[int]:
         told = [f"--dashboard_agent_listen_port={listen}"] if process_type == PROCESS_TYPE_RAYLET else []
         return start([*command, *told], process_type, **options)
 
-    parameters = partial(RayParams, metrics_agent_port=grpc, dashboard_agent_listen_port=listen, runtime_env_agent_port=runtime_env)
+    parameters = partial(
+        RayParams,
+        metrics_agent_port=grpc,
+        dashboard_agent_listen_port=listen,
+        runtime_env_agent_port=runtime_env,
+        # Nothing here asks for the autoscaler or for a copy of the workers' output; each is a process to start.
+        no_monitor=True,
+        include_log_monitor=False,
+    )
     with (
         mock.patch.object(ray._private.parameter, "RayParams", parameters),
         mock.patch.object(ray._private.services, "start_ray_process", start_process),

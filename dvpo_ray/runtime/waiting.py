@@ -172,7 +172,7 @@ def check_head(what: str) -> None:
 
 def _of(refs: list[ObjectRef]) -> str:
     """The actors that the late ones of some references come from."""
-    _, late = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+    _, late = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False) if refs else ([], [])
     ids = [ref.task_id().actor_id().hex() for ref in late]
     names = dict.fromkeys(_actors[one][0] for one in ids if one in _actors)
     return f" of {', '.join(names)}" if names else ""
