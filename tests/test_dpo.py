@@ -166,7 +166,7 @@ def test_only_whole_checkpoints_are_resumed(tiny_chat_model, tmp_path, caplog):
     weights = out / "checkpoints" / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert last_trainer_checkpoint(out)[0].name == "checkpoint-1"
-    assert "checkpoint-2 is damaged (model.safetensors is damaged or truncated) and is skipped" in caplog.text
+    assert "checkpoint-2 is damaged (model.safetensors has " in caplog.text
     optimizer = out / "checkpoints" / "checkpoint-1" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     with pytest.raises(InputError, match="no whole checkpoint to resume from"):
