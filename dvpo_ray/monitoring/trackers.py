@@ -92,7 +92,9 @@ class RayTracker:
             tags = self._run | role
             gauge = "dvpo_" + re.sub(r"\W", "_", before + after.removeprefix("_"))
             if gauge not in self._gauges:
-                self._gauges[gauge] = self._gauge(gauge, description=_ascii(metric.meaning) if metric else "Steps that are done.", tag_keys=tuple(tags))
+                self._gauges[gauge] = self._gauge(
+                    gauge, description=_ascii(metric.meaning) if metric else "Steps that are done.", tag_keys=tuple(tags)
+                )
             self._gauges[gauge].set(value, tags=tags)
 
     def close(self) -> None:

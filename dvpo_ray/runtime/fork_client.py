@@ -40,16 +40,19 @@ def send(server: socket.socket) -> None:
     server.sendall(text)
 
 
-def receive(client: socket.socket) -> tuple[dict, array]:
-    """What `send` sent, and the file descriptors of the client's standard streams."""
-    descriptors = array("i")
-    head, ancillary, _, _ = client.recvmsg(_LENGTH, socket.CMSG_LEN(3 * descriptors.itemsize))
-    for _, _, data in ancillary:
-        descriptors.frombytes(data)
-    length, text = int.from_bytes(head, "big"), b""
-    while len(text) < length:
-        text += client.recv(length - len(text))
-    return json.loads(text), descriptors
+def receive(client: socket.socket) -> tuple[dict | None, array]:
+    """What `send` sent, None if the client ended before it had, and the file descriptors of the client's standard streams."""
+    descriptors, text = array("i"), b""
+    try:
+        head, ancillary, _, _ = client.recvmsg(_LENGTH, socket.CMSG_LEN(3 * descriptors.itemsize))
+        for _, _, data in ancillary:
+            descriptors.frombytes(data)
+        length = int.from_bytes(head, "big")
+        while len(text) < length and (part := client.recv(length - len(text))):
+            text += part
+    except ConnectionError:
+        return None, descriptors
+    return (json.loads(text) if text and len(text) == length else None), descriptors
 
 
 def send_status(client: socket.socket, status: int) -> None:

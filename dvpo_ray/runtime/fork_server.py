@@ -162,14 +162,17 @@ def _accept(server: socket.socket) -> None:
     while True:
         client, _ = server.accept()
         request, descriptors = fork_client.receive(client)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        pid = os.fork()
-        if pid == 0:
-            for inherited in (server, client, *clients.values()):
-                inherited.close()
-            _become(request, descriptors)
-        clients[pid] = client
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        if request is None:  # Ray has killed it
+            client.close()
+        else:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+            pid = os.fork()
+            if pid == 0:
+                for inherited in (server, client, *clients.values()):
+                    inherited.close()
+                _become(request, descriptors)
+            clients[pid] = client
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         for descriptor in descriptors:
             os.close(descriptor)
 
