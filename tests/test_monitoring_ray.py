@@ -1,6 +1,9 @@
-"""Memory and logs of actors on a real Ray cluster."""
+"""Memory and logs of actors, and the metrics of a run, on a real Ray cluster."""
 
 import os
+import re
+import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -8,6 +11,7 @@ import pytest
 
 from dvpo_ray.monitoring.logs import redirect_process_output
 from dvpo_ray.monitoring.memory import PeakMemory
+from dvpo_ray.monitoring.metrics import MetricsLog
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +31,9 @@ def worker():
             print("from print")
             os.system("echo from a child")
 
-    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        ray.init(address="local", num_cpus=1, include_dashboard=False, configure_logging=False, log_to_driver=False)
     yield ray.remote(num_cpus=1)(Worker).remote()
     ray.shutdown()
 
@@ -42,6 +48,24 @@ def test_workers_of_a_cluster_started_here_count(worker):
     with PeakMemory() as memory:
         memory.add_pids([pid])
     assert memory.peak_gib > alone
+
+
+def test_the_last_metrics_are_in_rays_prometheus_endpoint(worker, tmp_path):
+    import ray
+
+    port = ray.nodes()[0]["MetricsExportPort"]
+    with MetricsLog(tmp_path, config={"name": "night"}) as log:
+        log.write(1, {"policy/loss": 0.5, "memory/learner_gib": 2.0})
+        log.write(2, {"policy/loss": 0.25})
+        wanted = {("ray_dvpo_policy_loss", ""): 0.25, ("ray_dvpo_memory_gib", "learner"): 2, ("ray_dvpo_step", ""): 2}
+        seen: dict = {}
+        ends = time.monotonic() + 60
+        while seen != wanted and time.monotonic() < ends:
+            time.sleep(0.5)
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+            lines = re.findall(r'^(ray_dvpo_\w+)\{(.*run="night".*)\} (\S+)$', page, re.MULTILINE)
+            seen = {(name, "".join(re.findall(r'role="(\w+)"', labels))): float(value) for name, labels, value in lines}
+        assert seen == wanted
 
 
 def test_output_of_an_actor_goes_to_its_file(worker, tmp_path):

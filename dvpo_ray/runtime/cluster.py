@@ -57,6 +57,8 @@ def connect(config: RayConfig, say: Callable[[str], None] = tell) -> Iterator[No
         return
     address = joined_address(config)
     quiet = {"log_to_driver": False, "logging_level": "WARNING"}
+    # Ray warns that a cluster asks for a token. This process and its actors have the token anyway.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     with keeps_termination():
         line, head = _join(address, quiet) if address else _start_local(config, quiet, say)
     try:
@@ -91,8 +93,6 @@ def _start_local(config: RayConfig, options: dict, say: Callable[[str], None]) -
     folder = check_ray_folder(ray_temporary_folder())
     if folder.status == "fail":
         raise ResourceError(f"{folder.found}; {folder.advice}")
-    # Ray warns that a new cluster asks for a token. This process and its actors have the token anyway.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     for name, value in LOCAL_SETTINGS.items():
         os.environ.setdefault(name, value)
     limit = float(os.environ[START_PATIENCE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dvpo_ray.config.schema import RayConfig
-from dvpo_ray.errors import ResourceError
+from dvpo_ray.errors import HeadGone, ResourceError
 from dvpo_ray.planning.placement import Bundle, total_resources
 from dvpo_ray.runtime.fork_server import runtime_env
 from dvpo_ray.runtime.process import Actor, driver_folders
@@ -62,7 +63,8 @@ def reserved(bundles: list[Bundle], settings: RayConfig) -> Iterator[Room]:
             )
         yield Room(group, bundles, bundles)
     finally:
-        remove_placement_group(group)
+        if not isinstance(sys.exc_info()[1], HeadGone):  # Ray would wait for the head, and then end this process
+            remove_placement_group(group)
 
 
 def _patience(bundles: list[Bundle], settings: RayConfig) -> float:
