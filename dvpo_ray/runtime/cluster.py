@@ -6,6 +6,8 @@ import logging
 import os
 import random
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -23,7 +25,7 @@ from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.planning.placement import joined_address
-from dvpo_ray.runtime import fork_server
+from dvpo_ray.runtime import fork_server, reaper
 from dvpo_ray.runtime.doctor import check_ray_folder, ray_temporary_folder
 from dvpo_ray.runtime.termination import keeps_termination
 from dvpo_ray.runtime.waiting import patience, tell
@@ -63,10 +65,25 @@ def connect(config: RayConfig, say: Callable[[str], None] = tell) -> Iterator[No
         line, head = _join(address, quiet) if address else _start_local(config, quiet, say)
     try:
         say(line)
-        with patience(seconds=config.wait_timeout_seconds, head=head), nullcontext() if address else fork_server.in_use():
+        with patience(seconds=config.wait_timeout_seconds, head=head), nullcontext() if address else _own_ray():
             yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_ray() -> Iterator[None]:
+    """Within this context workers are forks, and what Ray has started ends soon after a driver that is killed."""
+    raylet = ray._private.worker._global_node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid
+    words = [sys.executable, "-S", "-s", "-E", reaper.__file__, str(raylet)]
+    reaping = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        with fork_server.in_use():
+            yield
+    finally:
+        reaping.kill()
+        reaping.wait()
+        reaping.stdin.close()
 
 
 def _join(address: str, options: dict) -> tuple[str, str]:
