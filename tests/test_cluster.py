@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import ray
 
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import HeadGone, ResourceError
-from dvpo_ray.runtime import waiting
+from dvpo_ray.runtime import cluster, waiting
 from dvpo_ray.runtime.cluster import LOCAL_SETTINGS, connect
 from dvpo_ray.runtime.waiting import get, patience
 
@@ -43,6 +44,7 @@ class SlowRay:
         self.times, self.calls = times, []
         monkeypatch.setattr(ray, "init", self.init)
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
+        monkeypatch.setattr(cluster, "_own_ray", nullcontext)
         for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", *LOCAL_SETTINGS):
             monkeypatch.setenv(name, "")  # so that the values which `connect` sets are undone
             monkeypatch.delenv(name)
