@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import os
 import select
 import signal
@@ -15,7 +14,7 @@ from typing import NoReturn
 from dvpo_ray import __version__
 from dvpo_ray.commands import bench, experiment, plan, quickstart, results, train
 from dvpo_ray.commands.common import Command, add_commands, group
-from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.errors import InputError, ResourceError, one_line
 from dvpo_ray.monitoring.logs import quiet_libraries
 from dvpo_ray.runtime.termination import Termination
 
@@ -58,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (InputError, ResourceError, OSError) as error:
-        print("dvpo:", *_refusal(error).split(), file=sys.stderr)
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"dvpo: {line}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         if termination.received is None:
@@ -124,19 +126,3 @@ def _reader_is_gone() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _refusal(error: Exception) -> str:
-    """What is wrong and what to do about it.
-
-    Raises:
-        OSError: the error itself if it names no path, which makes it a bug and not bad input.
-    """
-    if not isinstance(error, OSError):
-        # Ray wraps an actor's error in one of the same class whose text is a traceback; the original is its `cause`.
-        return str(getattr(error, "cause", None) or error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume"
-    if not isinstance(error.filename, str | os.PathLike) or error.strerror is None:
-        raise error
-    return f"{error.filename}: the system refuses it: {error.strerror}"

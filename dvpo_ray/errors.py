@@ -1,4 +1,9 @@
-"""The error that means "the user's input is wrong": one line, exit status 2."""
+"""The errors that are no bugs: one line, exit status 2."""
+
+from __future__ import annotations
+
+import errno
+import os
 
 
 class InputError(ValueError):
@@ -37,3 +42,17 @@ def diverged(finding: str, section: str) -> ResourceError:
         section: of the config, whose `learning_rate` it is.
     """
     return ResourceError(f"training has diverged: {finding}; lower {section}.learning_rate and start anew")
+
+
+def one_line(error: BaseException) -> str | None:
+    """What a user is told of an error, in one line; None for a bug, as an OSError is that names no path."""
+    if isinstance(error, InputError | ResourceError):
+        # Ray wraps an actor's error in one of the same class whose text is a traceback; the original is its `cause`.
+        return " ".join(str(getattr(error, "cause", None) or error).split())
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume"
+    if not isinstance(error.filename, str | os.PathLike) or error.strerror is None:
+        return None
+    return f"{error.filename}: the system refuses it: {error.strerror}"

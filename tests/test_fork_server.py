@@ -19,6 +19,7 @@ begun = time.perf_counter()
 import torch
 from dvpo_ray.models import loading
 print(sys.argv[1:], os.environ["NAME"], os.getcwd(), torch.get_num_threads(), torch._dynamo.config.disable, time.perf_counter() - begun < 0.5)
+assert os.getpgid(0) == os.getpid()  # Ray ends the whole group of a worker that has died
 print("to stderr", file=sys.stderr)
 sys.exit(3)
 """

@@ -338,3 +338,10 @@ def test_bad_lines_are_named(tmp_path):
     assert rows == [{"a": 1}, {"a": 2}]
     assert bad[0] == f"{path}:3: expected a JSON object, found list"
     assert len(bad) == 2 and bad[1].startswith(f"{path}:4: not valid JSON")
+
+
+def test_a_file_that_is_gone_is_one_line(tmp_path):
+    with MetricsLog(tmp_path / "run") as log:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with pytest.raises(ResourceError, match=r"run/metrics\.jsonl: somebody removed or moved the file while the run wrote it"):
+            log.write(1, {"time/step_seconds": 1.0})

@@ -99,7 +99,7 @@ def test_a_run_that_everything_happens_to(tiny_model, tmp_path):
     running.kill()
     running.communicate()
     _, left = psutil.wait_procs(theirs, timeout=10)
-    assert left == []
+    assert [(process, process.parent(), process.cmdline()) for process in left] == []
     assert night.summary()["state"] == "running" and not living(night.summary())
 
     running = night.start(*every_step)
@@ -123,7 +123,7 @@ def test_a_run_that_everything_happens_to(tiny_model, tmp_path):
     (night.out / "rollouts").unlink()
 
     running = night.start(*every_step)
-    shutil.rmtree(night.out)
+    night.out.rename(tmp_path / "moved")
     _, errors = running.communicate(timeout=90)
     assert running.returncode == 2 and errors.startswith("dvpo: ") and errors.count("\n") == 1, errors
 

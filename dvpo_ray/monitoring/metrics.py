@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +56,7 @@ class MetricsLog:
 
         Raises:
             ValueError: a metric is not in the catalogue.
-            ResourceError: the disk is full, or the file was removed.
+            ResourceError: the disk is full, or the file is gone.
         """
         for name in metrics:
             if find_metric(name) is None:
@@ -68,8 +67,8 @@ class MetricsLog:
             logger.warning("step %d: %s is %s, written as null", step, name, values[name])
         row = {"step": int(step), "time": round(time.time(), 3), **{name: finite_values.get(name) for name in values}}
         line = json.dumps(row).encode() + b"\n"
-        if os.fstat(self._file.fileno()).st_nlink == 0:
-            raise ResourceError(f"{self._path}: somebody removed the file while the run wrote it")
+        if not self._path.exists():
+            raise ResourceError(f"{self._path}: somebody removed or moved the file while the run wrote it")
         with clear_when_full(self._path):
             while line:  # an unbuffered write may write a part only
                 line = line[self._file.write(line) :]

@@ -74,8 +74,8 @@ def connect(config: RayConfig, say: Callable[[str], None] = tell) -> Iterator[No
 @contextmanager
 def _own_ray() -> Iterator[None]:
     """Within this context workers are forks, and what Ray has started ends soon after a driver that is killed."""
-    raylet = ray._private.worker._global_node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid
-    words = [sys.executable, "-S", "-s", "-E", reaper.__file__, str(raylet)]
+    session = ray._private.worker._global_node.get_session_dir_path()
+    words = [sys.executable, "-S", "-s", "-E", reaper.__file__, session]
     reaping = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
     try:
         with fork_server.in_use():

@@ -179,6 +179,7 @@ def _accept(server: socket.socket) -> None:
 
 def _become(request: dict, descriptors: array) -> None:
     """Run the client's script in this process, with what the client was started with."""
+    os.setpgid(0, 0)  # Ray ends the whole process group of a worker that has died
     for number in (signal.SIGCHLD, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked_signals"])

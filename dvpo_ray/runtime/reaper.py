@@ -14,14 +14,13 @@ from pathlib import Path
 _SECONDS_TO_END_ALONE = 3.0
 
 
-def main(raylet: str) -> None:
-    """Wait for the end of standard input, whose other end the driver holds, and kill the processes of a raylet."""
+def main(session: str) -> None:
+    """Wait for the end of standard input, whose other end the driver holds, and kill the processes that write logs of a session of Ray."""
     sys.stdin.read()
     time.sleep(_SECONDS_TO_END_ALONE)
-    mark = f"RAY_RAYLET_PID={raylet}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if mark in (folder / "environ").read_bytes().split(b"\0"):
+            if any(os.readlink(file).startswith(f"{session}/") for file in (folder / "fd").iterdir()):
                 os.kill(int(folder.name), signal.SIGKILL)
         except OSError:  # somebody else's, or gone
             continue

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dvpo_ray.config import Config
-from dvpo_ray.errors import DiskFull, InputError, ResourceError, RoleDied, diverged
+from dvpo_ray.errors import DiskFull, ResourceError, RoleDied, diverged, one_line
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
@@ -104,13 +104,13 @@ class Run:
                         console.warn(note)
                     yield
             except BaseException as error:
-                command = resume_command(self.folder, self.stage)
-                if isinstance(error, InputError | ResourceError) and command and not is_part:
-                    error.args = (f"{error}; continue with `{command}`",)
+                command, line = resume_command(self.folder, self.stage), one_line(error)
                 try:
                     record(**_how_it_ended(error), resume_command=command)
                 except (OSError, ResourceError) as second:  # what ended the run is what the user must see
                     logger.warning("the end of the run is not recorded: %s", second)
+                if line and command and not is_part:
+                    raise ResourceError(f"{line}; continue with `{command}`") from error
                 raise
             record(state=self.outcome)
 
@@ -207,8 +207,7 @@ def _how_it_ended(error: BaseException) -> dict[str, str]:
     """Entries of summary.json about what ended a run."""
     if isinstance(error, KeyboardInterrupt):
         return {"state": "interrupted"}
-    text = " ".join(str(error).split())
-    told = text if isinstance(error, InputError | ResourceError) else f"{type(error).__name__}: {text}"
+    told = one_line(error) or " ".join(f"{type(error).__name__}: {error}".split())
     return {"state": "failed", "error": told, **({"error_actor": error.actor} if isinstance(error, RoleDied) else {})}
 
 
