@@ -108,10 +108,6 @@ def test_a_run_that_everything_happens_to(tiny_model, tmp_path):
     assert line.startswith("dvpo: learner-0 died during ") and f"; its log is {night.out}/logs/learner-0.log; continue with `dvpo train " in line
     assert night.summary()["error_actor"] == "learner-0"
 
-    running = night.start(*every_step)
-    night.process("scorer-0").kill()
-    assert night.failed(running).startswith("dvpo: scorer-0 died during ")
-
     running = night.start(*every_step, "ray.wait_timeout_seconds=3")
     night.process("rollout-0").send_signal(signal.SIGSTOP)
     assert "rollouts did not finish within 3 seconds (ray.wait_timeout_seconds) of rollout-0" in night.failed(running)
@@ -120,15 +116,9 @@ def test_a_run_that_everything_happens_to(tiny_model, tmp_path):
     shutil.rmtree(night.out / "rollouts")
     (night.out / "rollouts").write_text("in the way")
     assert f"{night.out}/rollouts" in night.failed(running)
-    (night.out / "rollouts").unlink()
-
-    running = night.start(*every_step)
-    night.out.rename(tmp_path / "moved")
-    _, errors = running.communicate(timeout=90)
-    assert running.returncode == 2 and errors.startswith("dvpo: ") and errors.count("\n") == 1, errors
 
 
-def test_a_value_model_whose_disk_fills_and_that_is_told_to_end(tiny_model, tmp_path):
+def test_a_value_model_that_is_told_to_end(tiny_model, tmp_path):
     night = Night(tmp_path, tiny_model, "gvm", "train")
     running = night.start()
     running.send_signal(signal.SIGTERM)
