@@ -63,7 +63,9 @@ job='cd "$0" && PATH=$1:$PATH && exec dvpo train "${@:2}"'
 export RAY_API_SERVER_ADDRESS=$address # with http://; else Ray takes it for an address of another kind
 id=dvpo-$(date +%Y%m%d-%H%M%S)-$$
 trap 'echo "submit.sh: the job goes on; its output: ray job logs $id --follow" >&2; exit 130' INT
-"$bin/ray" job submit --submission-id "$id" -- bash -c "$job" "$PWD" "$bin" "$@" || submitted=$?
+# `ray job stop` kills a job 3 seconds after its SIGTERM; a run saves a checkpoint in that time (termination.grace_seconds).
+wait='{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "30"}}'
+"$bin/ray" job submit --submission-id "$id" --runtime-env-json "$wait" -- bash -c "$job" "$PWD" "$bin" "$@" || submitted=$?
 
 # Ray's own status is 1 for every failure, and 0 for a job that was stopped.
 read -r status _ state code <<<"$(ask_head "$id")"

@@ -121,10 +121,13 @@ def test_the_commands_of_the_docs_with_a_token(cluster):
     job = re.search(r"dvpo-\d+-\d+-\d+", submitted.stdout)[0]
     assert f"Job '{job}' failed" in cluster.command(f"ray job status {job}").stdout
     assert "dvpo: " in cluster.command(f"ray job logs {job}").stdout
-    cluster.command("ray job submit --no-wait --submission-id long -- sleep 600")
-    cluster.wait_for("ray job status long", "RUNNING")
+    wait = re.search(r"^wait=('.*')$", (ROOT / "launch" / "submit.sh").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    (cluster.folder / "long.sh").write_text("trap 'sleep 5; echo ended in order; exit' TERM\necho begun\nsleep 600 & wait\n")
+    cluster.command(f"ray job submit --no-wait --submission-id long --runtime-env-json {wait} -- bash {cluster.folder}/long.sh")
+    cluster.wait_for("ray job logs long", "begun")
     cluster.command("ray job stop long")
     assert "Job 'long' was stopped" in cluster.command("ray job status long").stdout
+    assert "ended in order" in cluster.command("ray job logs long").stdout
     cluster.wait_for("ray status", "/2.0 CPU")  # the second node has joined
 
 
