@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage)
 
 def test_a_draft_on_a_full_disk_is_removed_and_the_line_says_what_fills_it(tmp_path):
     write_checkpoint(tmp_path, 5)
-    told = "no space left on the disk; .* step 10 had 0.00 GiB already, and the run folder holds checkpoints"
+    told = "no space left on the disk; .* step 10 had 0.0 MiB already, and the run folder holds checkpoints"
     with pytest.raises(DiskFull, match=told), checkpoints.draft(tmp_path, 10) as draft:
         (draft / "half.pt").write_bytes(b"x")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -92,7 +92,7 @@ def test_a_draft_on_a_full_disk_is_removed_and_the_line_says_what_fills_it(tmp_p
 def test_room_for_a_checkpoint_is_checked_before_it_is_written(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 5)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50))
-    told = r"the checkpoint of step 10 needs 0\.00 GiB, and the disk has 0\.00 GiB free; .* or lower checkpoint\.keep"
+    told = r"the checkpoint of step 10 needs 0\.0 MiB, and the disk has 0\.0 MiB free; .* or lower checkpoint\.keep"
     with pytest.raises(DiskFull, match=told), checkpoints.draft(tmp_path, 10):
         pytest.fail("nothing may be written")
 

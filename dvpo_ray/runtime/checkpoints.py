@@ -35,7 +35,7 @@ def draft(run_folder: Path, step: int) -> Iterator[Path]:
             folder.mkdir(parents=True)
             yield folder
     except DiskFull as error:
-        had = f"the checkpoint of step {step} had {_gib(_bytes(folder))} already, and the run folder holds {_fillers(run_folder)}"
+        had = f"the checkpoint of step {step} had {_size(_bytes(folder))} already, and the run folder holds {_fillers(run_folder)}"
         raise DiskFull(f"{error} ({had})") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,7 +116,7 @@ def _check_room(run_folder: Path, step: int) -> None:
     needed, free = _bytes(earlier[-1]), shutil.disk_usage(run_folder).free
     if free < needed:
         raise DiskFull(
-            f"{run_folder}: the checkpoint of step {step} needs {_gib(needed)}, and the disk has {_gib(free)} free; the run folder holds "
+            f"{run_folder}: the checkpoint of step {step} needs {_size(needed)}, and the disk has {_size(free)} free; the run folder holds "
             f"{_fillers(run_folder)}; free some, or lower checkpoint.keep"
         )
 
@@ -124,12 +124,12 @@ def _check_room(run_folder: Path, step: int) -> None:
 def _fillers(run_folder: Path) -> str:
     """The largest parts of a run folder, with their sizes."""
     sizes = sorted(((_bytes(path), path.name) for path in run_folder.iterdir()), reverse=True)
-    return ", ".join(f"{name} {_gib(size)}" for size, name in sizes[:3])
+    return ", ".join(f"{name} {_size(size)}" for size, name in sizes[:3])
 
 
 def _bytes(path: Path) -> int:
     return sum(f.stat().st_size for f in (path, *path.rglob("*")) if f.is_file())
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
