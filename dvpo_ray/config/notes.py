@@ -16,7 +16,7 @@ def training_notes(config: Config) -> list[str]:
     Raises:
         InputError: as in `derive_batch`.
     """
-    return [*_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
+    return [*foreign_prompts(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
 
 
 def foreign_heldout(section: str, data: SplitData) -> list[str]:
@@ -25,7 +25,7 @@ def foreign_heldout(section: str, data: SplitData) -> list[str]:
     Args:
         section: key of the data, for the line.
     """
-    if data.heldout_path is None or not _is_shipped(data.heldout_path) or _is_shipped(data.path):
+    if data.heldout_path is None or not is_shipped(data.heldout_path) or is_shipped(data.path):
         return []
     return [
         f"{section}.heldout_path is still {data.heldout_path}, which belongs to the quickstart's data and not to {data.path}: held-out results "
@@ -33,7 +33,19 @@ def foreign_heldout(section: str, data: SplitData) -> list[str]:
     ]
 
 
-def _is_shipped(path: str) -> bool:
+def foreign_prompts(config: Config) -> list[str]:
+    """One line if a value model of one's own pairs would be used on the prompts that the package ships."""
+    pairs, prompts = config.data.preferences, config.data.prompts
+    if pairs is None or prompts is None or is_shipped(pairs.path) or not is_shipped(prompts.path):
+        return []
+    return [
+        f"data.prompts.path is still {prompts.path}, the quickstart's prompts, while data.preferences.path is {pairs.path}: the policy would learn "
+        f"to continue sentences; set data.prompts.path={pairs.path} data.prompts.heldout_path=null to take the prompts of your pairs"
+    ]
+
+
+def is_shipped(path: str) -> bool:
+    """Whether a file is one of the quickstart's."""
     return Path(path).parts[-4:-1] == ("dvpo_ray", "quickstart", "data")
 
 

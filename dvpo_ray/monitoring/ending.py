@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dvpo_ray.config.notes import is_shipped
 from dvpo_ray.evaluation.gain import verdict
 from dvpo_ray.monitoring.console import Shell
 from dvpo_ray.monitoring.run_data import parse_config, setting
@@ -117,10 +118,20 @@ def _interval(ends: Sequence[float], sign: str = "") -> str:
 # ------------------------------------------------------------------------------------------------------------- uses
 
 
+def _prompts(config: Mapping[str, Any]) -> str:
+    """The override that gives a policy its prompts, where the config has none or only the quickstart's beside pairs of one's own."""
+    pairs, prompts = setting(config, "data.preferences.path"), setting(config, "data.prompts.path")
+    if not prompts:
+        return " data.prompts.path=PROMPTS.jsonl"
+    if pairs and is_shipped(prompts) and not is_shipped(pairs):
+        return f" data.prompts.path={shlex.quote(pairs)} data.prompts.heldout_path=null evaluation.judge=none"
+    return ""
+
+
 def uses(folder: Path, stage: str, config: Mapping[str, Any]) -> dict[str, str]:
     """What `final/` of a run is for: commands by their purpose, the most natural one first."""
     final, own = shlex.quote(str(folder / "final")), shlex.quote(str(folder / "config.yaml"))
-    prompts = "" if setting(config, "data.prompts.path") else " data.prompts.path=PROMPTS.jsonl"
+    prompts = _prompts(config)
     pairs = "" if setting(config, "data.preferences.path") else " data.preferences.path=PAIRS.jsonl"
     judge = "" if setting(config, "evaluation.judge") not in (None, "none") else " evaluation.judge=vader"
     judged = {"judge it on held-out prompts": f"dvpo eval {own} --policy {final}{prompts}{judge}"}

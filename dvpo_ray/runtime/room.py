@@ -20,7 +20,7 @@ from dvpo_ray.errors import HeadGone, ResourceError
 from dvpo_ray.planning.placement import Bundle, total_resources
 from dvpo_ray.runtime.fork_server import runtime_env
 from dvpo_ray.runtime.process import Actor, driver_folders
-from dvpo_ray.runtime.waiting import get, introduce, known
+from dvpo_ray.runtime.waiting import get, head_answers, introduce, known
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def reserved(bundles: list[Bundle], settings: RayConfig) -> Iterator[Room]:
             )
         yield Room(group, bundles, bundles)
     finally:
-        if not isinstance(sys.exc_info()[1], HeadGone):  # Ray would wait for the head, and then end this process
+        if not isinstance(sys.exc_info()[1], HeadGone) and head_answers():  # else Ray would wait for the head, and then end this process
             remove_placement_group(group)
 
 

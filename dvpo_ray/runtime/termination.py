@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -55,8 +55,11 @@ def keeps_termination() -> Iterator[None]:
 
 
 @contextmanager
-def held(grace_seconds: float) -> Iterator[list[int]]:
+def held(grace_seconds: float, told: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """Let a signal that ends the run wait until the end of this block; after the grace it interrupts the block all the same.
+
+    Args:
+        told: called when the first signal comes.
 
     Yields:
         The signals that wait; empty as long as none has come.
@@ -72,6 +75,7 @@ def held(grace_seconds: float) -> Iterator[list[int]]:
             waiting.append(signum)
             _arrived = time.monotonic()
             signal.setitimer(signal.ITIMER_REAL, grace_seconds)
+            told()
 
     handlers = {number: signal.getsignal(number) for number in _ENDING}
     kept = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}

@@ -170,6 +170,15 @@ def check_head(what: str) -> None:
     raise HeadGone(f"Ray's head at {_patience.head} was gone during {what}: its processes have ended, or the network to it is down")
 
 
+def head_answers() -> bool:
+    """Whether Ray's head is there, as far as this process knows its address."""
+    try:
+        check_head("the end")
+    except HeadGone:
+        return False
+    return True
+
+
 def _of(refs: list[ObjectRef]) -> str:
     """The actors that the late ones of some references come from."""
     _, late = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False) if refs else ([], [])

@@ -29,7 +29,7 @@ from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import amend_summary, read_summary, resume_command, write_summary
 from dvpo_ray.runtime import checkpoints
 from dvpo_ray.runtime.termination import held, limited
-from dvpo_ray.runtime.waiting import patience
+from dvpo_ray.runtime.waiting import patience, tell
 from dvpo_ray.training.run_folder import begin, check_resume, locked
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Run:
         self._earlier: dict[str, Any] = {}
         self._saved_step = 0
         self._is_whole = True
+        self._say: Callable[[str], None] = tell
         self._writes_metrics = False
         if resume:
             check_resume(self.folder, stage, config)
@@ -99,6 +100,7 @@ class Run:
             begin(self.folder, self.stage, self.config, resumed=self.resumed)
             try:
                 with self.memory, patience(say=console.warn):
+                    self._say = console.say
                     console.header(title, {**facts, "run folder": self.folder})
                     for note in notes:
                         console.warn(note)
@@ -109,6 +111,8 @@ class Run:
                     record(**_how_it_ended(error), resume_command=command)
                 except (OSError, ResourceError) as second:  # what ended the run is what the user must see
                     logger.warning("the end of the run is not recorded: %s", second)
+                if isinstance(error, KeyboardInterrupt) and not is_part:
+                    console.say(f"continue with: {command}" if command else "no checkpoint is saved; the same command starts anew")
                 if line and command and not is_part:
                     raise ResourceError(f"{line}; continue with `{command}`") from error
                 raise
@@ -185,19 +189,26 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            if self._is_whole and self.last_step > self._saved_step:
+            if not self._is_whole:
+                limit = f"termination.grace_seconds={self.config.termination.grace_seconds:g}"
+                console.warn(f"step {self.last_step + 1} was not done within {limit}, so nothing after step {self._saved_step} is saved")
+            elif self.last_step > self._saved_step:
                 try:
                     with console.stage(f"checkpoint of step {self.last_step}"), limited(self.config.termination.grace_seconds):
                         self.save_checkpoint(write, state())
                 except (KeyboardInterrupt, ResourceError, OSError) as second:
                     why = str(second) or f"it took longer than termination.grace_seconds={self.config.termination.grace_seconds:g}"
                     console.warn(f"no checkpoint of step {self.last_step}: {why}")
+            # Now, because the same signal may have ended Ray, and then this process may not come to its own end.
+            end = {"state": "interrupted", "steps": self.last_step, "resume_command": resume_command(self.folder, self.stage)}
+            write_summary(self.folder, read_summary(self.folder) | end)
             raise
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
         """From the update of a step to its record: a signal that ends the run waits, at most `termination.grace_seconds`."""
-        with held(self.config.termination.grace_seconds):
+        grace = self.config.termination.grace_seconds
+        with held(grace, lambda: self._say(f"ending: the step is finished and saved first, in at most {grace:g} s")):
             self._is_whole = False
             yield
             self._is_whole = True
