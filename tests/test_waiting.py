@@ -100,14 +100,14 @@ def test_a_long_wait_is_told_and_has_a_limit(cluster, start, monkeypatch):
     said: list[str] = []
     workers = [start() for _ in range(4)]
     get([worker.work.remote() for worker in workers], what="the start")
-    with patience(seconds=1.2, say=said.append):
-        with pytest.raises(ResourceError, match=r"^the update did not finish within 1\.2 seconds \(ray\.wait_timeout_seconds\) of worker-1$"):
+    with patience(seconds=4, say=said.append):
+        with pytest.raises(ResourceError, match=r"^the update did not finish within 4 seconds \(ray\.wait_timeout_seconds\) of worker-1$"):
             get([workers[0].work.remote(), workers[1].work.remote("frozen")], what="the update")
-        with pytest.raises(ResourceError, match=r"^scores did not finish within 1\.2 seconds .* of worker-2$"):
+        with pytest.raises(ResourceError, match=r"^scores did not finish within 4 seconds .* of worker-2$"):
             wait([workers[2].work.remote("frozen")], what="scores")
         stream = as_they_come([workers[3].stream.remote()], what="rollouts")
         assert ray.get(next(stream)) == 1
-        with pytest.raises(ResourceError, match=r"^rollouts did not finish within 1\.2 seconds .* of worker-3$"):
+        with pytest.raises(ResourceError, match=r"^rollouts did not finish within 4 seconds .* of worker-3$"):
             next(stream)
     assert said[0].startswith("still waiting for the update of worker-1 after ") and len(said) >= 3
 
