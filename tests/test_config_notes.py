@@ -39,7 +39,10 @@ REFRESHED = ["gvm.refresh.source=judge"]
         (["kl.placement=loss", "kl.estimator=k1"], "kl.estimator k1 has no effect as a loss"),
         (["kl.placement=off", "kl.coefficient=0.05"], "kl.coefficient 0.05 has no effect, since kl.placement is off"),
         (["kl.placement=off", "kl.adaptive_target_nats=6"], "kl.adaptive_target_nats 6 has no effect, since kl.placement is off"),
-        (["train.steps=5", "health.window_steps=6"], "health.window_steps 6 is above train.steps 5; no alarm about the estimate can be raised"),
+        (
+            ["train.steps=5", "health.window_steps=6"],
+            "health.window_steps 6 is above train.steps 5; no alarm about the value estimate can be raised; that is no fault in a short run",
+        ),
         (
             ["health.on_alarm=stop", "evaluation.judge=none"],
             "health.on_alarm is stop, but no alarm that does so can be raised, since evaluation.judge is none",
@@ -85,7 +88,9 @@ def test_a_run_warns_of_them(tiny_model, tmp_path):
         "rollout": {"max_response_tokens": 12},
         "train": {"steps": 5},
     }
-    assert load_inputs(Config(**settings)).notes == ["health.window_steps 10 is above train.steps 5; no alarm about the estimate can be raised"]
+    assert load_inputs(Config(**settings)).notes == [
+        "health.window_steps 10 is above train.steps 5; no alarm about the value estimate can be raised; that is no fault in a short run"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- paths

@@ -284,7 +284,8 @@ def test_submit_to_a_head_without_authentication(submit, tmp_path):
     done = submit("config.yaml", "name=two words", RAY_API_SERVER_ADDRESS=head.address)
     call, target = done.stdout.splitlines()
     assert done.returncode == 0 and target == f"to {head.address} mode unset"
-    assert re.match(r"<job> <submit> <--submission-id> <dvpo-[-0-9]+> <--> <bash> <-c> ", call)
+    patience = r"<--runtime-env-json> <\{\"env_vars\": \{\"RAY_JOB_STOP_WAIT_TIME_S\": \"30\"\}\}>"
+    assert re.match(rf"<job> <submit> <--submission-id> <dvpo-[-0-9]+> {patience} <--> <bash> <-c> ", call)
     assert call.endswith(f"<{tmp_path}/a folder> <{tmp_path}/venv/bin> <config.yaml> <name=two words> ")
 
 

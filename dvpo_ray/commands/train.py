@@ -268,7 +268,7 @@ def _policy_arithmetic(config: Config) -> dict[str, str]:
         "optimizer steps": f"{plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
         f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {config.train.steps} steps",
         "longest row": _longest_row(config.data.max_prompt_tokens, config.rollout.max_response_tokens),
-        "samples in the run": f"{plan.total_samples} on {plan.total_prompts} prompts",
+        "samples in the run": f"{plan.total_samples}, {plan.total_prompts} prompts with repeats",
     }
 
 

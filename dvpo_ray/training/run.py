@@ -99,7 +99,7 @@ class Run:
         with locked(self.folder):
             begin(self.folder, self.stage, self.config, resumed=self.resumed)
             try:
-                with self.memory, patience(say=console.warn):
+                with self.memory, patience(say=console.say):
                     self._say = console.say
                     console.header(title, {**facts, "run folder": self.folder})
                     for note in notes:
