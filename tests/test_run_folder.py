@@ -16,7 +16,7 @@ from dvpo_ray import cli
 from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.resuming import MAY_CHANGE, STAGES, forbidden_changes
 from dvpo_ray.errors import InputError
-from dvpo_ray.monitoring.run_files import living, read_summary, resume_command, this_process, write_summary
+from dvpo_ray.monitoring.run_files import amend_summary, living, read_summary, resume_command, this_process, write_summary
 from dvpo_ray.training.run_folder import RunIsFinished, begin, check_new, check_resume, locked
 
 SETTINGS = {
@@ -279,6 +279,17 @@ def test_a_run_whose_process_is_gone_is_told_apart(tmp_path):
     assert living({"state": "running", "process": GONE | {"host": "elsewhere"}})  # nothing is known of another machine
     assert not living({"state": "running", "process": GONE})
     assert not living({"state": "failed", "process": this_process()})
+
+
+def test_the_end_of_a_run_fits_where_its_beginning_stands(tmp_path):
+    """On a full disk there is no room for a second file, nor for one that grows."""
+    folder = make_run(tmp_path / "run")
+    write_summary(folder, read_summary(folder))
+    before = (folder / "summary.json").stat()
+    amend_summary(folder, {"state": "failed", "error": "no space left on the disk"})
+    after = (folder / "summary.json").stat()
+    assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+    assert read_summary(folder)["error"] == "no space left on the disk" and read_summary(folder)["stage"] == "train"
 
 
 def test_the_command_that_continues_a_run_needs_a_checkpoint(tmp_path, monkeypatch):

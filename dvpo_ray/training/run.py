@@ -138,7 +138,7 @@ class Run:
         try:
             write_summary(self.folder, read_summary(self.folder) | entries | end)
         except DiskFull:  # not even for a second file beside the first
-            amend_summary(self.folder, end)
+            amend_summary(self.folder, {name: value for name, value in entries.items() if name == "steps"} | end)
         write_report(self.folder)
 
     def metrics_log(self) -> MetricsLog:
@@ -191,7 +191,7 @@ class Run:
         except KeyboardInterrupt:
             if not self._is_whole:
                 limit = f"termination.grace_seconds={self.config.termination.grace_seconds:g}"
-                console.warn(f"step {self.last_step + 1} was not done within {limit}, so nothing after step {self._saved_step} is saved")
+                console.warn(f"the step and its checkpoint took longer than {limit}: nothing after step {self._saved_step} is saved")
             elif self.last_step > self._saved_step:
                 try:
                     with console.stage(f"checkpoint of step {self.last_step}"), limited(self.config.termination.grace_seconds):
