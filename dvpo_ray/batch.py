@@ -246,12 +246,5 @@ class RaggedBatch:
         return replace(self, by_token={name: self.by_token[name] for name in names})
 
 
-def balanced_shards(lengths: np.ndarray, num_shards: int) -> list[np.ndarray]:
-    """Split rows into shards with equal numbers of rows and similar numbers of tokens: longest first, dealt back and forth."""
-    order = np.argsort(-np.asarray(lengths), kind="stable").reshape(-1, num_shards)
-    order[1::2] = order[1::2, ::-1]
-    return [np.sort(order[:, shard]) for shard in range(num_shards)]
-
-
 def _concatenate(rows: list[list], dtype) -> np.ndarray:
     return np.concatenate([np.asarray(row, dtype=dtype) for row in rows]) if rows else np.zeros(0, dtype)

@@ -385,6 +385,8 @@ class RunningSum(torch.nn.Module):
     The weights are multiples of 1/64, so that float32 holds every sum exactly.
     """
 
+    config = SimpleNamespace(_attn_implementation="sdpa")
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.randint(-64, 65, (20,), generator=torch.Generator().manual_seed(0)) / 64)
@@ -463,9 +465,9 @@ def test_the_experience_builder_passes_the_settings_on(whitening, tiny_model, tm
     config = Config.model_validate({"model": {"path": str(tiny_model)}, "advantage": {"mode": "release", "value_whitening": whitening}})
     builder = experience_builder.ExperienceBuilder(config, 0, str(tmp_path))
     batch = make_batch(RELEASE_ROWS)
-    _, shard = builder.build([experience_builder.ScoredChunk(batch)], policy_version=0, kl_reward_coefficient=0.1)
+    _, update = builder.build([experience_builder.ScoredChunk(batch)], step=1, policy_version=0, kl_reward_coefficient=0.1)
     expected = advantages_of(batch, mode="release", value_whitening=whitening, kl_coefficient=0.1)
-    np.testing.assert_array_equal(shard.sorted_by_id().by_token["advantages"], expected.advantages)
+    np.testing.assert_array_equal(update.batch.by_token["advantages"], expected.advantages)
 
 
 def test_a_number_that_is_not_finite_names_its_row():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvpo_ray.batch import Fields, RaggedBatch, balanced_shards
+from dvpo_ray.batch import Fields, RaggedBatch
 
 rows = st.lists(st.tuples(st.lists(st.integers(0, 99), min_size=1, max_size=5), st.lists(st.integers(0, 99), max_size=6)), min_size=1, max_size=8)
 
@@ -104,13 +104,3 @@ def test_a_malformed_batch_is_refused(change, message):
 def test_batches_with_different_fields_do_not_mix():
     with pytest.raises(ValueError, match="different fields"):
         RaggedBatch.concatenate([make([([1], [2])]), RaggedBatch.from_rows([[1]], [[2]])])
-
-
-@given(st.lists(st.integers(1, 500), min_size=1, max_size=20), st.integers(1, 4))
-def test_shards_hold_every_row_once_and_like_numbers_of_tokens(lengths, shards):
-    lengths = np.array(lengths * shards)
-    parts = balanced_shards(lengths, shards)
-    assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
-    assert {len(part) for part in parts} == {len(lengths) // shards}
-    tokens = [int(lengths[part].sum()) for part in parts]
-    assert max(tokens) - min(tokens) <= lengths.max()  # dealing back and forth never drifts by more than one row

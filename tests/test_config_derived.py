@@ -44,7 +44,6 @@ def test_batch_arithmetic_golden_numbers():
     assert plan.max_samples_per_engine == 10
     assert plan.samples_per_worker == 12
     assert plan.rows_per_minibatch == 16
-    assert plan.rows_per_worker_minibatch == 4
     assert plan.max_tokens_per_row == 500
     assert plan.optimizer_steps_per_step == 12
     assert plan.optimizer_steps == 120
@@ -52,21 +51,25 @@ def test_batch_arithmetic_golden_numbers():
     assert plan.total_samples == 480
 
 
-@given(*[st.integers(1, 40)] * 4)
-def test_uneven_batches_are_refused_with_numbers_that_work(prompts, samples, workers, minibatches):
+@given(*[st.integers(1, 40)] * 3)
+def test_uneven_minibatches_are_refused_with_numbers_that_work(prompts, samples, minibatches):
     def config(prompts: int) -> Config:
-        batch = {"prompts_per_step": prompts, "samples_per_prompt": samples, "minibatches_per_epoch": minibatches}
-        return make(batch=batch, policy={"num_actors": workers})
+        return make(batch={"prompts_per_step": prompts, "samples_per_prompt": samples, "minibatches_per_epoch": minibatches})
 
-    if prompts * samples % (workers * minibatches) == 0:
-        plan = derive_batch(config(prompts))
-        assert plan.rows_per_worker_minibatch * workers * minibatches == plan.samples_per_step
+    if prompts * samples % minibatches == 0:
+        assert derive_batch(config(prompts)).rows_per_minibatch * minibatches == prompts * samples
         return
-    with pytest.raises(InputError, match="policy.num_actors .* batch.minibatches_per_epoch") as caught:
+    with pytest.raises(InputError, match="can't be shared evenly by batch.minibatches_per_epoch") as caught:
         derive_batch(config(prompts))
     proposed = str(caught.value).removesuffix(" can").rpartition("batch.prompts_per_step ")[2].split(" or ")
     for number in proposed:
         derive_batch(config(int(number)))
+
+
+def test_workers_may_get_different_numbers_of_rows_but_not_none():
+    assert derive_batch(make(batch={"prompts_per_step": 10}, policy={"num_actors": 3})).samples_per_worker == 4
+    with pytest.raises(InputError, match="a minibatch has 2 samples, fewer than policy.num_actors 3"):
+        derive_batch(make(batch={"prompts_per_step": 4, "minibatches_per_epoch": 2}, policy={"num_actors": 3}))
 
 
 def test_placement_of_every_role():

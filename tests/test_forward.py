@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
+from dvpo_ray.models.forward import batch_log_probs, response_log_probs
+from dvpo_ray.models.layouts import Passes, lay_out, micro_batches
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 200))
@@ -42,7 +43,8 @@ def test_gradients_of_log_probs_and_entropy_reach_the_weights(tiny_model, entrop
     batch = RaggedBatch.from_rows([[1, 5, 6], [1, 7]], [[8, 9, 2], [30, 40, 5, 6]])
     weights = model.get_input_embeddings().weight
 
-    out = response_log_probs(model, batch, np.array([1, 0]), temperature=0.7, entropy_gradient=entropy_gradient)
+    (rows,) = lay_out(model, batch, Passes([np.array([1, 0])]), batch.response_mask, ahead=True)
+    out = response_log_probs(model, rows, temperature=0.7, entropy_gradient=entropy_gradient)
     assert out.entropy.requires_grad == entropy_gradient
     (ours,) = torch.autograd.grad(out.log_probs.sum() - 0.1 * out.entropy.sum(), weights)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dvpo_ray.data.encoding import EncodedPair
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.pairs import build_pairs, minibatches, plan_minibatch
+from dvpo_ray.gvm.pairs import build_pairs, minibatches
 
 
 def pair(prompt, chosen, rejected, scores=(None, None)):
@@ -66,16 +66,3 @@ def test_epochs_and_seeds_shuffle_differently_and_repeatably():
 
     assert order(0, 1) == order(0, 1)
     assert order(0, 1) != order(1, 1) and order(0, 1) != order(0, 2)
-
-
-@given(st.lists(st.integers(2, 120), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 400))
-def test_every_worker_gets_as_many_micro_batches_within_the_budget(pair_tokens, workers, budget):
-    pair_tokens = np.array(pair_tokens)
-    plan = plan_minibatch(pair_tokens, workers, budget)
-    assert len(plan) == workers and len({len(part) for part in plan}) == 1
-    groups = [group for part in plan for group in part]
-    assert sorted(np.concatenate(groups).tolist()) == list(range(len(pair_tokens)))
-    for group in groups:
-        assert len(group) <= 1 or len(group) * pair_tokens[group].max() <= budget
-    if len(pair_tokens) >= workers:
-        assert all(any(len(group) for group in part) for part in plan)  # no worker is idle if there are enough pairs

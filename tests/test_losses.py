@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.policy.losses import clipped_surrogate, combine_metrics, policy_loss, truncated_importance_weights
-from dvpo_ray.policy.mismatch import check_mismatch, mismatch_metrics
+from dvpo_ray.policy.losses import clipped_surrogate, policy_loss, truncated_importance_weights
+from dvpo_ray.policy.mismatch import check_mismatch, mismatch_shares
 
 # One token for each case: ratio in range, above and below the range, with both signs of the advantage.
 RATIOS = [1.0, 1.1, 1.5, 1.5, 0.5, 0.5]
@@ -26,6 +26,11 @@ def tensors(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     names = ("new_log_probs", "old_log_probs", "reference_log_probs", "advantages", "entropy")
     drawn = {name: torch.randn(count, generator=generator, dtype=torch.float64) * 0.5 for name in names}
     return {**drawn, "weights": torch.rand(count, generator=generator, dtype=torch.float64) + 0.5}
+
+
+def combined(parts: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Shares of parts put together as the name of each metric says."""
+    return {name: float((max if name.endswith("_max") else sum)(part[name] for part in parts)) for name in parts[0]}
 
 
 def test_clipped_surrogate_in_every_case():
@@ -72,7 +77,7 @@ def test_hand_computed_policy_loss():
         entropy_coefficient=0.01,
     )
     assert loss.item() == pytest.approx((-1.2 + 0.8 + 0.1 * (-1 + 2) - 0.01 * (3 + 5)) / 4, abs=1e-12)
-    assert combine_metrics([metrics]) == pytest.approx(
+    assert combined([metrics]) == pytest.approx(
         {
             "policy/loss": loss.item(),
             "policy/approx_kl": ((1.5 - 1 - math.log(1.5)) + (0.5 - 1 - math.log(0.5))) / 4,
@@ -119,7 +124,7 @@ def test_parts_add_up_to_the_minibatch(count, cuts, estimator):
             )
             loss.backward()
             parts.append(metrics)
-        return new.grad, entropy.grad, combine_metrics(parts)
+        return new.grad, entropy.grad, combined(parts)
 
     whole = run([0, count])
     split = run([0, *sorted(min(c, count) for c in cuts), count])
@@ -139,10 +144,16 @@ def test_a_part_without_tokens_still_takes_part_in_the_backward_pass():
 # -------------------------------------------------------------------------------------------------------- mismatch
 
 
+def mismatch(learner: np.ndarray, engine: np.ndarray) -> dict[str, float]:
+    shares = mismatch_shares(torch.from_numpy(learner), torch.from_numpy(engine), max(1, len(engine)))
+    metrics = {name: float(value) for name, value in shares.items()}
+    return metrics | {"mismatch/token_mult_error": 1.0 + metrics["mismatch/token_mult_error"]}
+
+
 def test_hand_computed_mismatch():
     # learner / engine = 2 and 1/2 and 1
     engine = np.log(np.array([0.1, 0.4, 0.3]))
-    metrics = mismatch_metrics(np.log(np.array([0.2, 0.2, 0.3])), engine)
+    metrics = mismatch(np.log(np.array([0.2, 0.2, 0.3])), engine)
     assert metrics == pytest.approx(
         {
             "mismatch/kl": ((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2)) + 0) / 3,
@@ -155,14 +166,14 @@ def test_hand_computed_mismatch():
 
 @pytest.mark.parametrize("log_probs", [np.array([-0.5, -3.0], dtype=np.float32), np.zeros(0, dtype=np.float32)])
 def test_no_mismatch(log_probs):
-    metrics = mismatch_metrics(log_probs, log_probs)
+    metrics = mismatch(log_probs, log_probs)
     assert metrics.pop("mismatch/token_mult_error") == 1.0
     assert set(metrics.values()) == {0.0}
 
 
 @pytest.mark.parametrize("engine", [-5.0, -2000.0, -math.inf, math.nan])
 def test_a_large_mismatch_stops_with_one_line_of_advice(engine):
-    metrics = mismatch_metrics(np.array([-1.0, -1.0]), np.array([-1.0, engine]))
+    metrics = mismatch(np.array([-1.0, -1.0]), np.array([-1.0, engine]))
     with pytest.raises(ResourceError, match="mismatch.max_token_mult_error 1.5 .*weight_sync.checksum=true") as caught:
         check_mismatch(metrics, 1.5)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Every algorithm, dtype, kind of training and ZeRO stage on the real loop, each pair of them at least once but for algorithm and ZeRO stage.
+"""Every algorithm, dtype, kind of training, ZeRO stage and layout on the real loop; each pair at least once but for algorithm and ZeRO stage.
 
 Two steps each: they end, every number is finite, and engine, frozen models and learner compute the same within the dtype's bounds.
 """
@@ -22,12 +22,14 @@ pytestmark = pytest.mark.slow
 REWARD_MODEL = ObjectiveSpec(name="bradley_terry", td_lambda=0.95, bradley_terry_weight=0.0, bradley_terry_value="last")
 ALGORITHMS = ("dvpo", "ppo", "grpo", "rloo", "remax", "reinforce")
 TRAINED = {"all": {}, "adapters": {"lora": {"rank": 4}}, "last layers": {"trainable_layers": 1}}
-CASES = [(ALGORITHMS[i % 6], ("float32", "bfloat16")[(i // 6 + i) % 2], list(TRAINED)[i // 4], i % 4) for i in range(12)]
+CASES = [
+    (ALGORITHMS[i % 6], ("float32", "bfloat16")[(i // 6 + i) % 2], list(TRAINED)[i // 4], i % 4, ("sdpa", "varlen")[i // 2 % 2]) for i in range(12)
+]
 VALUE_BOUNDS = {"float32": 1e-5, "bfloat16": 0.1}
 
 
 def test_the_cases_have_every_pair():
-    for one, other, pairs in ((0, 1, 12), (1, 2, 6), (1, 3, 8), (2, 3, 12)):
+    for one, other, pairs in ((0, 1, 12), (1, 2, 6), (1, 3, 8), (2, 3, 12), (1, 4, 4), (2, 4, 6)):
         assert len({(case[one], case[other]) for case in CASES}) == pairs
 
 
@@ -37,11 +39,11 @@ def models(loop_settings, tiny_model, tmp_path_factory) -> dict:
     return loop_settings | {"reward_model": {"path": path}, "critic": {"learning_rate": 3e-3}, "train": {"steps": 2, "trackers": []}}
 
 
-@pytest.mark.parametrize(("algorithm", "dtype", "trained", "zero_stage"), CASES, ids=lambda part: str(part).replace(" ", "-"))
-def test_two_steps(models, tmp_path, algorithm, dtype, trained, zero_stage):
+@pytest.mark.parametrize(("algorithm", "dtype", "trained", "zero_stage", "attention"), CASES, ids=lambda part: str(part).replace(" ", "-"))
+def test_two_steps(models, tmp_path, algorithm, dtype, trained, zero_stage, attention):
     deepspeed = {"deepspeed": {"zero_stage": zero_stage}}
     two_ranks = {"num_actors": 2} if zero_stage == 3 else {}
-    settings = models | {"algorithm": algorithm, "model": models["model"] | {"dtype": dtype}}
+    settings = models | {"algorithm": algorithm, "model": models["model"] | {"dtype": dtype, "attention": attention}}
     changes = {
         "policy": TRAINED[trained] | deepspeed | two_ranks,
         "critic": deepspeed,

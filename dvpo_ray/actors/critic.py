@@ -13,20 +13,23 @@ from ray import ObjectRef
 from torch import Tensor
 
 from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank, over_ranks
-from dvpo_ray.actors.minibatches import cut_minibatches
+from dvpo_ray.actors.tally import Tally
+from dvpo_ray.actors.update_plan import Update
 from dvpo_ray.batch import Fields, RaggedBatch
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import load_gvm
 from dvpo_ray.gvm.model import new_value_model
-from dvpo_ray.models.forward import micro_batches, token_values
+from dvpo_ray.models.attention import is_packed
+from dvpo_ray.models.forward import token_values, values_of
+from dvpo_ray.models.layouts import Passes, Rows, lay_out, micro_batches
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.trainable import disable_dropout
-from dvpo_ray.policy.losses import combine_metrics, value_loss
+from dvpo_ray.policy.losses import value_loss
 
 
 class Critic(DeepSpeedRank):
-    """One data-parallel rank. A shard has the token fields `values` (before the update), `returns` and `loss_mask`."""
+    """One data-parallel rank. A batch has the token fields `values` (before the update), `returns` and `loss_mask`."""
 
     role = "critic"
 
@@ -61,57 +64,46 @@ class Critic(DeepSpeedRank):
         """
         batches = ray.get(chunks)
         with self.clock.busy():
-            work = [(i, rows) for i, batch in enumerate(batches) for rows in micro_batches(batch.lengths, self.settings.micro_batch_tokens)]
-            flat = [np.zeros(batch.num_tokens, np.float32) for batch in batches]
-            for i, rows in work:
-                scored, index = token_values(self.model, batches[i], rows, run=self.engine)
-                flat[i][index.cpu().numpy()] = scored.float().cpu().numpy()
-            most = round(over_ranks([len(work)], dist.ReduceOp.MAX)[0])
-            for _ in range(most - len(work)):  # ranks run forward together
-                token_values(self.model, _IDLE, np.array([0]), run=self.engine)
-        scores = tuple(Fields(by_token={"values": values}) for values in flat)
+            groups = [micro_batches(batch.lengths, self.settings.micro_batch_tokens, packed=is_packed(self.model)) for batch in batches]
+            flat = [values_of(self.model, batch, Passes(rows), run=self.engine) for batch, rows in zip(batches, groups, strict=True)]
+            passes = sum(map(len, groups))
+            most = round(over_ranks([passes], dist.ReduceOp.MAX)[0])
+            for _ in range(most - passes):  # ranks run forward together
+                values_of(self.model, _IDLE, Passes([np.array([0])]), run=self.engine)
+        scores = tuple(Fields(by_token={"values": values}) for values in [values.cpu().numpy() for values in flat])
         return scores[0] if len(scores) == 1 else scores
 
     # ------------------------------------------------------------------------------------------------ update
 
-    def update(self, shard: RaggedBatch, step: int) -> dict[str, float]:
-        """Train on this rank's rows of a batch.
+    def update(self, update: Update) -> dict[str, float]:
+        """Train on this rank's part of a batch; a collective of all ranks.
 
         Args:
-            step: the step's number; with the seed it decides the minibatches.
+            update: the batch and the plan of all ranks.
 
         Returns:
             `critic/…` metrics of the whole batch, the same on every rank.
         """
-        minibatches, grad_norms = [], []
         with self.clock.busy():
-            for minibatch in cut_minibatches(self.config, shard, step, self.index, self.settings.micro_batch_tokens):
-                parts: list[dict[str, Tensor]] = []
-                loss = partial(self._loss, minibatch.batch, minibatch_tokens=minibatch.tokens, parts=parts)
-                result = self._optimizer_step([partial(loss, rows, counts=counts) for rows, counts in minibatch.passes()])
-                minibatches.append(combine_metrics(parts))
-                grad_norms.append(result.grad_norm)
-            ranks: list = [None] * dist.get_world_size()
-            dist.all_gather_object(ranks, minibatches)
-        whole = [combine_metrics(parts) for parts in zip(*ranks, strict=True)]
-        metrics = {name: float(np.mean([m[name] for m in whole])) for name in whole[0]}
-        return metrics | {"critic/grad_norm": float(np.mean(grad_norms)), "critic/learning_rate": result.learning_rate}
+            batch, plan, tally = update.batch, update.plans[self.index], Tally()
+            # The value of the state that a token was chosen in is at the token before it.
+            batch = batch.with_token_fields(values=np.concatenate([[0], batch.by_token["values"][:-1]]).astype(np.float32))
+            for step in plan.steps:
+                passes = lay_out(self.model, batch, step.passes, batch.by_token["loss_mask"] > 0, ahead=True, fields=("values", "returns"))
+                result = self._optimizer_step([partial(self._loss, rows, step.tokens, tally, len(plan.steps)) for rows in passes])
+                tally.end_step(result.grad_norm)
+            metrics, norm = tally.of_all_ranks()
+        return metrics | {"critic/grad_norm": norm, "critic/learning_rate": result.learning_rate}
 
-    def _loss(self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, parts: list[dict[str, Tensor]], counts: bool) -> Tensor:
-        micro = batch.select(rows)
-        flat_values, index = token_values(self.model, micro, np.arange(micro.num_rows), run=self.engine)
-        in_loss = (micro.by_token["loss_mask"] > 0) & counts
-        position = np.flatnonzero(in_loss)
-        by_position = flat_values[torch.argsort(index)]
-        before = torch.from_numpy(position - 1).to(flat_values.device)  # the value of the state that each token was chosen in
+    def _loss(self, rows: Rows, tokens: int, tally: Tally, steps: int) -> Tensor:
         loss, metrics = value_loss(
-            by_position[before],
-            torch.from_numpy(micro.by_token["values"][position - 1]).to(flat_values.device),
-            torch.from_numpy(micro.by_token["returns"][position]).to(flat_values.device),
-            minibatch_tokens=minibatch_tokens,
+            token_values(self.model, rows, run=self.engine),
+            rows.fields["values"],
+            rows.fields["returns"],
+            minibatch_tokens=tokens,
             clip=self.settings.value_clip,
         )
-        parts.append(metrics)
+        tally.add(metrics, steps=steps)
         return loss
 
 

@@ -14,6 +14,7 @@ from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.deepspeed import StepResult, build_engine, init_process_group, optimizer_step
+from dvpo_ray.models.forward import check_rows_apart
 from dvpo_ray.models.loading import default_device
 from dvpo_ray.runtime.process import Actor
 
@@ -42,6 +43,7 @@ class DeepSpeedRank(Actor):
         self.model = model
         self.max_grad_norm = optimizer.max_grad_norm
         self.engine = build_engine(model, optimizer, deepspeed, dtype, total_steps)
+        check_rows_apart(model, self.engine)
         self.engine.train()
 
     def _optimizer_step(self, losses: Sequence[Callable[[], Tensor]]) -> StepResult:

@@ -10,20 +10,25 @@ import numpy as np
 import ray
 from ray import ObjectRef
 
-from dvpo_ray.batch import RaggedBatch, balanced_shards
+from dvpo_ray.actors.update_plan import Update, plan_update
+from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.schema import Config
+from dvpo_ray.config.schema import Config, RoleConfig
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, ids_key
 from dvpo_ray.data.rows import Content, content_text
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.health.diagnostics import confidence, health_statistics
-from dvpo_ray.models.loading import context_tokens, load_tokenizer
+from dvpo_ray.models.loading import context_tokens, load_tokenizer, packs_rows
 from dvpo_ray.policy.advantages import compute_advantages, value_targets
 from dvpo_ray.policy.mismatch import check_same_weights
 from dvpo_ray.policy.statistics import batch_statistics, sequence_kl
 from dvpo_ray.refresh.samples import usable_samples, write_samples
 from dvpo_ray.runtime.process import Actor
+
+LEARNER_FIELDS = ("advantages", "loss_mask", "log_probs", "reference_log_probs")
+CRITIC_FIELDS = ("values", "returns", "loss_mask")
+"""Token fields that the ranks of a role read."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class ScoredChunk:
 
 
 class ExperienceBuilder(Actor):
-    """Advantages over the whole batch, shards for the learner, and the files that people read."""
+    """Advantages over the whole batch, the plan of the update, and the files that people read."""
 
     role = "experience"
 
@@ -60,19 +65,24 @@ class ExperienceBuilder(Actor):
     # ------------------------------------------------------------------------------------------------ experience
 
     def build(
-        self, chunks: list[ScoredChunk], policy_version: int, kl_reward_coefficient: float, greedy_chunks: list[ScoredChunk] | None = None
+        self,
+        chunks: list[ScoredChunk],
+        step: int,
+        policy_version: int,
+        kl_reward_coefficient: float,
+        greedy_chunks: list[ScoredChunk] | None = None,
     ) -> tuple:
-        """Advantages of a step's rollouts.
+        """Advantages of a step's rollouts, and the plan of the update on them.
 
         Args:
             chunks: references to rollouts and their scores, in any order.
+            step: its number; with the seed it decides which rows an optimizer step has.
             policy_version: the version that must have sampled every token.
             kl_reward_coefficient: weight of the KL penalty inside the advantage; 0 when KL is in the loss or off.
             greedy_chunks: references to the greedy response to each prompt and its reward, if the algorithm has such a baseline.
 
         Returns:
-            Metrics, one shard per learner rank with equal numbers of rows and similar numbers of tokens, and one shard per critic
-            rank, if there is a critic. Call it with as many `num_returns`, so that a rank fetches its own shard only.
+            Metrics, the `Update` of the learner, and that of the critic, if there is one. Call it with as many `num_returns`.
         """
         with self.clock.busy():
             batch = self._judged(_gather(chunks))
@@ -93,21 +103,24 @@ class ExperienceBuilder(Actor):
             )
             trusted = self._trusted(batch, result.advantages)
             self.batch = batch.with_token_fields(advantages=trusted, loss_mask=result.loss_mask.astype(np.float32))
-            shards = self._shards(self.config.policy.num_actors, ("advantages", "loss_mask", "log_probs", "reference_log_probs"))
+            policy, critic = self.config.policy, self.config.critic
+            updates = [self._update(step, policy, self.config.batch.micro_batch_tokens, self.config.model.path, LEARNER_FIELDS)]
             if ALGORITHMS[self.config.algorithm].has_critic:
                 self.batch = self.batch.with_token_fields(returns=value_targets(batch, result.unwhitened))
-                shards += self._shards(self.config.critic.num_actors, ("values", "returns", "loss_mask"))
-            return (batch_statistics(self.batch) | health_statistics(self.batch), *shards)
+                start = self.config.reward_model.path if critic.init == "reward_model" else self.config.model.path
+                updates.append(self._update(step, critic, critic.micro_batch_tokens, start, CRITIC_FIELDS))
+            return (batch_statistics(self.batch) | health_statistics(self.batch), *updates)
 
     def _trusted(self, batch: RaggedBatch, advantages: np.ndarray) -> np.ndarray:
         """The whitened advantages, smaller where the value models of an ensemble disagree, float32 [N]."""
         coefficient = self.config.advantage.disagreement_coefficient
         return advantages if coefficient == 0 else (advantages * confidence(batch, coefficient)).astype(np.float32)
 
-    def _shards(self, count: int, fields: tuple[str, ...]) -> list[RaggedBatch]:
-        """The batch in `count` parts that hold what their reader needs."""
-        lean = self.batch.only(*fields)
-        return [lean.select(rows) for rows in balanced_shards(lean.lengths, count)]
+    def _update(self, step: int, role: RoleConfig, max_tokens: int, path: str, fields: tuple[str, ...]) -> Update:
+        """The batch, with what its reader needs, and the plan of the role's ranks."""
+        packed = packs_rows(self.config.model, path, on_gpu=role.gpus_per_actor > 0)
+        batch, seed = self.batch.only(*fields), self.config.seed
+        return plan_update(batch, self.config.batch, role.num_actors, max_tokens, packed=packed, seed=seed, step=step)
 
     def check_start(self, chunks: list[ScoredChunk]) -> None:
         """Check that engine and reference agree on the first rollouts of a run; see `check_same_weights`."""

@@ -13,7 +13,7 @@ from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.health.diagnostics import ensemble_std
 from dvpo_ray.models.compiling import compile_layers
-from dvpo_ray.models.forward import MinLength, batch_log_probs, batch_values
+from dvpo_ray.models.forward import MinLength, batch_log_probs, batch_values, check_rows_apart
 from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.runtime.process import Actor
 
@@ -38,6 +38,7 @@ class ValueScorer(FrozenModel):
 
     def _load(self, config: Config, path: str) -> tuple[PreTrainedModel, GVMManifest]:
         model, manifest = load_gvm_of_run(config.model, path)
+        check_rows_apart(model)
         if config.scorer.compile:
             compile_layers(model, "scorer.compile")
         return model, manifest
@@ -105,7 +106,8 @@ class ReferenceModel(FrozenModel):
         self.max_tokens = config.reference.micro_batch_tokens
         self.temperature = config.rollout.temperature
         self.min_length = MinLength.of(config.rollout.min_response_tokens, stop_token_ids)
-        self.model = load_policy(config.model, default_device())
+        self.model = load_policy(config.model, default_device(), packs=True)
+        check_rows_apart(self.model)
         if config.reference.compile:
             compile_layers(self.model, "reference.compile")
 

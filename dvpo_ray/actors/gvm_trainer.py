@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +15,35 @@ from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank
 from dvpo_ray.config.schema import Config, GVMConfig, RewardModelConfig
 from dvpo_ray.gvm.artifact import GVMManifest, HeadSpec, head_spec, save_gvm, save_value_model
 from dvpo_ray.gvm.model import new_value_model
-from dvpo_ray.gvm.pairs import PairBatch, plan_minibatch
+from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.gvm.targets import bradley_terry, last_values, mean_values, squared_error, value_targets
+from dvpo_ray.models.attention import is_packed
 from dvpo_ray.models.deepspeed import gather_parameters
 from dvpo_ray.models.forward import token_values
+from dvpo_ray.models.layouts import Passes, Rows, deal, lay_out, to_device
 from dvpo_ray.models.loading import load_tokenizer, rehearse_saving, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, full_weights
 
-SHARES = ("loss", "regression_loss", "bradley_terry_loss", "accuracy", "tokens")
+SHARES = ("loss", "regression_loss", "bradley_terry_loss", "accuracy")
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Both responses of some pairs of a minibatch, on the device.
+
+    Attributes:
+        pairs: their indices in the minibatch.
+        rows: whose states are wanted: S of them in R rows.
+        lengths: int64 [R], states of each row.
+        outcomes: float32 [R], r of each row.
+        counts: False if the pairs count elsewhere and run only to keep step with other ranks.
+    """
+
+    pairs: np.ndarray
+    rows: Rows
+    lengths: Tensor
+    outcomes: Tensor
+    counts: bool
 
 
 class GVMTrainer(DeepSpeedRank):
@@ -65,42 +87,43 @@ class GVMTrainer(DeepSpeedRank):
             `learning_rate`, which are the same on all.
         """
         minibatch = self.train.select(pairs)
-        shares: list[Tensor] = []
-        loss = partial(self._loss, minibatch, shares)
-        result = self._optimizer_step([partial(loss, micro) for micro in self._plan(minibatch)])
+        work, shares = self._lay_out(minibatch), []
+        result = self._optimizer_step([partial(self._loss, part, minibatch, shares) for part in work])
         sums = dict(zip(SHARES, torch.stack(shares).sum(0).tolist(), strict=True))
-        return sums | {"grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        tokens = sum(int(minibatch.pair_lengths[part.pairs].sum()) for part in work if part.counts)
+        return sums | {"tokens": tokens, "grad_norm": float(result.grad_norm), "learning_rate": result.learning_rate}
 
-    def _plan(self, pairs: PairBatch) -> list[np.ndarray]:
+    def _lay_out(self, pairs: PairBatch) -> list[PairRows]:
         """This rank's micro-batches, as many as on every other rank."""
-        return plan_minibatch(pairs.pair_tokens, self.settings.num_actors, self.settings.micro_batch_tokens)[self.index]
+        packed, settings = is_packed(self.model), self.settings
+        passes = deal(pairs.pair_lengths if packed else pairs.pair_tokens, settings.num_actors, settings.micro_batch_tokens, packed=packed)[
+            self.index
+        ]
+        rows_of = [(2 * group[:, None] + np.array([0, 1])).reshape(-1) for group in passes.rows]
+        states = np.zeros(pairs.batch.num_tokens, dtype=bool)
+        states[pairs.batch.state_index] = True
+        rows = lay_out(self.model, pairs.batch, Passes(rows_of), states, ahead=False)
+        of_rows = to_device([array[group] for group in rows_of for array in (pairs.batch.state_lengths, pairs.outcomes)], rows[0].ids.device)
+        working = len(passes.working)
+        return [PairRows(passes.rows[i], rows[i], of_rows[2 * i], of_rows[2 * i + 1], i < working) for i in range(len(rows))]
 
-    def _loss(self, minibatch: PairBatch, shares: list[Tensor], pairs: np.ndarray) -> Tensor:
-        """A micro-batch's share of the minibatch's loss; an empty one runs the shortest pair for nothing, to stay in step."""
-        settings = self.settings
-        micro = minibatch.select(pairs if len(pairs) else [minibatch.pair_tokens.argmin()])
-        values, lengths = self._values(micro)
+    def _loss(self, part: PairRows, minibatch: PairBatch, shares: list[Tensor]) -> Tensor:
+        """A micro-batch's share of the minibatch's loss; 0 for one that runs only to keep step."""
+        settings, lengths = self.settings, part.lengths
+        values = token_values(self.model, part.rows, run=self.engine)
         response_value = last_values if settings.bradley_terry_value == "last" else mean_values
         chosen, rejected = response_value(values, lengths).view(-1, 2).unbind(1)
         contrast = bradley_terry(chosen, rejected) / minibatch.num_pairs
         if settings.objective == "bradley_terry":
             loss, regression = contrast, torch.zeros_like(contrast)
         else:
-            targets = value_targets(settings.objective, values, lengths, torch.from_numpy(micro.outcomes).to(values.device), settings.td_lambda)
+            targets = value_targets(settings.objective, values, lengths, part.outcomes, settings.td_lambda)
             regression = squared_error(values, targets) / minibatch.pair_states.sum()
             loss = regression + settings.bradley_terry_weight * contrast
         right = ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).sum() / minibatch.num_pairs
-        tokens = torch.tensor(float(micro.batch.num_tokens), device=loss.device)
-        counts = float(len(pairs) > 0)
-        shares.append(counts * torch.stack([loss, regression, contrast, right, tokens]).detach())
+        counts = float(part.counts)
+        shares.append(counts * torch.stack([loss, regression, contrast, right]).detach())
         return counts * loss
-
-    def _values(self, pairs: PairBatch) -> tuple[Tensor, Tensor]:
-        """Values of all states, flat [S], and the states of each row [R]."""
-        batch = pairs.batch
-        values, _ = token_values(self.model, batch, np.arange(batch.num_rows), run=self.engine)
-        index = torch.from_numpy(batch.state_index).to(values.device)
-        return values[index], torch.from_numpy(batch.state_lengths).to(values.device)
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
@@ -108,13 +131,9 @@ class GVMTrainer(DeepSpeedRank):
     def evaluate(self, heldout: PairBatch) -> list[tuple[np.ndarray, np.ndarray]]:
         """This rank's share of the values: indices of some pairs, and the values of all their states, flat; a collective."""
         self.engine.eval()
-        parts = []
-        for pairs in self._plan(heldout):
-            values, _ = self._values(heldout.select(pairs if len(pairs) else [heldout.pair_tokens.argmin()]))
-            if len(pairs):
-                parts.append((pairs, values.cpu().numpy()))
+        values = [(part, token_values(self.model, part.rows, run=self.engine)) for part in self._lay_out(heldout)]
         self.engine.train()
-        return parts
+        return [(part.pairs, of_states.cpu().numpy()) for part, of_states in values if part.counts]
 
     # ------------------------------------------------------------------------------------------------ artifact
 

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
 from torch import Tensor
 
 from dvpo_ray.actors.deepspeed_rank import DeepSpeedRank
-from dvpo_ray.actors.minibatches import Minibatch, cut_minibatches
-from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.actors.tally import Tally
+from dvpo_ray.actors.update_plan import OptimizerStep, Update
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.deepspeed import gather_parameters
-from dvpo_ray.models.forward import MinLength, batch_log_probs, response_log_probs
+from dvpo_ray.models.forward import MinLength, log_probs_of, response_log_probs
+from dvpo_ray.models.layouts import Rows, lay_out
 from dvpo_ray.models.loading import load_policy, load_tokenizer, rehearse_saving, save_policy, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
-from dvpo_ray.policy.losses import combine_metrics, policy_loss, truncated_importance_weights
-from dvpo_ray.policy.mismatch import mismatch_metrics
+from dvpo_ray.policy.losses import policy_loss, truncated_importance_weights
+from dvpo_ray.policy.mismatch import mismatch_shares
 from dvpo_ray.sync.transports import make_sender
+
+LOSS_FIELDS = ("advantages", "log_probs", "reference_log_probs", "old_log_probs")
+"""Token fields that the loss reads."""
 
 
 class PolicyLearner(DeepSpeedRank):
     """One data-parallel rank of the policy under DeepSpeed.
 
-    A shard has the token fields `advantages`, `loss_mask`, `log_probs` (the rollout engine's) and
-    `reference_log_probs`; every rank gets the same number of rows.
+    A batch has the token fields `advantages`, `loss_mask`, `log_probs` (the rollout engine's) and `reference_log_probs`.
 
     Args:
         stop_token_ids: tokens that end a response.
@@ -46,8 +48,6 @@ class PolicyLearner(DeepSpeedRank):
             "temperature": config.rollout.temperature,
             "min_length": MinLength.of(config.rollout.min_response_tokens, stop_token_ids),
         }
-        self.micro_batch_tokens = config.batch.micro_batch_tokens
-        self.optimizer_steps_per_batch = config.batch.update_epochs * config.batch.minibatches_per_epoch
 
     # ------------------------------------------------------------------------------------------------- set-up
 
@@ -55,7 +55,7 @@ class PolicyLearner(DeepSpeedRank):
         """Join the other ranks, shard the model, and open the channel to the rollout engines."""
         config = self.config
         self._join(config.policy.num_actors, master_addr, master_port)
-        model = load_policy(config.model)
+        model = load_policy(config.model, packs=True)
         disable_dropout(model)
         if config.policy.trainable_layers is not None:
             train_last_layers(model, config.policy.trainable_layers)
@@ -78,72 +78,62 @@ class PolicyLearner(DeepSpeedRank):
 
     # ------------------------------------------------------------------------------------------------- update
 
-    def update(self, shard: RaggedBatch, step: int, kl_loss_coefficient: float) -> dict[str, float]:
-        """Train on this rank's rows of a batch; a collective of all ranks.
+    def update(self, update: Update, kl_loss_coefficient: float) -> dict[str, float]:
+        """Train on this rank's part of a batch; a collective of all ranks.
 
         Args:
-            step: the step's number; with the seed it decides the minibatches.
+            update: the batch and the plan of all ranks.
             kl_loss_coefficient: weight of the KL loss term, 0 when KL is in the reward or off.
 
         Returns:
             `policy/…` and `mismatch/…` metrics of the whole batch, the same on every rank.
         """
         with self.clock.busy():
+            batch, plan = update.batch, update.plans[self.index]
             if self.config.policy.old_log_probs == "rollout":
-                shard = shard.with_token_fields(old_log_probs=shard.by_token["log_probs"])
-            elif self.optimizer_steps_per_batch > 1:
-                shard = shard.with_token_fields(old_log_probs=self.log_probs(shard))
+                batch = batch.with_token_fields(old_log_probs=batch.by_token["log_probs"])
+            elif len(plan.steps) > 1:
+                batch = batch.with_token_fields(old_log_probs=self.old_log_probs(update))
             # Otherwise the ratio is 1 at the only optimizer step, and its own forward pass gives the old log-probs.
-            tally = _Tally()
-            for minibatch in cut_minibatches(self.config, shard, step, self.index, self.micro_batch_tokens):
-                result = self._optimizer_step(self._losses(minibatch, kl_loss_coefficient, tally))
-                tally.end_minibatch(result.grad_norm)
-            return tally.of_all_ranks() | {"policy/learning_rate": result.learning_rate}
+            tally = Tally()
+            fields = [name for name in LOSS_FIELDS if name in batch.by_token]
+            mask, steps = batch.by_token["loss_mask"] > 0, len(plan.steps)
+            for number, step in enumerate(plan.steps):
+                passes = lay_out(self.model, batch, step.passes, mask, ahead=True, fields=fields)
+                loss = partial(self._loss, step, kl_coefficient=kl_loss_coefficient, tally=tally, steps=steps, first=number == 0)
+                result = self._optimizer_step([partial(loss, rows) for rows in passes])
+                tally.end_step(result.grad_norm)
+            metrics, norm = tally.of_all_ranks()
+            metrics["mismatch/token_mult_error"] += 1.0
+            return metrics | {"policy/grad_norm": norm, "policy/learning_rate": result.learning_rate}
 
-    def log_probs(self, batch: RaggedBatch) -> np.ndarray:
-        """Log-probability of every response token under the current weights, float32 [N], 0 on prompts."""
-        return batch_log_probs(self.model, batch, self.micro_batch_tokens, **self.sampled, run=self.engine)
+    def old_log_probs(self, update: Update) -> np.ndarray:
+        """Log-probability of every response token under the current weights, float32 [N], 0 on prompts: each rank computes its share."""
+        flat = log_probs_of(self.model, update.batch, update.plans[self.index].before, **self.sampled, run=self.engine)
+        dist.all_reduce(flat)
+        return flat.cpu().numpy()
 
-    def _losses(self, minibatch: Minibatch, kl_coefficient: float, tally: _Tally) -> list[Callable[[], Tensor]]:
-        """One loss function per pass; every rank has the same number of them."""
-        loss = partial(self._loss, minibatch.batch, minibatch_tokens=minibatch.tokens, kl_coefficient=kl_coefficient, tally=tally)
-        return [partial(loss, rows, counts=counts) for rows, counts in minibatch.passes()]
-
-    def _loss(self, batch: RaggedBatch, rows: np.ndarray, *, minibatch_tokens: int, kl_coefficient: float, tally: _Tally, counts: bool) -> Tensor:
+    def _loss(self, step: OptimizerStep, rows: Rows, *, kl_coefficient: float, tally: Tally, steps: int, first: bool) -> Tensor:
         settings = self.config.policy
-        out = response_log_probs(
-            self.model,
-            batch,
-            rows,
-            **self.sampled,
-            entropy_gradient=settings.entropy_coefficient > 0,
-            run=self.engine,
-        )
-        index = out.token_index.cpu().numpy()
-        in_loss = (batch.by_token["loss_mask"][index] > 0) & counts
-        keep = torch.from_numpy(in_loss).to(out.log_probs.device)
-        new = out.log_probs[keep]
-
-        def field(name: str) -> Tensor:
-            return torch.from_numpy(batch.by_token[name][index[in_loss]]).to(new.device)
-
-        engine_log_probs = field("log_probs")
-        old = field("old_log_probs") if "old_log_probs" in batch.by_token else new.detach()
+        out = response_log_probs(self.model, rows, **self.sampled, entropy_gradient=settings.entropy_coefficient > 0, run=self.engine)
+        old = rows.fields.get("old_log_probs", out.log_probs.detach())
         corrected = settings.old_log_probs == "recompute"
         loss, metrics = policy_loss(
-            new,
+            out.log_probs,
             old,
-            field("advantages"),
-            minibatch_tokens=minibatch_tokens,
+            rows.fields["advantages"],
+            minibatch_tokens=step.tokens,
             clip_epsilon=settings.clip_epsilon,
-            weights=truncated_importance_weights(old, engine_log_probs, self.config.mismatch.importance_cap) if corrected else None,
-            reference_log_probs=field("reference_log_probs") if kl_coefficient else None,
+            weights=truncated_importance_weights(old, rows.fields["log_probs"], self.config.mismatch.importance_cap) if corrected else None,
+            reference_log_probs=rows.fields["reference_log_probs"] if kl_coefficient else None,
             kl_coefficient=kl_coefficient,
             kl_estimator=self.config.kl.estimator,
-            entropy=out.entropy[keep],
+            entropy=out.entropy,
             entropy_coefficient=settings.entropy_coefficient,
         )
-        tally.add(metrics, new, engine_log_probs)
+        tally.add(metrics, steps=steps)
+        if first:  # the learner still has the weights that the engine sampled with
+            tally.add(mismatch_shares(out.log_probs.detach(), rows.fields["log_probs"], step.tokens), steps=1)
         return loss
 
     # ------------------------------------------------------------------------- weights, checkpoints, final model
@@ -166,33 +156,3 @@ class PolicyLearner(DeepSpeedRank):
         if self.index == 0:
             with clear_when_full(Path(folder)):
                 self._save(weights, Path(folder))
-
-
-class _Tally:
-    """Metrics of one `update`: collected by micro-batch, combined over minibatches and ranks at the end."""
-
-    def __init__(self) -> None:
-        self._parts: list[dict[str, Tensor]] = []
-        self._minibatches: list[dict[str, float]] = []
-        self._grad_norms: list[float] = []
-        self._unchanged: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add(self, metrics: dict[str, Tensor], learner_log_probs: Tensor, engine_log_probs: Tensor) -> None:
-        """Take in a micro-batch. Before the first optimizer step the learner has the weights that the engine sampled with."""
-        self._parts.append(metrics)
-        if not self._minibatches:
-            self._unchanged.append((learner_log_probs.detach().cpu().numpy(), engine_log_probs.cpu().numpy()))
-
-    def end_minibatch(self, grad_norm: float) -> None:
-        self._minibatches.append(combine_metrics(self._parts))
-        self._grad_norms.append(grad_norm)
-        self._parts = []
-
-    def of_all_ranks(self) -> dict[str, float]:
-        """Each minibatch summed over the ranks, then the mean over minibatches (the maximum for `*_max`)."""
-        ranks: list = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (self._minibatches, self._unchanged))
-        whole = [combine_metrics(parts) for parts in zip(*(minibatches for minibatches, _ in ranks), strict=True)]
-        metrics = {name: float((np.max if name.endswith("_max") else np.mean)([m[name] for m in whole])) for name in whole[0]}
-        learner, engine = (np.concatenate(side) for side in zip(*(pair for _, pairs in ranks for pair in pairs), strict=True))
-        return metrics | {"policy/grad_norm": float(np.mean(self._grad_norms))} | mismatch_metrics(learner, engine)

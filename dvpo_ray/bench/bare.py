@@ -18,7 +18,7 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.measure import Sample
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import load_gvm_of_run
-from dvpo_ray.models.forward import micro_batches, pad_rows
+from dvpo_ray.models.layouts import micro_batches
 from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, train_last_layers
 from dvpo_ray.runtime.process import Actor
@@ -110,7 +110,9 @@ def _packed_groups(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
 
 
 def _model_inputs(batch: RaggedBatch, rows: np.ndarray, layout: str, device: torch.device | str) -> ModelInputs:
-    index = pad_rows(batch, rows).token_index.numpy()  # -1 on padding
+    lengths = batch.lengths[rows]
+    column = np.arange(lengths.max())
+    index = np.where(column < lengths[:, None], batch.offsets[rows][:, None] + column, -1)  # -1 on padding
     positions = None
     if layout == "packed":
         positions = torch.from_numpy(np.nonzero(index >= 0)[1][None]).to(device)

@@ -15,12 +15,14 @@ from ray.actor import ActorHandle
 from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.rollout_engine import RolloutEngine
+from dvpo_ray.actors.update_plan import plan_update
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.bare import LAYOUTS, BareLearner, BareReference, BareRollout, BareScorer
 from dvpo_ray.bench.measure import Contestant, Sample, compare, take_turns
 from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
+from dvpo_ray.models.loading import packs_rows
 from dvpo_ray.planning.placement import Bundle
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
 from dvpo_ray.runtime.process import Actor, environment
@@ -158,19 +160,25 @@ def compare_learner(bench: Bench) -> list[dict]:
     config = bench.config
     shard = _with_learner_fields(bench.rollouts().select(np.arange(bench.learner_rows)), config.seed)
     reference = ray.put(shard)
+    packed = packs_rows(config.model, config.model.path, on_gpu=config.policy.gpus_per_actor > 0)
     kl_coefficient = config.kl.coefficient if config.kl.placement == "loss" else 0.0
     with bench.side_by_side("policy", PolicyLearner, BareLearner) as (learner, bare):
         address = get(learner.rendezvous.remote(), what="learner rendezvous")
         get(learner.connect.remote(*address, [], "object_store"), what="the start of the learner")  # weights are sent nowhere
 
+        def planned(round_: int) -> ObjectRef:
+            return ray.put(plan_update(shard, config.batch, 1, config.batch.micro_batch_tokens, packed=packed, seed=config.seed, step=round_))
+
         def update(round_: int) -> Sample:
+            work = planned(round_)
             started = time.perf_counter()
-            get(learner.update.remote(reference, round_, kl_coefficient), what="the policy update")
+            get(learner.update.remote(work, kl_coefficient), what="the policy update")
             return Sample(shard.num_tokens * config.batch.update_epochs, time.perf_counter() - started)
 
-        def recompute(_round: int) -> Sample:
+        def recompute(round_: int) -> Sample:
+            work = planned(round_)
             started = time.perf_counter()
-            get(learner.log_probs.remote(reference), what="old log-probs")
+            get(learner.old_log_probs.remote(work), what="old log-probs")
             return Sample(shard.num_tokens, time.perf_counter() - started)
 
         contestants = {"product": update} | ({"recompute": recompute} if recomputes else {})

@@ -122,7 +122,7 @@ def new_reward_model(config: Config) -> PreTrainedModel:
         path,
         config=architecture,
         dtype=torch.float32,
-        attn_implementation=config.model.attention,
+        attn_implementation="eager" if config.model.attention == "eager" else "sdpa",
         trust_remote_code=config.model.trust_remote_code,
     )
 

@@ -263,8 +263,10 @@ def _policy_arithmetic(config: Config) -> dict[str, str]:
     return {
         "samples per step": f"{plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
         "samples per engine": f"{plan.max_samples_per_engine} at most, over {config.rollout.num_actors} engines",
-        "samples per worker": f"{plan.samples_per_worker}, over {config.policy.num_actors} learner workers",
-        "rows per minibatch": f"{plan.rows_per_minibatch}, {plan.rows_per_worker_minibatch} on each worker",
+        "samples per worker": f"about {plan.samples_per_worker}, over {config.policy.num_actors} learner workers, shared by tokens"
+        if config.policy.num_actors > 1
+        else f"{plan.samples_per_worker}",
+        "rows per minibatch": f"{plan.rows_per_minibatch}",
         "optimizer steps": f"{plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
         f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {config.train.steps} steps",
         "longest row": _longest_row(config.data.max_prompt_tokens, config.rollout.max_response_tokens),

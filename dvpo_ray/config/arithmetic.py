@@ -23,9 +23,8 @@ class BatchPlan:
     Attributes:
         samples_per_step: rows sampled and trained on in one step.
         max_samples_per_engine: rows of the busiest rollout engine in one step.
-        samples_per_worker: rows of each learner worker in one step.
+        samples_per_worker: rows of each learner worker in one step, on average, rounded up: workers share rows by tokens.
         rows_per_minibatch: rows of one optimizer step, over all workers.
-        rows_per_worker_minibatch: rows of one optimizer step on each worker.
         max_tokens_per_row: longest prompt plus longest response.
         optimizer_steps_per_step: over all update epochs.
         optimizer_steps: over the whole run; the length of the learning-rate schedule.
@@ -37,7 +36,6 @@ class BatchPlan:
     max_samples_per_engine: int
     samples_per_worker: int
     rows_per_minibatch: int
-    rows_per_worker_minibatch: int
     max_tokens_per_row: int
     optimizer_steps_per_step: int
     optimizer_steps: int
@@ -49,8 +47,8 @@ def derive_batch(config: Config) -> BatchPlan:
     """All batch numbers of policy optimisation.
 
     Raises:
-        InputError: learner (or critic) workers and minibatches cannot share the samples of a step evenly, or there are too few
-            samples for the algorithm or for the horizon of the adaptive KL coefficient.
+        InputError: minibatches cannot share the samples of a step evenly, or there are too few samples for the algorithm, for the
+            workers, or for the horizon of the adaptive KL coefficient.
     """
     batch, kl, workers = config.batch, config.kl, config.policy.num_actors
     algorithm = ALGORITHMS[config.algorithm]
@@ -60,9 +58,9 @@ def derive_batch(config: Config) -> BatchPlan:
             f"batch.samples_per_prompt is {batch.samples_per_prompt}, but algorithm {config.algorithm} compares the samples of a prompt; "
             f"set {algorithm.min_samples_per_prompt} or more"
         )
-    _require_even_shares(config, samples, "policy", workers)
-    if algorithm.has_critic:
-        _require_even_shares(config, samples, "critic", config.critic.num_actors)
+    _require_even_minibatches(config, samples)
+    for section in ("policy", *(["critic"] if algorithm.has_critic else [])):
+        _require_rows(config, samples // batch.minibatches_per_epoch, section)
     if kl.adaptive_target_nats is not None and kl.adaptive_horizon <= shortest_horizon(samples):
         raise InputError(
             f"kl.adaptive_horizon {kl.adaptive_horizon:g} is too short for {samples} samples per step: the coefficient could fall to 0; "
@@ -72,9 +70,8 @@ def derive_batch(config: Config) -> BatchPlan:
     return BatchPlan(
         samples_per_step=samples,
         max_samples_per_engine=math.ceil(samples / config.rollout.num_actors),
-        samples_per_worker=samples // workers,
+        samples_per_worker=math.ceil(samples / workers),
         rows_per_minibatch=samples // batch.minibatches_per_epoch,
-        rows_per_worker_minibatch=samples // (workers * batch.minibatches_per_epoch),
         max_tokens_per_row=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         optimizer_steps_per_step=optimizer_steps_per_step,
         optimizer_steps=optimizer_steps_per_step * config.train.steps,
@@ -83,19 +80,26 @@ def derive_batch(config: Config) -> BatchPlan:
     )
 
 
-def _require_even_shares(config: Config, samples: int, section: str, workers: int) -> None:
+def _require_even_minibatches(config: Config, samples: int) -> None:
     batch = config.batch
-    shares = workers * batch.minibatches_per_epoch
-    if samples % shares == 0:
+    if samples % batch.minibatches_per_epoch == 0:
         return
-    step = shares // math.gcd(shares, batch.samples_per_prompt)
+    step = batch.minibatches_per_epoch // math.gcd(batch.minibatches_per_epoch, batch.samples_per_prompt)
     below = batch.prompts_per_step // step * step
     working = " or ".join(str(prompts) for prompts in (below, below + step) if prompts)
     raise InputError(
         f"batch.prompts_per_step {batch.prompts_per_step} x batch.samples_per_prompt {batch.samples_per_prompt} = {samples} samples "
-        f"can't be shared evenly by {section}.num_actors {workers} x batch.minibatches_per_epoch {batch.minibatches_per_epoch} = {shares}; "
-        f"batch.prompts_per_step {working} can"
+        f"can't be shared evenly by batch.minibatches_per_epoch {batch.minibatches_per_epoch}; batch.prompts_per_step {working} can"
     )
+
+
+def _require_rows(config: Config, rows: int, section: str) -> None:
+    workers = getattr(config, section).num_actors
+    if rows < workers:
+        raise InputError(
+            f"a minibatch has {rows} samples, fewer than {section}.num_actors {workers}; raise batch.prompts_per_step, or lower "
+            f"batch.minibatches_per_epoch {config.batch.minibatches_per_epoch} or {section}.num_actors"
+        )
 
 
 def shortest_horizon(samples: int) -> float:

@@ -105,7 +105,11 @@ class ModelConfig(Section):
         description="Checkpoint folder or hub name of the SFT model. The name of the quickstart's model means the folder that the quickstart made."
     )
     dtype: Dtype = Field("bfloat16", description="Dtype of the weights in every role. Use float32 on CPU.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="transformers' attention in learner, reference and scorer.")
+    attention: Literal["auto", "varlen", "sdpa", "eager"] = Field(
+        "auto",
+        description="Attention in every role but the engine. `varlen` packs rows one after the other, without padding; `sdpa` and `eager` pad. "
+        "`auto`: `varlen` for 16-bit models on GPUs if it can compute the model, else `sdpa`.",
+    )
     chat_template: Literal["auto", "plain"] = Field(
         "auto", description="`auto` uses the tokenizer's chat template if there is one; `plain` joins texts as they are."
     )

@@ -18,7 +18,9 @@ from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.experiments.states import States, finish, states_at
 from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
-from dvpo_ray.models.forward import batch_log_probs, micro_batches, response_log_probs
+from dvpo_ray.models.attention import is_packed
+from dvpo_ray.models.forward import batch_log_probs, response_log_probs
+from dvpo_ray.models.layouts import Passes, lay_out, micro_batches
 from dvpo_ray.models.loading import context_tokens, default_device, load_policy, load_tokenizer
 from dvpo_ray.policy.statistics import sequence_kl
 from dvpo_ray.training.evaluate import heldout_prompts, policy_sampler
@@ -87,7 +89,7 @@ def values_of(config: Config, path: str, batch: RaggedBatch) -> np.ndarray:
 @torch.inference_mode()
 def kl_from_reference(config: Config, batch: RaggedBatch) -> np.ndarray:
     """Sequence KL of each response from the model of `model.path`, in nats, float64 [R]; a one-sample estimate."""
-    reference = load_policy(config.model, default_device())
+    reference = load_policy(config.model, default_device(), packs=True)
     log_probs = batch_log_probs(reference, batch, config.reference.micro_batch_tokens, config.rollout.temperature)
     return sequence_kl(batch.with_token_fields(reference_log_probs=log_probs))
 
@@ -109,12 +111,13 @@ def policy_gradients(model: PreTrainedModel, batch: RaggedBatch, credits: np.nda
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     tokens = int(batch.response_lengths.sum())
     gradients = np.empty((len(credits), sum(parameter.numel() for parameter in trained)), dtype=np.float32)
+    passes = Passes(micro_batches(batch.lengths, max_tokens, packed=is_packed(model)))
     for k, credit in enumerate(credits):
         model.zero_grad()
-        for rows in micro_batches(batch.lengths, max_tokens):
-            out = response_log_probs(model, batch, rows, temperature=temperature, entropy=False)
-            weights = torch.from_numpy(credit[out.token_index.cpu().numpy()].astype(np.float32)).to(out.log_probs.device)
-            ((weights * out.log_probs).sum() / tokens).backward()
+        weighted = batch.with_token_fields(credit=credit.astype(np.float32))
+        for rows in lay_out(model, weighted, passes, batch.response_mask, ahead=True, fields=("credit",)):
+            out = response_log_probs(model, rows, temperature=temperature, entropy=False)
+            ((rows.fields["credit"] * out.log_probs).sum() / tokens).backward()
         gradients[k] = torch.cat([parameter.grad.float().reshape(-1).cpu() for parameter in trained]).numpy()
     model.zero_grad()
     return gradients

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from dvpo_ray.config.schema import LoraConfig
 from dvpo_ray.errors import InputError
+from dvpo_ray.models.attention import attention_for
 from dvpo_ray.models.cpu_linear import OneDNNLinear, onednn_is_faster, use_fast_linears
 from dvpo_ray.models.loading import load_checkpoint, load_model_config, turn_off_randomness
 from dvpo_ray.models.trainable import apply_lora
@@ -108,6 +109,7 @@ def load_value_model(
     which other entries are errors.
     """
     turn_off_randomness(config)
+    attention = attention_for(attention, config, dtype, on_gpu=torch.cuda.is_available())
     options = {"config": config, "dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
     cls = value_model_class(config)
     if trust_remote_code and cls in AutoModelForTokenClassification._model_mapping.values():

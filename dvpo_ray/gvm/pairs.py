@@ -1,4 +1,4 @@
-"""Preference pairs as one ragged batch, two rows with an outcome each per pair; and the split of minibatches."""
+"""Preference pairs as one ragged batch, two rows with an outcome each per pair; and the minibatches of an epoch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.data.encoding import EncodedPair, rows_of_pairs
 from dvpo_ray.errors import InputError
-from dvpo_ray.models.forward import micro_batches
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,11 @@ class PairBatch:
     def pair_tokens(self) -> np.ndarray:
         """Padded tokens of each pair, int64 [P]: twice the length of its longer row, as both are in the same micro-batch."""
         return 2 * self.batch.lengths.reshape(-1, 2).max(axis=1)
+
+    @property
+    def pair_lengths(self) -> np.ndarray:
+        """Tokens of each pair, int64 [P]."""
+        return self.batch.lengths.reshape(-1, 2).sum(axis=1)
 
     @property
     def pair_states(self) -> np.ndarray:
@@ -76,23 +80,3 @@ def minibatches(num_pairs: int, pairs_per_step: int, epoch: int, seed: int) -> l
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_pairs)
     return np.array_split(order, -(-num_pairs // pairs_per_step))
-
-
-def plan_minibatch(pair_tokens: np.ndarray, world_size: int, max_tokens: int) -> list[list[np.ndarray]]:
-    """Split a minibatch into micro-batches of at most `max_tokens` padded tokens for each worker.
-
-    Every worker gets the same number of micro-batches, because each one is a collective under ZeRO. For this, the
-    micro-batches with most pairs are halved; if that is not enough, some workers get an empty one.
-
-    Args:
-        pair_tokens: int64 [P], padded tokens of each pair of the minibatch.
-
-    Returns:
-        The micro-batches of each worker: indices into the minibatch, every pair exactly once over all workers.
-    """
-    groups = micro_batches(pair_tokens, max_tokens)
-    while len(groups) % world_size and max(map(len, groups)) > 1:
-        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
-        groups[largest : largest + 1] = np.array_split(groups[largest], 2)
-    groups += [np.zeros(0, np.int64)] * (-len(groups) % world_size)
-    return [groups[worker::world_size] for worker in range(world_size)]

@@ -1,80 +1,62 @@
-"""Forward passes of a transformers model over micro-batches of rows of like length. Rows are padded nowhere else.
-
-Rows are padded on the right and attention is causal, so no real token sees padding and no mask is needed. This keeps the
-fast attention kernels, and a row's result does not depend on its padding or on the other rows of its micro-batch.
-"""
+"""Forward passes of a transformers model over rows of a batch: log-probs of a policy, values of a value model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.models.token_log_probs import Excluded, token_log_probs
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.models.attention import is_packed
+from dvpo_ray.models.layouts import Passes, Rows, lay_out, micro_batches
+from dvpo_ray.models.token_log_probs import Excluded, TokenLogProbs, token_log_probs
+
+MIXED = 0.02
+"""Rows of a packed sequence are apart if another first row changes the hidden states of the second by less than this share.
+Rounding changes those of a mixture of experts in 16 bits by a fifth of it at most; attention across rows changes all by more."""
 
 
-def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Split rows into micro-batches of at most `max_tokens` padded tokens each.
+@torch.no_grad()
+def check_rows_apart(model: nn.Module, run: nn.Module | None = None) -> None:
+    """Refuse a model that mixes packed rows: two short rows, and then another first row beside the same second one.
 
-    Rows are sorted by length, longest first: a micro-batch then holds rows of like length with little padding, and the
-    largest micro-batch comes first, so that a lack of memory shows at once. A row longer than `max_tokens` is alone.
+    Args:
+        run: as in `response_log_probs`.
 
-    Returns:
-        Row indices of each micro-batch, int64; every row exactly once.
+    Raises:
+        ResourceError: the hidden states of the second row changed.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    groups: list[list[int]] = []
-    widest = 0
-    for row in order:
-        if groups and (len(groups[-1]) + 1) * widest <= max_tokens:
-            groups[-1].append(int(row))
-        else:
-            groups.append([int(row)])
-            widest = int(lengths[row])
-    return [np.array(group, dtype=np.int64) for group in groups]
-
-
-@dataclass(frozen=True)
-class PaddedRows:
-    """Some rows of a batch, padded on the right for one forward pass.
-
-    Attributes:
-        input_ids: int64 [B, L]; token 0 on padding, which is never read.
-        token_index: int64 [B, L]; position of each token in the batch's flat arrays, -1 on padding.
-    """
-
-    input_ids: torch.Tensor
-    token_index: torch.Tensor
-
-    @property
-    def is_token(self) -> torch.Tensor:
-        """True on real tokens, bool [B, L]."""
-        return self.token_index >= 0
-
-
-def pad_rows(batch: RaggedBatch, rows: np.ndarray, device: torch.device | str = "cpu") -> PaddedRows:
-    """Pad the given rows of a batch to the length of the longest."""
-    lengths = batch.lengths[rows]
-    column = np.arange(lengths.max())
-    index = np.where(column < lengths[:, None], batch.offsets[rows][:, None] + column, -1)
-    input_ids = np.where(index >= 0, batch.tokens[index], 0)
-    return PaddedRows(torch.from_numpy(input_ids).to(device), torch.from_numpy(index).to(device))
+    if not is_packed(model):
+        return
+    hidden = []
+    for first in ([1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]):
+        batch = RaggedBatch.from_rows([first, [10, 11]], [[], [12, 13, 14, 15]])
+        (rows,) = lay_out(model, batch, Passes([np.array([0, 1])]), batch.row_of_token == 1, ahead=False)
+        output = (run or model)(input_ids=rows.input_ids, use_cache=False, output_hidden_states=True, **rows.inputs)
+        hidden.append(output.hidden_states[-1].flatten(0, 1)[rows.reads].float())
+    changed = float((hidden[0] - hidden[1]).norm() / hidden[0].norm())
+    if changed > MIXED:
+        raise ResourceError(
+            f"{model.config.model_type} mixes the rows of a packed sequence: another row before it changes a row's hidden states by {changed:.0%}; "
+            "set model.attention=sdpa"
+        )
 
 
 @contextmanager
-def project_only(model: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Within this context the model's output projection runs on the given positions only, bool [B, L].
+def project_only(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """Within this context the model's output projection runs on the given places only, int64 [n], of the flattened sequence.
 
-    Logits then have shape [1, positions.sum(), vocabulary]. Only response tokens need the projection; it is a fifth of the
-    work of a small model, and its output is the largest activation of any model.
+    Logits then have shape [1, n, vocabulary]. Only response tokens need the projection; it is a fifth of the work of a small
+    model, and its output is the largest activation of any model.
     """
 
     def keep(_module, args):
-        return (args[0][positions].unsqueeze(0), *args[1:])
+        return (args[0].flatten(0, 1)[places].unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
@@ -100,103 +82,86 @@ class MinLength:
         """None where there is no minimum."""
         return cls(tokens, tuple(sorted(stop_token_ids))) if tokens else None
 
-    def excluded(self, batch: RaggedBatch, token_index: torch.Tensor) -> Excluded:
-        """What could not be sampled at some response tokens, given by their positions in the batch's flat arrays, int64 [n]."""
-        before = np.arange(batch.num_tokens) - np.repeat(batch.offsets[:-1] + batch.prompt_lengths, batch.lengths)
-        early = torch.from_numpy(before < self.tokens).to(token_index.device)
-        return Excluded(early[token_index], torch.tensor(self.stop_token_ids, device=token_index.device))
-
-
-@dataclass(frozen=True)
-class ResponseLogits:
-    """Result of one forward pass for the response tokens of some rows.
-
-    Attributes:
-        log_probs: float32 [n], log-probability of each response token, differentiable.
-        entropy: float32 [n], entropy in nats of the distribution of each token; None if not asked for.
-        token_index: int64 [n], position of each response token in the batch's flat arrays.
-    """
-
-    log_probs: torch.Tensor
-    entropy: torch.Tensor | None
-    token_index: torch.Tensor
+    def excluded(self, depths: Tensor) -> Excluded:
+        """What could not be sampled after so many response tokens, int64 [n]."""
+        return Excluded(depths < self.tokens, self.stop_token_ids)
 
 
 def response_log_probs(
-    model: torch.nn.Module,
-    batch: RaggedBatch,
-    rows: np.ndarray,
+    model: nn.Module,
+    rows: Rows,
     *,
     temperature: float = 1.0,
     min_length: MinLength | None = None,
     entropy: bool = True,
     entropy_gradient: bool = False,
-    run: torch.nn.Module | None = None,
-) -> ResponseLogits:
-    """Log-probabilities and entropies of the response tokens of some rows, in one forward pass.
+    run: nn.Module | None = None,
+) -> TokenLogProbs:
+    """Log-probabilities and entropies of the wanted tokens of some rows, in one forward pass.
 
     Args:
         model: a causal language model of transformers; it has the output projection.
-        rows: row indices of one micro-batch.
+        rows: laid out with `ahead=True`.
         temperature: logits are divided by it, as the rollout engine does before it samples.
         min_length: as the rollout engine keeps it.
         entropy: compute the entropies.
         entropy_gradient: the entropies are differentiable.
         run: is called instead of `model`: a DeepSpeed engine around it.
     """
-    device = next(model.parameters()).device
-    padded = pad_rows(batch, rows, device)
-    is_response = torch.from_numpy(batch.response_mask).to(device)
-    response = padded.is_token & is_response[padded.token_index.clamp(min=0)]
-    predicts = torch.zeros_like(response)
-    predicts[:, :-1] = response[:, 1:]  # the logits at position j predict the token at j + 1
-    with project_only(model, predicts):
-        logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits.squeeze(0)
-    token_index = padded.token_index[response]
-    excluded = min_length.excluded(batch, token_index) if min_length is not None else None
-    log_probs, entropies = token_log_probs(logits, padded.input_ids[response], temperature=temperature, entropy=entropy, excluded=excluded)
-    if entropies is not None and not entropy_gradient:
-        entropies = entropies.detach()
-    return ResponseLogits(log_probs, entropies, token_index)
+    with project_only(model, rows.reads):
+        logits = (run or model)(input_ids=rows.input_ids, use_cache=False, **rows.inputs).logits.squeeze(0)
+    excluded = min_length.excluded(rows.depths) if min_length is not None else None
+    log_probs, entropies = token_log_probs(logits, rows.ids, temperature=temperature, entropy=entropy, excluded=excluded)
+    return TokenLogProbs(log_probs, entropies.detach() if entropies is not None and not entropy_gradient else entropies)
 
 
 @torch.no_grad()
-def batch_log_probs(
-    model: torch.nn.Module,
-    batch: RaggedBatch,
-    max_tokens: int,
-    temperature: float = 1.0,
-    *,
-    min_length: MinLength | None = None,
-    run: torch.nn.Module | None = None,
-) -> np.ndarray:
-    """Log-probability of every response token of a batch, float32 [N], 0 on prompts; without gradients."""
-    flat = torch.zeros(batch.num_tokens)
-    for rows in micro_batches(batch.lengths, max_tokens):
-        out = response_log_probs(model, batch, rows, temperature=temperature, min_length=min_length, entropy=False, run=run)
-        flat[out.token_index.cpu()] = out.log_probs.cpu()
-    return flat.numpy()
+def log_probs_of(model: nn.Module, batch: RaggedBatch, passes: Passes, **options) -> Tensor:
+    """Log-probability of every response token of some rows, float32 [N] on the model's device, 0 elsewhere; without gradients.
+
+    Args:
+        options: of `response_log_probs`.
+    """
+    flat = torch.zeros(batch.num_tokens, device=next(model.parameters()).device)
+    for rows in lay_out(model, batch, passes, batch.response_mask, ahead=True):
+        flat[rows.tokens] = response_log_probs(model, rows, entropy=False, **options).log_probs
+    return flat
 
 
-def token_values(model: torch.nn.Module, batch: RaggedBatch, rows: np.ndarray, *, run=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of every token of some rows, in one forward pass of a value model; differentiable.
+def batch_log_probs(model: nn.Module, batch: RaggedBatch, max_tokens: int, temperature: float = 1.0, **options) -> np.ndarray:
+    """Log-probability of every response token of a batch, float32 [N], 0 on prompts; without gradients.
+
+    Args:
+        max_tokens: of one forward pass, padding included.
+        options: of `response_log_probs`.
+    """
+    return log_probs_of(model, batch, _all_rows(model, batch, max_tokens), temperature=temperature, **options).cpu().numpy()
+
+
+def _all_rows(model: nn.Module, batch: RaggedBatch, max_tokens: int) -> Passes:
+    return Passes(micro_batches(batch.lengths, max_tokens, packed=is_packed(model)))
+
+
+def token_values(model: nn.Module, rows: Rows, *, run: nn.Module | None = None) -> Tensor:
+    """Values of the wanted tokens of some rows, float32 [n], in one forward pass of a value model; differentiable.
 
     Args:
         model: a token classifier with one label: its logit at a token is the value of the state after the token.
-
-    Returns:
-        values float32 [n], and token_index int64 [n], the position of each token in the batch's flat arrays.
+        run: as in `response_log_probs`.
     """
-    padded = pad_rows(batch, rows, next(model.parameters()).device)
-    logits = (run or model)(input_ids=padded.input_ids, use_cache=False).logits[..., 0].float()
-    return logits[padded.is_token], padded.token_index[padded.is_token]
+    logits = (run or model)(input_ids=rows.input_ids, use_cache=False, **rows.inputs).logits
+    return logits.flatten().float()[rows.reads]
 
 
 @torch.no_grad()
-def batch_values(model: torch.nn.Module, batch: RaggedBatch, max_tokens: int) -> np.ndarray:
+def values_of(model: nn.Module, batch: RaggedBatch, passes: Passes, *, run: nn.Module | None = None) -> Tensor:
+    """Value of the state after every token of some rows, float32 [N] on the model's device, 0 elsewhere; without gradients."""
+    flat = torch.zeros(batch.num_tokens, device=next(model.parameters()).device)
+    for rows in lay_out(model, batch, passes, np.ones(batch.num_tokens, bool), ahead=False):
+        flat[rows.tokens] = token_values(model, rows, run=run)
+    return flat
+
+
+def batch_values(model: nn.Module, batch: RaggedBatch, max_tokens: int) -> np.ndarray:
     """Value of the state after every token of a batch, prompt and response, float32 [N]; without gradients."""
-    flat = torch.zeros(batch.num_tokens)
-    for rows in micro_batches(batch.lengths, max_tokens):
-        values, index = token_values(model, batch, rows)
-        flat[index.cpu()] = values.cpu()
-    return flat.numpy()
+    return values_of(model, batch, _all_rows(model, batch, max_tokens)).cpu().numpy()

@@ -25,6 +25,7 @@ from dvpo_ray.config.inputs import is_local, no_checkpoint
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub, unwritable_cache
 from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.models.attention import VARLEN, attention_for
 from dvpo_ray.models.cpu_linear import use_fast_linears
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -119,25 +120,29 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, trust_remote
     )
 
 
-def load_policy(model: ModelConfig, device: torch.device | str = "cpu", *, keeps_randomness: bool = False) -> PreTrainedModel:
+def load_policy(model: ModelConfig, device: torch.device | str = "cpu", *, keeps_randomness: bool = False, packs: bool = False) -> PreTrainedModel:
     """The SFT checkpoint as a causal language model in evaluation mode, which computes the same numbers in training mode.
 
     What its generation_config.json suggests is left out; `save_policy` copies the file.
 
     Args:
         keeps_randomness: leave the dropout of the checkpoint's config on in training mode.
+        packs: its rows are laid out by `dvpo_ray.models.layouts`, so they may be packed. Other libraries pad them, with masks.
 
     Raises:
-        InputError: the checkpoint is missing or is not a causal language model.
+        InputError: the checkpoint is missing or is not a causal language model, or `model.attention` does not fit it.
     """
     config = load_model_config(model.path, model.trust_remote_code)
+    dtype = torch_dtype(model.dtype)
+    choice = model.attention if packs or model.attention not in ("auto", VARLEN) else "sdpa"
+    attention = attention_for(choice, config, dtype, on_gpu=torch.cuda.is_available())
     if not keeps_randomness:
         turn_off_randomness(config)
     loaded = load_checkpoint(
         "model",
         model.path,
         lambda p: AutoModelForCausalLM.from_pretrained(
-            p, config=config, dtype=torch_dtype(model.dtype), attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
+            p, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
         ),
     )
     ends = loaded.generation_config
@@ -218,6 +223,17 @@ def load_model_config(path: str, trust_remote_code: bool = False, **settings) ->
         InputError: the folder or hub name has none.
     """
     return load_checkpoint("model config", path, lambda p: AutoConfig.from_pretrained(p, trust_remote_code=trust_remote_code, **settings))
+
+
+def packs_rows(model: ModelConfig, path: str, *, on_gpu: bool) -> bool:
+    """Whether the process that trains or scores with a checkpoint packs its rows.
+
+    Args:
+        path: folder or hub name of the checkpoint.
+        on_gpu: that process has a GPU.
+    """
+    config = load_model_config(path, model.trust_remote_code)
+    return attention_for(model.attention, config, torch_dtype(model.dtype), on_gpu=on_gpu) == VARLEN
 
 
 def default_device() -> torch.device:

@@ -7,7 +7,7 @@ backward pass makes only their gradient, in the same precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,16 +29,16 @@ class Excluded:
 
     Attributes:
         rows: bool [n], the positions.
-        tokens: int64 [k], the tokens.
+        tokens: the tokens.
     """
 
     rows: Tensor
-    tokens: Tensor
+    tokens: Sequence[int]
 
     def apply(self, scaled: Tensor, rows: slice) -> None:
         """Exclude the tokens from scaled logits of some of the positions, in place."""
-        positions = self.rows[rows].nonzero()
-        scaled[positions, self.tokens] = IMPOSSIBLE
+        for token in self.tokens:
+            scaled[:, token].masked_fill_(self.rows[rows], IMPOSSIBLE)
 
 
 class TokenLogProbs(NamedTuple):

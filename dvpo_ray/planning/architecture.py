@@ -66,7 +66,7 @@ class ModelPlan:
 
     def build(self) -> PreTrainedModel:
         """The model on the current device, without adapters; `trainable_layers` are applied."""
-        options = {"dtype": torch_dtype(self.settings.dtype), "attn_implementation": self.settings.attention}
+        options = {"dtype": torch_dtype(self.settings.dtype), "attn_implementation": "sdpa"}
         if self.has_value_head:
             return value_model_class(self.model_config)._from_config(self.model_config, **options)
         model = AutoModelForCausalLM.from_config(self.model_config, **options)

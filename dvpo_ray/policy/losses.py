@@ -6,8 +6,6 @@ shares of micro-batches and ranks add up to the loss of the minibatch, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from operator import add
 from typing import NamedTuple
 
 import torch
@@ -98,7 +96,7 @@ def policy_loss(
         entropy_coefficient: weight of the entropy bonus.
 
     Returns:
-        The loss, a scalar, and its metrics, detached scalars by name; `combine_metrics` adds up the shares.
+        The loss, a scalar, and its metrics, detached scalars by name. The shares of all parts add up; of `*_max` the largest counts.
     """
     surrogate = clipped_surrogate(new_log_probs, old_log_probs, advantages, clip_epsilon, weights)
     total = surrogate.loss.sum()
@@ -149,13 +147,3 @@ def value_loss(
         "critic/value_mean": new_values.detach().sum() / minibatch_tokens,
         "critic/return_mean": returns.sum() / minibatch_tokens,
     }
-
-
-def combine_metrics(parts: Iterable[Mapping[str, Tensor | float]]) -> dict[str, float]:
-    """Metrics of a minibatch from the shares of its micro-batches and ranks: maxima of `*_max`, sums of all others."""
-    combined: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            combine = max if name.endswith("_max") else add
-            combined[name] = combine(combined[name], float(value)) if name in combined else float(value)
-    return combined

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from dvpo_ray.errors import ResourceError
 
 
-def mismatch_metrics(learner_log_probs: np.ndarray, engine_log_probs: np.ndarray) -> dict[str, float]:
-    """Compare the log-probs that learner and engine compute for the response tokens of a batch.
+def mismatch_shares(learner_log_probs: Tensor, engine_log_probs: Tensor, tokens: int) -> dict[str, Tensor]:
+    """Compare the log-probs that learner and engine compute for some response tokens of a batch.
 
     Args:
-        learner_log_probs: float [n]; if n is 0, there is no mismatch.
+        learner_log_probs: float [n], n may be 0.
         engine_log_probs: float [n], from sampling.
+        tokens: response tokens of all parts of the batch that are compared.
 
     Returns:
+        float64 scalars. `mismatch/log_prob_abs_max`, the largest |learner - engine| in nats. The shares of the others add up:
         `mismatch/kl`: KL(engine || learner) in nats per token, Schulman's k3 estimator;
-        `mismatch/log_prob_abs_max`, `mismatch/log_prob_abs_mean`: of |learner - engine|, in nats;
-        `mismatch/token_mult_error`: mean of exp(|learner - engine|), 1 if they agree (`token_mult_prob_error` in NeMo-RL).
+        `mismatch/log_prob_abs_mean`: mean of |learner - engine|, in nats;
+        `mismatch/token_mult_error`: mean of exp(|learner - engine|) - 1, 0 if they agree (`token_mult_prob_error` in NeMo-RL is 1 more).
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # `check_mismatch` stops the run on infinite and NaN results
-        log_ratio = learner_log_probs.astype(np.float64) - engine_log_probs
-        distance = np.abs(log_ratio)
-        count = max(len(log_ratio), 1)
-        return {
-            "mismatch/kl": float((np.expm1(log_ratio) - log_ratio).sum() / count),
-            "mismatch/log_prob_abs_max": float(distance.max(initial=0.0)),
-            "mismatch/log_prob_abs_mean": float(distance.sum() / count),
-            "mismatch/token_mult_error": 1.0 + float(np.expm1(distance).sum() / count),
-        }
+    log_ratio = learner_log_probs.double() - engine_log_probs.double()
+    distance = log_ratio.abs()
+    return {
+        "mismatch/kl": (log_ratio.expm1() - log_ratio).sum() / tokens,
+        "mismatch/log_prob_abs_max": distance.max() if len(distance) else distance.sum(),
+        "mismatch/log_prob_abs_mean": distance.sum() / tokens,
+        "mismatch/token_mult_error": distance.expm1().sum() / tokens,
+    }
 
 
 def check_mismatch(metrics: dict[str, float], max_token_mult_error: float | None) -> None:
     """Stop the run if the engine samples from another distribution than the learner trains.
 
     Args:
-        metrics: from `mismatch_metrics`.
+        metrics: of the whole batch, with the `mismatch/token_mult_error` of NeMo-RL: 1 if they agree.
         max_token_mult_error: threshold; None turns the check off.
 
     Raises:

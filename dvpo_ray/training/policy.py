@@ -138,11 +138,11 @@ class PolicyLoop(Stages):
         watch = experience.watch
         with watch.stage("step"):
             with watch.stage("advantage"):
-                batch_metrics, shards = self.advantages(experience.chunks, experience.greedy)
+                batch_metrics, updates = self.advantages(experience.chunks, experience.greedy, step)
             if is_due(step, self.config.train.save_rollouts_every_steps):
                 self.write_rollouts(step)
             with watch.stage("update"):
-                update_metrics = self.update(shards, step)
+                update_metrics = self.update(updates)
             check_mismatch(update_metrics, self.config.mismatch.max_token_mult_error)
             for trained in ("policy", *(["critic"] if self.roles.critics else [])):
                 check_finite(step, update_metrics, trained, trained, dtype=self.config.model.dtype)

@@ -118,21 +118,20 @@ class Stages:
             for chunk, ref in zip(mine, [refs] if len(mine) <= 1 else refs, strict=False):
                 chunk.scores["critic"] = ref
 
-    def advantages(self, chunks: list[ScoredChunk], greedy: list[ScoredChunk]) -> tuple[dict[str, float], list[ObjectRef]]:
-        """The batch's metrics, and one shard for each rank of the learner and then of the critic."""
+    def advantages(self, chunks: list[ScoredChunk], greedy: list[ScoredChunk], step: int) -> tuple[dict[str, float], list[ObjectRef]]:
+        """The batch's metrics, and the updates of the learner and of the critic, where there is one."""
         coefficient = self.kl.coefficient if self.config.kl.placement == "reward" else 0.0
-        build = self.roles.builder.build.options(num_returns=1 + len(self.roles.learners) + len(self.roles.critics))
-        metrics, *shards = build.remote(chunks, self.policy_version, coefficient, greedy)
-        return get(metrics, what="advantages"), shards
+        build = self.roles.builder.build.options(num_returns=1 + len(self.roles.trained))
+        metrics, *updates = build.remote(chunks, step, self.policy_version, coefficient, greedy)
+        return get(metrics, what="advantages"), updates
 
-    def update(self, shards: list[ObjectRef], step: int) -> dict[str, float]:
+    def update(self, updates: list[ObjectRef]) -> dict[str, float]:
         """The policy's update, and beside it the critic's where there is one."""
         coefficient = self.kl.coefficient if self.config.kl.placement == "loss" else 0.0
-        learners, critics = self.roles.learners, self.roles.critics
-        policy = [learner.update.remote(shard, step, coefficient) for learner, shard in zip(learners, shards, strict=False)]
-        critic = [actor.update.remote(shard, step) for actor, shard in zip(critics, shards[len(learners) :], strict=True)]
+        policy = [learner.update.remote(updates[0], coefficient) for learner in self.roles.learners]
+        critic = [critic.update.remote(updates[1]) for critic in self.roles.critics]
         metrics = get(policy, what="the policy update")[0]
-        return metrics | get(critic, what="the critic's update")[0] if critics else metrics
+        return metrics | get(critic, what="the critic's update")[0] if critic else metrics
 
     def sync(self, version: int) -> None:
         """Bring the learner's weights to every rollout engine, as policy version `version`."""

@@ -174,7 +174,7 @@ class ValueModelTraining:
         pairs = minibatches(self.data.train.num_pairs, self.settings.pairs_per_step, epoch, self.config.seed)[index]
         shares = get([trainer.step.remote(pairs) for trainer in trainers], what=f"{self.called} step {step}")
         seconds = time.perf_counter() - started
-        total = {name: sum(share[name] for share in shares) for name in SHARES}
+        total = {name: sum(share[name] for share in shares) for name in (*SHARES, "tokens")}
         return {
             **{f"gvm/{name}": total[name] for name in ("loss", "regression_loss", "bradley_terry_loss", "accuracy")},
             **{f"gvm/{name}": shares[0][name] for name in ("grad_norm", "learning_rate")},
