@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from torch._dynamo.utils import counters
 
 from dvpo_ray.actors.frozen import ReferenceModel
 from dvpo_ray.actors.vllm_backend import VLLMBackend
+from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config, DeepSpeedConfig, LoraConfig, ModelConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models import cpu_linear
-from dvpo_ray.models.compiling import compile_layers
+from dvpo_ray.models.compiling import compile_layers, compiles
+from dvpo_ray.models.forward import response_log_probs
+from dvpo_ray.models.layouts import Passes, lay_out
 from dvpo_ray.models.loading import load_policy
 from dvpo_ray.models.trainable import apply_lora
 from dvpo_ray.runtime.process import environment
@@ -49,6 +53,40 @@ def test_logits_and_gradients_are_those_of_the_plain_layers(tiny_model, monkeypa
     compiled = [_pass(model, ids) for ids in batches]
     assert 0 < counters["frames"]["ok"] <= 4  # compiled, but not again for every layer or shape
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_packed_rows_through_compiled_layers(tiny_model):
+    model = load_policy(ModelConfig(path=str(tiny_model), dtype="float32", attention="varlen"), packs=True).train()
+    batches = [
+        RaggedBatch.from_rows([[1, 5]] * rows, [list(range(4, 4 + length + row)) for row in range(rows)])
+        for rows, length in [(2, 9), (5, 3), (3, 12)]
+    ]
+
+    def gradients(batch):
+        model.zero_grad()
+        (rows,) = lay_out(model, batch, Passes([np.arange(batch.num_rows)]), batch.response_mask, ahead=True)
+        response_log_probs(model, rows).log_probs.sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    plain = [gradients(batch) for batch in batches]
+    compile_layers(model)
+    counters.clear()
+    compiled = [gradients(batch) for batch in batches]
+    assert 0 < counters["frames"]["ok"] <= 8  # not again for every layer or shape
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_are_compiled_where_it_pays(monkeypatch):
+    assert compiles(True, 1) and not compiles(False, 10_000)
+    assert not compiles(None, 10_000)  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CC", sys.executable)
+    assert compiles(None, 200) and not compiles(None, 199)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CC", "")
+    assert not compiles(None, 10_000)
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from dvpo_ray.gvm.artifact import GVMManifest, load_gvm_of_run
 from dvpo_ray.gvm.context import rollout_values
 from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.health.diagnostics import ensemble_std
-from dvpo_ray.models.compiling import compile_layers
+from dvpo_ray.models.compiling import compile_layers, compiles
 from dvpo_ray.models.forward import MinLength, batch_log_probs, batch_values, check_rows_apart
 from dvpo_ray.models.loading import default_device, load_policy
 from dvpo_ray.runtime.process import Actor
@@ -39,7 +39,7 @@ class ValueScorer(FrozenModel):
     def _load(self, config: Config, path: str) -> tuple[PreTrainedModel, GVMManifest]:
         model, manifest = load_gvm_of_run(config.model, path)
         check_rows_apart(model)
-        if config.scorer.compile:
+        if compiles(config.scorer.compile, config.train.steps):
             compile_layers(model, "scorer.compile")
         return model, manifest
 
@@ -108,7 +108,7 @@ class ReferenceModel(FrozenModel):
         self.min_length = MinLength.of(config.rollout.min_response_tokens, stop_token_ids)
         self.model = load_policy(config.model, default_device(), packs=True)
         check_rows_apart(self.model)
-        if config.reference.compile:
+        if compiles(config.reference.compile, config.train.steps):
             compile_layers(self.model, "reference.compile")
 
     @torch.inference_mode()

@@ -67,10 +67,10 @@ class DeepSpeedConfig(Section):
     offload_optimizer: bool = Field(False, description="Keep optimizer state in host memory (ZeRO 1-3).")
     offload_parameters: bool = Field(False, description="Keep parameters in host memory (ZeRO 3).")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
-    compile: bool = Field(
-        False,
+    compile: bool | None = Field(
+        None,
         description="Compile the decoder layers (`torch.compile`): the start takes half a minute longer, steps are faster. "
-        "On a CPU it needs a C++ compiler. Not with ZeRO 3 or gradient checkpointing.",
+        "On a CPU it needs a C++ compiler. Not with ZeRO 3 or gradient checkpointing. Not set: on GPUs, from 200 optimizer steps on.",
     )
 
     @model_validator(mode="after")
@@ -306,7 +306,11 @@ class ScorerConfig(RoleConfig):
     """A frozen model that scores finished rollouts: the GVM, the reward model, or the reference policy."""
 
     micro_batch_tokens: Count = Field(16384, description="Padded tokens in one forward pass.")
-    compile: bool = Field(False, description="Compile the decoder layers (`torch.compile`), in half a minute. On a CPU it needs a C++ compiler.")
+    compile: bool | None = Field(
+        None,
+        description="Compile the decoder layers (`torch.compile`), in half a minute. On a CPU it needs a C++ compiler. "
+        "Not set: on GPUs, from 200 steps on.",
+    )
 
 
 class ValueScorerConfig(ScorerConfig):

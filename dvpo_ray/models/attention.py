@@ -61,6 +61,7 @@ def is_packed(model: nn.Module) -> bool:
     return model.config._attn_implementation == VARLEN
 
 
+@torch.compiler.disable  # compiled layers call it as it is, on both devices
 def varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -111,7 +112,6 @@ def _torch_kernel():
     return varlen_attn, {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-@torch.compiler.disable
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: tuple[int, int]) -> Tensor:
     parts = []
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import torch
 from torch import nn
 
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.trainable import decoder_layers
+
+STEPS_THAT_PAY = 200
+"""Optimizer steps, or steps of a run, from which on compiled layers are assumed to save more than the minute that they cost."""
+
+
+def compiles(setting: bool | None, steps: int) -> bool:
+    """Whether to compile the layers of a model: what the config says, or without it on a GPU in a run that is long enough.
+
+    Args:
+        steps: optimizer steps that the model takes, or for a frozen model the steps of the run.
+    """
+    if setting is not None:
+        return setting
+    has_compiler = any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))  # Triton needs one
+    return torch.cuda.is_available() and steps >= STEPS_THAT_PAY and has_compiler
 
 
 def compile_layers(model: nn.Module, key: str = "deepspeed.compile") -> None:

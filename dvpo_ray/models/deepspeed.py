@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
-from dvpo_ray.models.compiling import compile_layers
+from dvpo_ray.models.compiling import compile_layers, compiles
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -94,7 +94,8 @@ def build_engine(
     if deepspeed_config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    if deepspeed_config.compile:
+    can_compile = deepspeed_config.zero_stage < 3 and not deepspeed_config.gradient_checkpointing
+    if can_compile and compiles(deepspeed_config.compile, total_steps):
         compile_layers(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(
