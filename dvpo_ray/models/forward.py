@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.attention import is_packed
+from dvpo_ray.models.head import keeps_logits, log_probs_in_blocks, project_only
 from dvpo_ray.models.layouts import Passes, Rows, lay_out, micro_batches
 from dvpo_ray.models.token_log_probs import Excluded, TokenLogProbs, token_log_probs
 
@@ -45,24 +45,6 @@ def check_rows_apart(model: nn.Module, run: nn.Module | None = None) -> None:
             f"{model.config.model_type} mixes the rows of a packed sequence: another row before it changes a row's hidden states by {changed:.0%}; "
             "set model.attention=sdpa"
         )
-
-
-@contextmanager
-def project_only(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Within this context the model's output projection runs on the given places only, int64 [n], of the flattened sequence.
-
-    Logits then have shape [1, n, vocabulary]. Only response tokens need the projection; it is a fifth of the work of a small
-    model, and its output is the largest activation of any model.
-    """
-
-    def keep(_module, args):
-        return (args[0].flatten(0, 1)[places].unsqueeze(0), *args[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -108,11 +90,16 @@ def response_log_probs(
         entropy_gradient: the entropies are differentiable.
         run: is called instead of `model`: a DeepSpeed engine around it.
     """
-    with project_only(model, rows.reads):
-        logits = (run or model)(input_ids=rows.input_ids, use_cache=False, **rows.inputs).logits.squeeze(0)
-    excluded = min_length.excluded(rows.depths) if min_length is not None else None
-    log_probs, entropies = token_log_probs(logits, rows.ids, temperature=temperature, entropy=entropy, excluded=excluded)
-    return TokenLogProbs(log_probs, entropies.detach() if entropies is not None and not entropy_gradient else entropies)
+
+    def log_probs_of(logits: Tensor, part: Rows) -> TokenLogProbs:
+        excluded = min_length.excluded(part.depths) if min_length is not None else None
+        return token_log_probs(logits, part.ids, temperature=temperature, entropy=entropy, excluded=excluded)
+
+    result = None if keeps_logits(model, len(rows.ids)) else log_probs_in_blocks(model, rows, log_probs_of, run)
+    if result is None:
+        with project_only(model, rows.reads):
+            result = log_probs_of((run or model)(input_ids=rows.input_ids, use_cache=False, **rows.inputs).logits.squeeze(0), rows)
+    return result if entropy_gradient or not entropy else TokenLogProbs(result.log_probs, result.entropy.detach())
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,11 @@ class Rows:
     ids: Tensor
     depths: Tensor
     fields: dict[str, Tensor] = field(default_factory=dict)
+
+    def part(self, start: int, end: int) -> Rows:
+        """The same rows with some of the wanted tokens only."""
+        few = {name: getattr(self, name)[start:end] for name in ("reads", "tokens", "ids", "depths")}
+        return replace(self, **few, fields={name: values[start:end] for name, values in self.fields.items()})
 
 
 def lay_out(
