@@ -77,6 +77,14 @@ def test_the_rows_of_an_optimizer_step_do_not_depend_on_the_number_of_ranks():
     assert steps(1, 5) != steps(1, 6)
 
 
+def test_padding_and_balance_of_a_plan():
+    batch = RaggedBatch.from_rows([[1]] * 3, [[2] * 3, [2] * 2, [2] * 3])  # 4, 3 and 4 tokens
+    batch = batch.with_token_fields(loss_mask=batch.response_mask.astype(np.float32))
+    assert _plan(batch, 1, minibatches_per_epoch=1).metrics() == {"padding/update_fraction": pytest.approx(1 / 12), "balance/update_ratio": 1.0}
+    packed = _plan(batch, 2, packed=True, minibatches_per_epoch=1).metrics()
+    assert packed == {"padding/update_fraction": 0.0, "balance/update_ratio": pytest.approx(7 * 2 / 11)}
+
+
 def test_a_minibatch_without_a_token_in_the_loss_divides_by_one():
     batch = _batch(np.random.default_rng(1), 2)
     nothing = batch.with_token_fields(loss_mask=np.zeros(batch.num_tokens, np.float32))

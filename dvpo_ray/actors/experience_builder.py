@@ -109,7 +109,7 @@ class ExperienceBuilder(Actor):
                 self.batch = self.batch.with_token_fields(returns=value_targets(batch, result.unwhitened))
                 start = self.config.reward_model.path if critic.init == "reward_model" else self.config.model.path
                 updates.append(self._update(step, critic, critic.micro_batch_tokens, start, CRITIC_FIELDS))
-            return (batch_statistics(self.batch) | health_statistics(self.batch), *updates)
+            return (batch_statistics(self.batch) | health_statistics(self.batch) | updates[0].metrics(), *updates)
 
     def _trusted(self, batch: RaggedBatch, advantages: np.ndarray) -> np.ndarray:
         """The whitened advantages, smaller where the value models of an ensemble disagree, float32 [N]."""

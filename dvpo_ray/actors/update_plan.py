@@ -43,6 +43,16 @@ class Update:
 
     batch: RaggedBatch
     plans: list[RankPlan]
+    packed: bool
+
+    def metrics(self) -> dict[str, float]:
+        """The share of padding in the training passes (`padding/update_fraction`), and the tokens of the busiest rank over the mean
+        (`balance/update_ratio`)."""
+        lengths = self.batch.lengths
+        groups = [[lengths[group] for step in plan.steps for group in step.passes.rows] for plan in self.plans]
+        real = sum(int(lengths[group].sum()) for plan in self.plans for step in plan.steps for group in step.passes.working)
+        computed = [sum(int(rows.sum() if self.packed else len(rows) * rows.max()) for rows in of_rank) for of_rank in groups]
+        return {"padding/update_fraction": 1.0 - real / sum(computed), "balance/update_ratio": max(computed) * len(computed) / sum(computed)}
 
 
 def plan_update(batch: RaggedBatch, settings: BatchConfig, ranks: int, max_tokens: int, *, packed: bool, seed: int, step: int) -> Update:
@@ -64,4 +74,4 @@ def plan_update(batch: RaggedBatch, settings: BatchConfig, ranks: int, max_token
             tokens = max(1, round(float(row_tokens[rows].sum())))
             for plan, passes in zip(plans, deal(batch.lengths[rows], ranks, max_tokens, packed=packed), strict=True):
                 plan.steps.append(OptimizerStep(Passes([rows[group] for group in passes.rows], passes.idle), tokens))
-    return Update(batch, plans)
+    return Update(batch, plans, packed)
