@@ -13,7 +13,7 @@ from ray import ObjectRef
 from dvpo_ray.actors.update_plan import Update, plan_update
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.schema import Config, RoleConfig
+from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, ids_key
 from dvpo_ray.data.rows import Content, content_text
@@ -55,6 +55,11 @@ class ExperienceBuilder(Actor):
         self.mode = config.advantage.mode if config.algorithm == "dvpo" else config.algorithm
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
         self.judge = make_judge(config.evaluation.judge)
+        critic_starts_from = config.reward_model.path if config.critic.init == "reward_model" else config.model.path
+        trained = {"policy": config.model.path} | ({"critic": critic_starts_from} if ALGORITHMS[config.algorithm].has_critic else {})
+        self.packed = {
+            section: packs_rows(config.model, path, on_gpu=getattr(config, section).gpus_per_actor > 0) for section, path in trained.items()
+        }
         self.batch: RaggedBatch | None = None
         self.contents: dict[bytes, Content] = {}
 
@@ -104,11 +109,10 @@ class ExperienceBuilder(Actor):
             trusted = self._trusted(batch, result.advantages)
             self.batch = batch.with_token_fields(advantages=trusted, loss_mask=result.loss_mask.astype(np.float32))
             policy, critic = self.config.policy, self.config.critic
-            updates = [self._update(step, policy, self.config.batch.micro_batch_tokens, self.config.model.path, LEARNER_FIELDS)]
+            updates = [self._update(step, policy.num_actors, self.config.batch.micro_batch_tokens, self.packed["policy"], LEARNER_FIELDS)]
             if ALGORITHMS[self.config.algorithm].has_critic:
                 self.batch = self.batch.with_token_fields(returns=value_targets(batch, result.unwhitened))
-                start = self.config.reward_model.path if critic.init == "reward_model" else self.config.model.path
-                updates.append(self._update(step, critic, critic.micro_batch_tokens, start, CRITIC_FIELDS))
+                updates.append(self._update(step, critic.num_actors, critic.micro_batch_tokens, self.packed["critic"], CRITIC_FIELDS))
             return (batch_statistics(self.batch) | health_statistics(self.batch) | updates[0].metrics(), *updates)
 
     def _trusted(self, batch: RaggedBatch, advantages: np.ndarray) -> np.ndarray:
@@ -116,11 +120,9 @@ class ExperienceBuilder(Actor):
         coefficient = self.config.advantage.disagreement_coefficient
         return advantages if coefficient == 0 else (advantages * confidence(batch, coefficient)).astype(np.float32)
 
-    def _update(self, step: int, role: RoleConfig, max_tokens: int, path: str, fields: tuple[str, ...]) -> Update:
-        """The batch, with what its reader needs, and the plan of the role's ranks."""
-        packed = packs_rows(self.config.model, path, on_gpu=role.gpus_per_actor > 0)
-        batch, seed = self.batch.only(*fields), self.config.seed
-        return plan_update(batch, self.config.batch, role.num_actors, max_tokens, packed=packed, seed=seed, step=step)
+    def _update(self, step: int, ranks: int, max_tokens: int, packed: bool, fields: tuple[str, ...]) -> Update:
+        """The batch, with what its reader needs, and the plan of a role's ranks."""
+        return plan_update(self.batch.only(*fields), self.config.batch, ranks, max_tokens, packed=packed, seed=self.config.seed, step=step)
 
     def check_start(self, chunks: list[ScoredChunk]) -> None:
         """Check that engine and reference agree on the first rollouts of a run; see `check_same_weights`."""
