@@ -138,13 +138,15 @@ class PolicyLearner(DeepSpeedRank):
 
     # ------------------------------------------------------------------------- weights, checkpoints, final model
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self, version: int, whole: bool = False) -> None:
         """Bring the current weights to all rollout engines as policy version `version`; a collective of all ranks.
 
-        The first time all weights travel, because the engines start without any. Later those that training changes do.
+        Args:
+            whole: all weights travel, because an engine has lost its own in its sleep. Otherwise they do the first time, because the
+                engines start without any, and later those that training changes do.
         """
         with self.clock.busy():
-            self.sender.send(version, changing_only=self.engines_are_whole)
+            self.sender.send(version, changing_only=self.engines_are_whole and not whole)
             self.engines_are_whole = True
 
     def save_pretrained(self, folder: str) -> None:

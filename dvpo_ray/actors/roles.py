@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import ray
 from ray.actor import ActorHandle
 
 from dvpo_ray.actors.critic import Critic
@@ -14,9 +13,13 @@ from dvpo_ray.actors.experience_builder import ExperienceBuilder
 from dvpo_ray.actors.frozen import ReferenceModel, RewardScorer, ValueScorer
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.rollout_engine import RolloutEngine
+from dvpo_ray.config import override_config
 from dvpo_ray.config.algorithms import ROLE_SECTIONS
 from dvpo_ray.config.schema import Config, RoleConfig
-from dvpo_ray.planning.placement import Bundle, choose_transport, plan_placement
+from dvpo_ray.planning.memory import predict_roles
+from dvpo_ray.planning.placement import Seat, choose_transport, plan_placement, shares_gpus
+from dvpo_ray.planning.report import check_fit
+from dvpo_ray.planning.slots import SlotPlan, plan_slots
 from dvpo_ray.runtime.process import Actor, environment
 from dvpo_ray.runtime.room import Room, reserved, spawn, stop, wait_until_ready
 from dvpo_ray.runtime.waiting import get
@@ -36,12 +39,19 @@ class Roles:
         local_pids: process ids of those on the driver's node.
         room: what they occupy.
         run_folder: where their logs go.
+        slots: the memory of their GPUs; None without GPUs, or where the size of the GPUs is not known.
     """
 
     by_role: dict[str, list[ActorHandle]]
     local_pids: list[int]
     room: Room
     run_folder: str
+    slots: SlotPlan | None = None
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines and trained models share GPUs."""
+        return shares_gpus(self.room.seats)
 
     @property
     def engines(self) -> list[ActorHandle]:
@@ -77,7 +87,7 @@ class Roles:
 
     def restart(self, role: str, config: Config) -> list[int]:
         """Start the actors of a retired role again, with another config; returns the process ids of those on this node."""
-        self.by_role[role] = [_start(config, bundle, self.room, self.run_folder) for bundle in self.room.of_role(role).free]
+        self.by_role[role] = [_start(config, seat, self.room, self.run_folder) for seat in self.room.of_role(role).free]
         return wait_until_ready({role: self.by_role[role]}, config.rollout.start_timeout_seconds)[role]
 
 
@@ -102,35 +112,52 @@ def started_roles(
     Raises:
         ResourceError: the cluster has no room for them, or one did not start in time.
     """
-    bundles = [bundle for bundle in plan_placement(config) if only is None or bundle.role in only]
+    seats = [seat for seat in plan_placement(config) if only is None or seat.role in only]
     transport, patience = choose_transport(config), config.rollout.start_timeout_seconds
     actors: dict[str, list[ActorHandle]] = {}
-    with reserved(bundles, config.ray) as room:
+    with reserved(seats, config.ray) as room:
         try:
+            slots = plan_memory(config, room)
+            if slots is not None and slots.cache_gib is not None:
+                config = override_config(config, [f"rollout.kv_cache_gib={slots.cache_gib}"])
             gets_weights = only is None or "learner" in only
             more_of = {
                 # Engines beside a learner start with random weights: the first sync brings all of them, and the check of the first
                 # rollouts then shows that every part arrives.
-                "rollout": (stop_token_ids, transport, max_sequence_tokens, not gets_weights),
+                "rollout": (stop_token_ids, transport, max_sequence_tokens, not gets_weights, shares_gpus(seats)),
                 "reference": (stop_token_ids,),
                 "learner": (stop_token_ids,),
             }
-            for bundle in bundles:
-                more = more_of.get(bundle.role, ())
-                actors.setdefault(bundle.role, []).append(_start(config, bundle, room, run_folder, *more))
+            for seat in seats:
+                more = more_of.get(seat.role, ())
+                actors.setdefault(seat.role, []).append(_start(config, seat, room, run_folder, *more))
             pids = wait_until_ready(actors, patience, show)
-            roles = Roles(actors, [pid for role in pids.values() for pid in role], room, run_folder)
+            roles = Roles(actors, [pid for role in pids.values() for pid in role], room, run_folder, slots)
             for role, ranks in roles.trained.items():
                 address = get(ranks[0].rendezvous.remote(), what=f"{role} rendezvous")
                 channel = (roles.engines, transport) if role == "learner" else ()
                 get([rank.connect.remote(*address, *channel) for rank in ranks], what=f"the start of the {role}", timeout_seconds=patience)
             yield roles
         finally:
-            for handle in [handle for handles in actors.values() for handle in handles]:
-                ray.kill(handle)
+            stop([handle for handles in actors.values() for handle in handles])
 
 
-def _start(config: Config, bundle: Bundle, room: Room, run_folder: str, *more) -> ActorHandle:
-    section = ROLE_SECTIONS.get(bundle.role)
+def plan_memory(config: Config, room: Room) -> SlotPlan | None:
+    """The memory of the GPUs of some actors; None without GPUs, or where NVIDIA's library does not tell their size.
+
+    Raises:
+        ResourceError: the actors are too large for their GPUs.
+    """
+    sizes = [card.memory_gib for card in room.cards.values()]
+    if not sizes or None in sizes:
+        return None
+    roles = predict_roles(config, min(sizes))
+    slots = plan_slots(config, [seat for seat in room.seats if seat.role in roles], roles, min(sizes))
+    check_fit(slots, roles, config)
+    return slots
+
+
+def _start(config: Config, seat: Seat, room: Room, run_folder: str, *more) -> ActorHandle:
+    section = ROLE_SECTIONS.get(seat.role)
     settings = RoleConfig() if section is None else getattr(config, section)
-    return spawn(CLASSES[bundle.role], bundle, room, environment(settings), config, bundle.index, run_folder, *more, run_folder=run_folder)
+    return spawn(CLASSES[seat.role], seat, room, environment(settings), config, seat.index, run_folder, *more, run_folder=run_folder)

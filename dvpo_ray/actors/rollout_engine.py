@@ -21,6 +21,7 @@ class RolloutEngine(Actor):
         transport: how new weights arrive: `object_store`, `nccl` or `ipc`.
         max_sequence_tokens: longest prompt and response together.
         loads_weights: take the weights of the checkpoint. Without it the first sync must bring all of them.
+        sleeps: the engine shares its GPU, and frees it when `sleep` is called.
     """
 
     role = "rollout"
@@ -34,6 +35,7 @@ class RolloutEngine(Actor):
         transport: str,
         max_sequence_tokens: int,
         loads_weights: bool = True,
+        sleeps: bool = False,
     ) -> None:
         super().__init__(index, run_folder)
         self.chunk_rows = config.rollout.rollouts_per_chunk
@@ -78,6 +80,17 @@ class RolloutEngine(Actor):
             policy_version=self.policy_version,
             by_response_token={"log_probs": [r.log_probs for r in responses]},
         )
+
+    def sleep(self) -> bool:
+        """Free the GPU of weights and cache; both are lost, so the next sync must bring all weights.
+
+        Returns:
+            False if the engine keeps its memory.
+        """
+        return False
+
+    def wake(self, part: str) -> None:
+        """Take the memory of a part again: `weights` before the sync, and `cache` before the next `generate`."""
 
     # The phases of a weight sync, called by the learner.
 

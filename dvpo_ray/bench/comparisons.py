@@ -23,10 +23,10 @@ from dvpo_ray.config import override_config
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.models.loading import packs_rows
-from dvpo_ray.planning.placement import Bundle
+from dvpo_ray.planning.placement import Seat
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
 from dvpo_ray.runtime.process import Actor, environment
-from dvpo_ray.runtime.room import reserved, spawn, wait_until_ready
+from dvpo_ray.runtime.room import reserved, spawn, stop, wait_until_ready
 from dvpo_ray.runtime.waiting import get, wait
 from dvpo_ray.training.policy_inputs import Inputs
 
@@ -72,8 +72,7 @@ class Bench:
     def side_by_side(self, section: str, product: type[Actor], bare: type[Actor], *arguments) -> Iterator[tuple[ActorHandle, ActorHandle]]:
         """An actor of the system and its bare counterpart, ready, for the time of a `with` block.
 
-        They work in turns, so together they reserve the CPUs of one. Each has its own share of a GPU, so a GPU that they share must
-        have room for both.
+        They work in turns, so together they reserve the CPUs of one. They are on the same GPU, which must have room for both.
 
         Args:
             section: of the config, with the settings of the role.
@@ -85,19 +84,16 @@ class Bench:
         config, settings = self.config, getattr(self.config, section)
         cpus = max(settings.cpus_per_actor / 2, 0.01)  # a placement group can't be empty
         gpus = settings.gpus_per_actor * getattr(settings, "tensor_parallel_size", 1)
-        bundles = {cls: Bundle(f"bench_{cls.role}", 0, cpus, gpus) for cls in (product, bare)}
+        seats = {cls: Seat(f"bench_{cls.role}", 0, cpus, tuple(range(gpus))) for cls in (product, bare)}
         handles: list[ActorHandle] = []
-        with reserved(list(bundles.values()), config.ray) as room:
+        with reserved(list(seats.values()), config.ray) as room:
             try:
-                for cls, bundle in bundles.items():
-                    handles.append(
-                        spawn(cls, bundle, room, environment(settings), config, 0, self.run_folder, *arguments, run_folder=self.run_folder)
-                    )
+                for cls, seat in seats.items():
+                    handles.append(spawn(cls, seat, room, environment(settings), config, 0, self.run_folder, *arguments, run_folder=self.run_folder))
                 wait_until_ready({section: handles}, config.rollout.start_timeout_seconds)
                 yield handles[0], handles[1]
             finally:
-                for handle in handles:
-                    ray.kill(handle)
+                stop(handles)
 
 
 def compare_rollout(bench: Bench) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dvpo_ray.config.inputs import Needed
 from dvpo_ray.data import hub
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.console import RunConsole
-from dvpo_ray.planning.placement import Bundle, total_resources
+from dvpo_ray.planning.placement import Seat, placement_lines
 
 
 @dataclass
@@ -174,22 +173,10 @@ def tell(lines: Iterable[str]) -> None:
 # -------------------------------------------------------------------------------------------------------------- plan
 
 
-def print_plan(config: Config, arithmetic: Mapping[str, str], bundles: Sequence[Bundle], notes: Iterable[str]) -> None:
+def print_plan(config: Config, arithmetic: Mapping[str, str], seats: Sequence[Seat], notes: Iterable[str]) -> None:
     """Print a plan that is itself a config file: the resolved YAML, then the rest as comments."""
     print(dump_config(config))
     print("# batch arithmetic", *(f"{name:<25}{numbers}" for name, numbers in arithmetic.items()), sep="\n#   ")
-    print("# placement", *_placement_lines(bundles), sep="\n#   ")
+    print("# placement", *(placement_lines(seats) or ["this process, on its GPU if there is one"]), sep="\n#   ")
     for note in notes:
         print(f"# note: {note}")
-
-
-def _placement_lines(bundles: Sequence[Bundle]) -> list[str]:
-    if not bundles:
-        return ["this process, on its GPU if there is one"]
-    actors = Counter(bundle.role for bundle in bundles)
-    first = [bundle for bundle in bundles if bundle.index == 0]
-    cpus, gpus = total_resources(bundles)
-    return [
-        *(f"{one.role:<12} {actors[one.role]} x ({one.cpus:g} CPUs, {one.gpus:g} GPUs)" for one in first),
-        f"{'total':<12} {cpus:g} CPUs, {gpus:g} GPUs",
-    ]

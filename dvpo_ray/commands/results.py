@@ -45,7 +45,7 @@ def evaluate(args: Namespace) -> None:
         raise InputError(f"{args.config}: data.prompts.path is not set; give the prompts to evaluate on")
     out = args.out or dated_folder(config, "-eval")
     check_new_output(out, "the evaluation")
-    check_local_cluster(config, (bundle for bundle in plan_placement(config) if bundle.role == "rollout"))
+    check_local_cluster(config, (seat for seat in plan_placement(config) if seat.role == "rollout"))
     policy = args.policy or config.model.path
     with only_json(args.json):
         refuse_unreachable(Needed("--policy" if args.policy else "model.path", policy, "policy"))

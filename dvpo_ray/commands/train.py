@@ -35,7 +35,7 @@ from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.ending import ending
 from dvpo_ray.monitoring.run_files import SUMMARY
-from dvpo_ray.planning.placement import Bundle, check_local_cluster, plan_placement, plan_training_placement
+from dvpo_ray.planning.placement import Seat, check_local_cluster, choose_transport, plan_placement, plan_training_placement
 from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.training.run_folder import RunIsFinished, check_new
 
@@ -60,7 +60,7 @@ class Training:
     notes: Callable[[Config], list[str]]
     arithmetic: Callable[[Config], dict[str, str]]
     train: Callable[[Config, Path, bool], Path]
-    placement: Callable[[Config], list[Bundle]] = lambda config: []
+    placement: Callable[[Config], list[Seat]] = lambda config: []
 
     def command(self, help: str, example: str) -> Command:
         """The command, with its options and its dry run."""
@@ -86,9 +86,9 @@ class Training:
         Raises:
             InputError: impossible arithmetic or placement.
         """
-        bundles = self.placement(config)
-        check_local_cluster(config, bundles)
-        print_plan(config, self.arithmetic(config), bundles, notes)
+        seats = self.placement(config)
+        check_local_cluster(config, seats)
+        print_plan(config, self.arithmetic(config), seats, notes)
 
     def _run(self, args: Namespace) -> None:
         config = load(args)
@@ -274,6 +274,11 @@ def _policy_arithmetic(config: Config) -> dict[str, str]:
     }
 
 
+def _policy_placement(config: Config) -> list[Seat]:
+    choose_transport(config)  # refuses one that the placement does not allow
+    return plan_placement(config)
+
+
 def _train_policy(config: Config, out: Path, resume: bool) -> Path:
     with loading():
         from dvpo_ray.training.policy import train
@@ -288,7 +293,7 @@ POLICY = Training(
     notes=lambda config: [*policy_misfits(config), *training_notes(config)],
     arithmetic=_policy_arithmetic,
     train=_train_policy,
-    placement=plan_placement,
+    placement=_policy_placement,
 )
 TRAIN = POLICY.command(
     "optimise the policy with a frozen Global Value Model, or by a baseline (algorithm=ppo)",

@@ -53,7 +53,7 @@ MAY_CHANGE: tuple[str, ...] = (
     *("weight_sync", "rollout.start_timeout_seconds", "termination"),
     *(f"gvm.refresh.{name}" for name in ("timeout_seconds", "url", "request_timeout_seconds", "pairs_per_request", "retries")),
     # What the actors occupy, up to the rounding of sums in another order.
-    "ray",
+    *("ray", "placement", "offload"),
     *(f"{role}.{name}" for role in ("rollout", *_FROZEN, *_TRAINED) for name in ("cpus_per_actor", "gpus_per_actor", "threads")),
     *(f"{role}.num_actors" for role in _FROZEN),
     *(f"{part}.micro_batch_tokens" for part in ("batch", *_FROZEN, "critic", "gvm", "reward_model")),

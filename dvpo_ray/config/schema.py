@@ -91,8 +91,21 @@ class RoleConfig(Section):
 
     num_actors: Count = Field(1, description="Actors of this role.")
     cpus_per_actor: NonNegative = Field(1.0, description="Ray CPUs reserved for each actor.")
-    gpus_per_actor: NonNegative = Field(0.0, description="Ray GPUs reserved for each actor; a fraction shares a GPU.")
+    gpus_per_actor: CountOrZero = Field(
+        0, description="GPUs of each actor, of a vLLM engine times `rollout.tensor_parallel_size`; 0: it computes on the CPU. See `placement`."
+    )
     threads: Count = Field(1, description="OpenMP threads of each actor. Busy actors together should have as many threads as there are cores.")
+
+    @field_validator("gpus_per_actor", mode="before")
+    @classmethod
+    def _whole_gpus(cls, gpus: object) -> object:
+        if isinstance(gpus, float):
+            if not gpus.is_integer():
+                raise ValueError(
+                    f"{gpus:g} of a GPU; expected a whole number: with placement: colocated, actors with gpus_per_actor: 1 share a GPU and take turns"
+                )
+            return int(gpus)
+        return gpus
 
 
 # --------------------------------------------------------------------------------------------- models and data
@@ -292,7 +305,11 @@ class RolloutConfig(RoleConfig):
     )
     max_concurrent_sequences: Count = Field(256, description="Sequences that an engine decodes at the same time.")
     rollouts_per_chunk: Count = Field(16, description="Finished rollouts that an engine hands on for scoring at a time.")
-    kv_cache_gib: Count = Field(1, description="vLLM's KV cache on a CPU; on a GPU `gpu_memory_utilization` decides.")
+    kv_cache_gib: Positive | None = Field(
+        None,
+        description="vLLM's KV cache, in each of its processes. null: 1 GiB on a CPU; on a GPU what the plan leaves where roles share it, "
+        "else what `gpu_memory_utilization` leaves.",
+    )
     gpu_memory_utilization: Fraction = Field(0.85, description="Share of the GPU that vLLM may take.")
     enforce_eager: bool = Field(
         True,
@@ -300,6 +317,11 @@ class RolloutConfig(RoleConfig):
         "On a CPU it needs a C++ compiler.",
     )
     start_timeout_seconds: Positive = Field(900.0, description="How long an engine may take to start.")
+
+    @property
+    def given_cache_gib(self) -> float | None:
+        """Size of vLLM's KV cache where it is not measured; None where vLLM measures what is left of the GPU."""
+        return 1.0 if self.kv_cache_gib is None and self.gpus_per_actor == 0 else self.kv_cache_gib
 
 
 class ScorerConfig(RoleConfig):
@@ -416,7 +438,9 @@ class WeightSyncConfig(Section):
     """How new weights reach the rollout engines."""
 
     transport: Literal["auto", "object_store", "nccl", "ipc"] = Field(
-        "auto", description="`auto`: NCCL between GPUs, CUDA IPC on a shared GPU, the Ray object store otherwise."
+        "auto",
+        description="`auto`: CUDA IPC where each engine shares its GPU with a rank of the learner, NCCL where they share none, the Ray object "
+        "store otherwise.",
     )
     bucket_mib: Positive = Field(256.0, description="Weights travel in buckets of this size.")
     timeout_seconds: Positive = Field(600.0, description="A sync that takes longer ends the run with an error.")
@@ -520,6 +544,16 @@ class Config(Section):
     out: PathText | None = Field(None, description="Run folder; not set: `runs/<name>-<time>`.")
     algorithm: Literal["dvpo", "ppo", "grpo", "rloo", "remax", "reinforce"] = Field(
         "dvpo", description="The method of `dvpo train`: the frozen GVM, or a baseline that takes rewards from `reward_model.path`."
+    )
+    placement: Literal["colocated", "separate"] = Field(
+        "colocated",
+        description="Roles with GPUs: `colocated` on the same ones, from the first on; engines and trained models take turns there. `separate`: "
+        "engines, frozen models, and trained models each have GPUs of their own.",
+    )
+    offload: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Where engines and trained models share GPUs: who has no work moves to host memory if GPU memory is short (`auto`), "
+        "always, or never.",
     )
     model: ModelConfig
     data: DataConfig = DataConfig()

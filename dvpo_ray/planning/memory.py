@@ -10,7 +10,7 @@ from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.token_log_probs import LOGITS_AT_ONCE
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
-from dvpo_ray.planning.placement import choose_transport
+from dvpo_ray.planning.placement import choose_transport, plan_placement, shares_gpus
 
 GIB = 2**30
 MASTER, MOMENTS, FULL = 4, 8, 4
@@ -23,6 +23,10 @@ BLOCK_LOGIT_BYTES = 12
 """Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, the probabilities."""
 SAMPLING_LOGIT_BYTES = 12
 """Of each float32 logit of the sequences that an engine decodes together: the logit, its log-softmax, a copy to sample from."""
+PROCESS_BYTES = {"cpu": round(0.45 * GIB), "gpu": round(0.6 * GIB)}
+"""Of a process before it holds a model: libraries on a CPU, the CUDA context and its kernels on a GPU."""
+BLOCK_TOKENS = 16
+"""vLLM gives out its cache in blocks of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,15 @@ class RolePlan:
         model: the sizes of its model.
         actors: how many there are.
         per_actor: memory of one of them.
+        sequences: that an engine decodes together.
+        sleeps: it can free its GPU of weights and cache.
     """
 
     model: Architecture
     actors: int
     per_actor: ActorMemory
+    sequences: int = 1
+    sleeps: bool = False
 
     @property
     def memory(self) -> ActorMemory:
@@ -226,13 +234,17 @@ class _Prediction:
         arriving = 0 if choose_transport(self.config) == "ipc" else bucket
         if rollout.backend == "transformers":  # it keeps the logits of every step, and the cache lives as long as the batch
             kept = together * self.length * model.cache_per_token * self.element_bytes + together * self.responses * model.vocabulary * 4
-            return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=kept + arriving))
+            return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=kept + arriving), together)
         sampling = together * model.vocabulary * SAMPLING_LOGIT_BYTES
-        if rollout.gpus_per_actor == 0:
-            cache = rollout.kv_cache_gib * GIB
+        if rollout.given_cache_gib is not None:
+            cache = round(rollout.given_cache_gib * GIB) * rollout.tensor_parallel_size
         elif gpu_memory_gib is None:
             cache = 0
         else:
             granted = rollout.gpu_memory_utilization * gpu_memory_gib * GIB * rollout.tensor_parallel_size
             cache = max(0, round(granted - parameters - sampling))
-        return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=sampling + arriving, cache=cache))
+            if shares_gpus(plan_placement(self.config)):  # else it is the engine's own, needed or not
+                blocks = together * -(-self.length // BLOCK_TOKENS)
+                cache = min(cache, blocks * BLOCK_TOKENS * model.cache_per_token * self.element_bytes)
+        memory = ActorMemory(parameters, activations=sampling + arriving, cache=cache)
+        return RolePlan(model, rollout.num_actors, memory, together, sleeps=rollout.gpus_per_actor > 0)

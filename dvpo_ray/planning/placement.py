@@ -1,69 +1,133 @@
-"""Which actor gets which CPUs and GPUs, derived from the config alone."""
+"""Which actor gets which CPUs and GPUs, derived from the config alone.
+
+A GPU is a slot. Actors are mapped onto slots, several to a slot, and each sees the GPUs of its own slots only. `runtime/room.py` finds a
+GPU for each slot.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from dvpo_ray.config.algorithms import ALGORITHMS, ROLE_SECTIONS
 from dvpo_ray.config.schema import Config, PreferenceTraining, RayConfig, RoleConfig
 from dvpo_ray.errors import InputError
 
+GROUPS = (("rollout",), ("scorer", "reward_model", "reference"), ("learner", "critic"))
+"""Roles that share GPUs with `placement: separate`: engines, frozen models, trained models."""
+
 
 @dataclass(frozen=True)
-class Bundle:
-    """What one actor reserves.
+class Seat:
+    """Where one actor is and what it takes.
 
     Attributes:
         role: `rollout`, `scorer`, `reward_model`, `reference`, `learner`, `critic`, `experience`, `gvm_trainer` or
             `rm_trainer`.
         index: of the actor within its role, from 0.
         cpus: Ray CPUs.
-        gpus: Ray GPUs; below 1 the actor shares a GPU.
+        slots: numbers of the GPUs that it sits on, from 0; empty for an actor without a GPU.
     """
 
     role: str
     index: int
     cpus: float
-    gpus: float
+    slots: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
 
 
-def plan_placement(config: Config) -> list[Bundle]:
-    """Bundles of policy optimisation, role by role.
+def plan_placement(config: Config) -> list[Seat]:
+    """Seats of policy optimisation, role by role.
 
-    A rollout engine reserves the GPUs of all its tensor-parallel shards. The experience builder only waits and adds, so it
-    reserves nothing.
-
-    Raises:
-        InputError: an actor would get more than one GPU but not a whole number of them, which Ray can't give.
+    With `placement: colocated` the actors of every role begin at slot 0; with `separate` each of `GROUPS` has slots of its own. The
+    experience builder only waits and adds, so it takes nothing.
     """
     algorithm = ALGORITHMS[config.algorithm]
-    bundles = _bundles("rollout", "rollout", config.rollout, config.rollout.tensor_parallel_size)
+    seats = _seats("rollout", config.rollout, config.rollout.tensor_parallel_size)
     for role in (algorithm.scorer, "reference", "learner", *(["critic"] if algorithm.has_critic else [])):
-        bundles += _bundles(role, ROLE_SECTIONS[role], getattr(config, ROLE_SECTIONS[role]))
-    return [*bundles, Bundle("experience", 0, cpus=0.0, gpus=0.0)]
+        seats += _seats(role, getattr(config, ROLE_SECTIONS[role]))
+    return [*(_apart(seats) if config.placement == "separate" else seats), Seat("experience", 0, cpus=0.0)]
 
 
-def plan_training_placement(settings: PreferenceTraining) -> list[Bundle]:
-    """Bundles of the training of a value or reward model: its data-parallel workers.
+def plan_training_placement(settings: PreferenceTraining) -> list[Seat]:
+    """Seats of the training of a value or reward model: its data-parallel workers."""
+    return _seats({"gvm": "gvm_trainer", "reward_model": "rm_trainer"}[settings.section], settings)
 
-    Raises:
-        InputError: as in `plan_placement`.
-    """
-    return _bundles({"gvm": "gvm_trainer", "reward_model": "rm_trainer"}[settings.section], settings.section, settings)
+
+def _seats(role: str, settings: RoleConfig, shards: int = 1) -> list[Seat]:
+    width = settings.gpus_per_actor * shards
+    return [Seat(role, index, settings.cpus_per_actor, tuple(range(index * width, (index + 1) * width))) for index in range(settings.num_actors)]
+
+
+def _apart(seats: Sequence[Seat]) -> list[Seat]:
+    """The seats with each of `GROUPS` on slots behind those of the groups before it."""
+    first, moved = 0, []
+    for roles in GROUPS:
+        group = [seat for seat in seats if seat.role in roles]
+        moved += [replace(seat, slots=tuple(first + slot for slot in seat.slots)) for seat in group]
+        first += total_resources(group)[1]
+    return moved
+
+
+def shares_gpus(seats: Iterable[Seat]) -> bool:
+    """Whether engines and trained models sit on the same GPUs, and so take turns."""
+    seats = list(seats)
+    engines, trained = ({slot for seat in seats if seat.role in roles for slot in seat.slots} for roles in (GROUPS[0], GROUPS[2]))
+    return bool(engines & trained)
 
 
 def choose_transport(config: Config) -> str:
-    """`object_store`, `nccl` or `ipc`: what `weight_sync.transport: auto` means with this placement."""
-    if config.weight_sync.transport != "auto":
-        return config.weight_sync.transport
-    gpus = (config.rollout.gpus_per_actor, config.policy.gpus_per_actor)
-    if config.rollout.backend != "vllm" or min(gpus) == 0:
-        return "object_store"
-    return "ipc" if max(gpus) < 1 else "nccl"
+    """`object_store`, `nccl` or `ipc`: how weights travel with this placement.
+
+    CUDA IPC needs a rank of the learner on the GPU of each engine. NCCL refuses two of its processes on one GPU, so engines and
+    learner must share none.
+
+    Raises:
+        InputError: `weight_sync.transport` names one that this placement does not allow; says which actor is in its way.
+    """
+    asked = config.weight_sync.transport
+    seats = plan_placement(config)
+    problems = {"object_store": None, "ipc": _no_ipc(config, seats), "nccl": _no_nccl(config, seats)}
+    if asked == "auto":
+        return next(name for name in ("ipc", "nccl", "object_store") if problems[name] is None)
+    if problems[asked] is not None:
+        raise InputError(f"weight_sync.transport is {asked}, but {problems[asked]}; set weight_sync.transport=auto")
+    return asked
+
+
+def _no_ipc(config: Config, seats: Sequence[Seat]) -> str | None:
+    """Why weights can't travel by CUDA IPC; None if they can."""
+    without = _no_vllm_on_gpus(config)
+    if without is not None:
+        return without
+    if config.rollout.tensor_parallel_size > 1:
+        return f"rollout.tensor_parallel_size is {config.rollout.tensor_parallel_size}, and CUDA IPC takes engines of one GPU"
+    learners = {slot for seat in seats if seat.role == "learner" for slot in seat.slots[:1]}
+    alone = next((seat for seat in seats if seat.role == "rollout" and not learners.issuperset(seat.slots)), None)
+    return f"{alone.name} is on GPU {alone.slots[0]}, where no rank of the learner is" if alone else None
+
+
+def _no_nccl(config: Config, seats: Sequence[Seat]) -> str | None:
+    """Why weights can't travel by NCCL; None if they can."""
+    without = _no_vllm_on_gpus(config)
+    if without is not None:
+        return without
+    engines = {slot: seat.name for seat in seats if seat.role == "rollout" for slot in seat.slots}
+    both = next(((slot, seat.name) for seat in seats if seat.role == "learner" for slot in seat.slots if slot in engines), None)
+    return f"{engines[both[0]]} and {both[1]} are both on GPU {both[0]} (placement: {config.placement})" if both else None
+
+
+def _no_vllm_on_gpus(config: Config) -> str | None:
+    if config.rollout.backend != "vllm":
+        return f"rollout.backend is {config.rollout.backend}"
+    without = next((section for section in ("rollout", "policy") if getattr(config, section).gpus_per_actor == 0), None)
+    return f"{without}.gpus_per_actor is 0" if without else None
 
 
 def joined_address(settings: RayConfig) -> str | None:
@@ -72,43 +136,44 @@ def joined_address(settings: RayConfig) -> str | None:
     return address if address != "local" else None
 
 
-def check_local_cluster(config: Config, bundles: Iterable[Bundle]) -> None:
+def check_local_cluster(config: Config, seats: Iterable[Seat]) -> None:
     """Refuse actors that don't fit the local cluster of the config. The size of a cluster at an address is known only there.
 
     Raises:
-        InputError: `ray.num_cpus` or `ray.num_gpus` is below what the actors reserve together.
+        InputError: `ray.num_cpus` or `ray.num_gpus` is below what the actors take together.
     """
     if joined_address(config.ray) or config.ray.autoscaling:
         return
-    bundles = list(bundles)
-    for name, there, wanted in zip(("cpus", "gpus"), (config.ray.num_cpus, config.ray.num_gpus), total_resources(bundles), strict=True):
+    seats = list(seats)
+    amounts = {"cpus": [seat.cpus for seat in seats], "gpus": [len(seat.slots) for seat in seats]}
+    for name, there, wanted in zip(("cpus", "gpus"), (config.ray.num_cpus, config.ray.num_gpus), total_resources(seats), strict=True):
         if there is not None and wanted > there:
-            counts = Counter((bundle.role, getattr(bundle, name)) for bundle in bundles)
+            counts = Counter(zip((seat.role for seat in seats), amounts[name], strict=True))
             shares = ", ".join(f"{role} {count} x {amount:g}" for (role, amount), count in counts.items() if amount)
             raise InputError(
-                f"ray.num_{name} is {there}, but the actors reserve {wanted:g} {name.upper()[:-1]}s ({shares}); "
-                f"set it to {math.ceil(wanted)} or more, or lower their {name}_per_actor"
+                f"ray.num_{name} is {there}, but the actors need {wanted:g} {name.upper()[:-1]}s ({shares}); "
+                f"set it to {math.ceil(wanted)} or more, or lower their num_actors or {name}_per_actor"
             )
 
 
-def wanted_gpus(config: Config, bundles: Iterable[Bundle]) -> dict[str, float]:
+def wanted_gpus(config: Config, seats: Iterable[Seat]) -> dict[str, int]:
     """GPUs of each actor of policy optimisation, by the key that asks for them."""
-    sections = dict.fromkeys(ROLE_SECTIONS[bundle.role] for bundle in bundles if bundle.gpus)
+    sections = dict.fromkeys(ROLE_SECTIONS[seat.role] for seat in seats if seat.slots)
     return {f"{section}.gpus_per_actor": getattr(config, section).gpus_per_actor for section in sections}
 
 
-def total_resources(bundles: Iterable[Bundle]) -> tuple[float, float]:
-    """CPUs and GPUs that all bundles reserve together. Fractions of a GPU add up exactly to a whole one."""
-    bundles = list(bundles)
-    return math.fsum(bundle.cpus for bundle in bundles), round(math.fsum(bundle.gpus for bundle in bundles), 4)
+def total_resources(seats: Iterable[Seat]) -> tuple[float, int]:
+    """CPUs and GPUs that all actors take together."""
+    seats = list(seats)
+    return math.fsum(seat.cpus for seat in seats), len({slot for seat in seats for slot in seat.slots})
 
 
-def _bundles(role: str, section: str, settings: RoleConfig, shards: int = 1) -> list[Bundle]:
-    gpus = settings.gpus_per_actor * shards
-    if gpus > 1 and gpus != int(gpus):
-        times = f" times rollout.tensor_parallel_size {shards}" if shards > 1 else ""
-        raise InputError(
-            f"{section}.gpus_per_actor {settings.gpus_per_actor:g}{times} is {gpus:g} GPUs for one actor; "
-            "an actor gets a fraction of one GPU or a whole number of GPUs"
-        )
-    return [Bundle(role, index, settings.cpus_per_actor, gpus) for index in range(settings.num_actors)]
+def placement_lines(seats: Sequence[Seat]) -> list[str]:
+    """What each role takes and who is on which GPU, for people; nothing where there are no actors."""
+    if not seats:
+        return []
+    actors = Counter(seat.role for seat in seats)
+    lines = [f"{seat.role:<12} {actors[seat.role]} x ({seat.cpus:g} CPUs, {len(seat.slots)} GPUs)" for seat in seats if seat.index == 0]
+    cpus, gpus = total_resources(seats)
+    on_slot = {slot: [seat.name for seat in seats if slot in seat.slots] for slot in sorted({slot for seat in seats for slot in seat.slots})}
+    return [*lines, f"{'total':<12} {cpus:g} CPUs, {gpus} GPUs", *(f"GPU {slot}: {', '.join(names)}" for slot, names in on_slot.items())]

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 import psutil
 
 from dvpo_ray.config.inputs import too_long_rows
 from dvpo_ray.config.schema import Config
-from dvpo_ray.errors import InputError
+from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.planning.architecture import policy_plan
-from dvpo_ray.planning.memory import GIB, RolePlan, predict_roles
-from dvpo_ray.planning.placement import Bundle, plan_placement
+from dvpo_ray.planning.memory import GIB, PROCESS_BYTES, ActorMemory, RolePlan, predict_roles
+from dvpo_ray.planning.placement import Seat, placement_lines, plan_placement
+from dvpo_ray.planning.slots import STEP, SlotPlan, plan_slots
 from dvpo_ray.planning.times import Device, stage_seconds
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "cache")
-PROCESS_BYTES = {"cpu": round(0.45 * GIB), "gpu": round(0.6 * GIB)}
-"""Of a process before it holds a model: libraries on a CPU, the CUDA context and its kernels on a GPU."""
 
 
 @dataclass
 class Place:
-    """One GPU, or the host memory of one node.
+    """One GPU in one phase of a step, or the host memory of one node.
 
     Attributes:
-        name: `GPU 0`, `host memory`.
+        name: `GPU 0`, `GPU 0, update`, `host memory`.
         capacity: bytes.
         contents: bytes by actor, `role-index`.
-        free: share of the GPU that is not reserved.
     """
 
     name: str
     capacity: int
     contents: dict[str, int] = field(default_factory=dict)
-    free: float = 1.0
 
     @property
     def used(self) -> int:
@@ -45,29 +42,40 @@ class Place:
         return self.used <= self.capacity
 
 
-def on_gpus(bundles: Iterable[Bundle], roles: Mapping[str, RolePlan], gpu_memory_gib: float) -> list[Place]:
-    """The GPUs and what is on each. Actors fill them in the placement's order; actors with fractions of a GPU share one."""
-    places: list[Place] = []
-    for bundle in bundles:
-        if bundle.gpus == 0 or bundle.role not in roles:
-            continue
-        memory = roles[bundle.role].per_actor
-        shared = next((place for place in places if bundle.gpus < 1 and place.free >= bundle.gpus - 1e-9), None)
-        new = 0 if shared else max(1, int(bundle.gpus))
-        places += [Place(f"GPU {len(places) + i}", round(gpu_memory_gib * GIB)) for i in range(new)]
-        for place in [shared] if shared else places[-new:]:
-            place.free -= min(1, bundle.gpus)
-            place.contents[f"{bundle.role}-{bundle.index}"] = round((memory.peak + memory.cache) / max(1, bundle.gpus)) + PROCESS_BYTES["gpu"]
-    return places
+def on_gpus(plan: SlotPlan) -> list[Place]:
+    """The GPUs and what is on each, by GPU and phase."""
+    slots = sorted({slot for contents in plan.phases.values() for slot in contents})
+    return [
+        Place(f"GPU {slot}" if phase == STEP else f"GPU {slot}, {phase}", plan.capacity, contents[slot])
+        for slot in slots
+        for phase, contents in plan.phases.items()
+    ]
 
 
-def in_host_memory(bundles: Iterable[Bundle], roles: Mapping[str, RolePlan], node_memory_gib: float) -> Place:
-    """The memory of one node with all actors on it: the whole memory of those without a GPU, and what the others offload."""
+def check_fit(plan: SlotPlan, roles: Mapping[str, RolePlan], config: Config) -> None:
+    """Refuse actors that are too large for their GPUs.
+
+    Raises:
+        ResourceError: names the fullest GPU, who takes most of it and what to change.
+    """
+    if not plan.fits:
+        phase, slot = plan.fullest
+        raise ResourceError(
+            _problem(Place(f"GPU {slot}" + (f" in the {phase}" if phase != STEP else ""), plan.capacity, plan.phases[phase][slot]), roles, config)
+        )
+
+
+def in_host_memory(seats: Iterable[Seat], roles: Mapping[str, RolePlan], node_memory_gib: float, away: Collection[str] = ()) -> Place:
+    """The memory of one node with all actors on it: the whole memory of those without a GPU, and what the others offload.
+
+    Args:
+        away: roles on GPUs whose models are in host memory in a part of each step.
+    """
     place = Place("host memory", round(node_memory_gib * GIB))
-    for bundle in bundles:
-        role = roles.get(bundle.role)
-        memory = 0 if role is None else role.per_actor.offloaded if bundle.gpus else role.per_actor.peak + role.per_actor.cache
-        place.contents[f"{bundle.role}-{bundle.index}"] = memory + PROCESS_BYTES["cpu"]
+    for seat in seats:
+        memory = roles[seat.role].per_actor if seat.role in roles else ActorMemory()
+        on_host = memory.model_state if seat.role in away else memory.offloaded
+        place.contents[seat.name] = (on_host if seat.slots else memory.peak + memory.cache) + PROCESS_BYTES["cpu"]
     return place
 
 
@@ -92,16 +100,17 @@ class Plan:
         if too_long is not None:
             raise InputError(too_long)
         self.config, self.device = config, device
-        bundles = plan_placement(config)
+        seats = plan_placement(config)
         self.roles = predict_roles(config, device.memory_gib)
         self.seconds = stage_seconds(config, {name: role.model for name, role in self.roles.items()}, device)
+        self.slots = plan_slots(config, seats, self.roles, device.memory_gib) if device.memory_gib is not None else None
         host = node_memory_gib if node_memory_gib is not None else psutil.virtual_memory().total / GIB
-        gpus = on_gpus(bundles, self.roles, device.memory_gib) if device.memory_gib is not None else []
-        self.places = [*gpus, in_host_memory(bundles, self.roles, host)]
+        self.seats = seats
+        self.places = [*(on_gpus(self.slots) if self.slots else []), in_host_memory(seats, self.roles, host, self.slots.away if self.slots else ())]
 
     def lines(self) -> list[str]:
         """The plan for people."""
-        return [*self._memory_lines(), "", *self._place_lines(), "", *self._time_lines()]
+        return [*self._memory_lines(), "", *placement_lines(self.seats), "", *self._place_lines(), "", *self._time_lines()]
 
     def as_json(self) -> dict:
         """The plan for programs; sizes in bytes."""
@@ -133,16 +142,12 @@ class Plan:
         for place in self.places:
             contents = ", ".join(f"{name} {size / GIB:.2f}" for name, size in place.contents.items())
             verdict = "fits" if place.fits else "DOES NOT FIT"
-            lines.append(f"{place.name:<11} {place.used / GIB:>9.2f} of {place.capacity / GIB:.2f}  {verdict}: {contents}")
-        return [*lines, *(self._problem(place) for place in self.places if not place.fits)]
-
-    def _problem(self, place: Place) -> str:
-        """How much too much there is, and the remedy for the largest part of the actor that takes most."""
-        largest = max((name for name in place.contents if name.rpartition("-")[0] in self.roles), key=place.contents.__getitem__)
-        role = largest.rpartition("-")[0]
-        part = max(PARTS, key=lambda part: getattr(self.roles[role].per_actor, part))
-        excess = (place.used - place.capacity) / GIB
-        return f"{excess:.2f} GiB too much on {place.name}: {largest} takes most, {_remedy(role, part, self.config)}"
+            lines.append(f"{place.name:<15} {place.used / GIB:>9.2f} of {place.capacity / GIB:.2f}  {verdict}: {contents}")
+        return [
+            *lines,
+            *(self.slots.lines if self.slots else []),
+            *(_problem(place, self.roles, self.config) for place in self.places if not place.fits),
+        ]
 
     def _time_lines(self) -> list[str]:
         device = self.device
@@ -154,17 +159,26 @@ class Plan:
         return lines + [f"  {stage:<11} {seconds:>10.3f}" for stage, seconds in self.seconds.items()]
 
 
+def _problem(place: Place, roles: Mapping[str, RolePlan], config: Config) -> str:
+    """How much too much there is, and the remedy for the largest part of the actor that takes most."""
+    largest = max((name for name in place.contents if name.rpartition("-")[0] in roles), key=place.contents.__getitem__)
+    role = largest.rpartition("-")[0]
+    part = max(PARTS, key=lambda part: getattr(roles[role].per_actor, part) or 0)
+    excess = (place.used - place.capacity) / GIB
+    return f"{excess:.2f} GiB too much on {place.name}: {largest} takes most ({place.contents[largest] / GIB:.2f} GiB), {_remedy(role, part, config)}"
+
+
 def _remedy(role: str, part: str, config: Config) -> str:
     """What to change so that the largest part of a role's memory gets smaller."""
     if role == "rollout":
         return {
-            "cache": "lower rollout.gpu_memory_utilization (on a CPU rollout.kv_cache_gib)",
+            "cache": "lower rollout.kv_cache_gib or rollout.gpu_memory_utilization",
             "activations": "lower rollout.max_concurrent_sequences",
         }.get(part, "raise rollout.tensor_parallel_size, or set model.dtype=bfloat16")
     if role not in ("learner", "critic"):
         section = "reference" if role == "reference" else "scorer"  # a reward model has the scorer's settings
         lower = f"lower {section}.micro_batch_tokens"
-        return lower if part == "activations" else "set model.dtype=bfloat16, or a GPU with fewer actors (gpus_per_actor)"
+        return lower if part == "activations" else "set model.dtype=bfloat16, or placement=separate with more GPUs"
     section = "policy" if role == "learner" else "critic"
     deepspeed = getattr(config, section).deepspeed
     if part == "activations":

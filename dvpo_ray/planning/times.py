@@ -69,8 +69,8 @@ def logit_flops(model: Architecture) -> float:
 def stage_seconds(config: Config, models: Mapping[str, Architecture], device: Device) -> dict[str, float]:
     """Seconds of generation, scoring, reference, update and sync, and of the whole `step`, with responses of full length.
 
-    Roles with their own GPUs work at the same time, so only the scoring of the last chunk counts. On a CPU, or on a GPU that they
-    share, the times add up.
+    With `placement: separate` the frozen models work beside the engines, so only the scoring of the last chunk counts. On a CPU, or on
+    GPUs that they share, the times add up. Learner and critic always share.
 
     Args:
         models: the model of each role.
@@ -88,8 +88,7 @@ def stage_seconds(config: Config, models: Mapping[str, Architecture], device: De
     if "critic" in models:
         seconds["score"] += step.scoring(models["critic"], config.critic, samples)
         updates.append(step.update(models["critic"], config.critic, again=0))
-    apart = config.policy.gpus_per_actor >= 1 and config.critic.gpus_per_actor >= 1
-    seconds["update"] = max(updates) if apart else sum(updates)
+    seconds["update"] = sum(updates)
     seconds["sync"] = SYNC_COPIES * models["rollout"].parameters * step.element_bytes / device.bytes_per_second
     return seconds | {"step": sum(seconds.values())}
 
@@ -124,7 +123,7 @@ class _Step:
 
     def visible(self, role, seconds: float) -> float:
         """The part of a frozen model's seconds that is left after the last rollout."""
-        if role.gpus_per_actor < 1:
+        if role.gpus_per_actor == 0 or self.config.placement == "colocated":
             return seconds
         return seconds / math.ceil(self.samples / (self.config.rollout.rollouts_per_chunk * role.num_actors))
 

@@ -13,12 +13,15 @@ import psutil
 import ray
 
 import dvpo_ray
-from dvpo_ray.config.schema import RoleConfig, RolloutConfig
+from dvpo_ray.config.schema import PolicyConfig, RoleConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.monitoring.logs import redirect_process_output
 from dvpo_ray.runtime.fork_client import PROCESS_WIDE
 
 T = TypeVar("T")
+
+ON_GPUS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Variables of a process that computes on a GPU. Rows of many lengths leave no gaps between segments that can grow."""
 
 WORKING_FOLDER = "DVPO_WORKING_FOLDER"
 """Environment variable with the driver's working folder. Processes of a running cluster start in the folder where the cluster was
@@ -47,15 +50,18 @@ def environment(role: RoleConfig) -> dict[str, str]:
         "KMP_BLOCKTIME": "0",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        **PROCESS_WIDE,
+        **(ON_GPUS if role.gpus_per_actor else PROCESS_WIDE),
     }
+    if isinstance(role, RolloutConfig | PolicyConfig):
+        # vLLM's sleep and CUDA IPC both need memory that stays where it was allocated.
+        variables.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     if isinstance(role, RolloutConfig) and role.backend == "vllm":
         variables |= {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor's own process, where weights arrive
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_CPU_KVCACHE_SPACE": str(role.kv_cache_gib),
         }
+        if role.gpus_per_actor == 0:
+            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": f"{role.given_cache_gib:g}"}
         if role.gpus_per_actor == 0 and role.enforce_eager:
             # Otherwise vLLM still compiles a count over the logits: that takes half a minute and needs a C++ compiler.
             variables["TORCHDYNAMO_DISABLE"] = "1"

@@ -96,14 +96,17 @@ def get(refs, *, what: str, timeout_seconds: float | None = None):
     raise AssertionError("unreachable")
 
 
-def wait(refs: Iterable[ObjectRef], *, what: str) -> None:
+def wait(refs: Iterable[ObjectRef], *, what: str, timeout_seconds: float | None = None) -> None:
     """Wait until all are there, or have failed, without fetching them.
+
+    Args:
+        timeout_seconds: as in `get`.
 
     Raises:
         ResourceError: the time limit passed.
     """
     pending = list(refs)
-    for seconds in _slices(pending, what):
+    for seconds in _slices(pending, what, timeout_seconds):
         _, late = ray.wait(pending, num_returns=len(pending), timeout=seconds, fetch_local=False) if pending else ([], [])
         if not late:
             return

@@ -52,7 +52,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     if judge is None:
         raise InputError("evaluation.judge is none; set evaluation.judge=vader")
     refuse_as_policy(policy, "--policy" if policy != config.model.path else "model.path")
-    check_gpus(wanted_gpus(config, [bundle for bundle in plan_placement(config) if bundle.role in ENGINES]), config.ray)
+    check_gpus(wanted_gpus(config, [seat for seat in plan_placement(config) if seat.role in ENGINES]), config.ray)
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
     with RunConsole() as console:
         return _evaluate(config, judge, out, console)

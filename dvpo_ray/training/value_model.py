@@ -26,7 +26,7 @@ from dvpo_ray.planning.placement import plan_training_placement
 from dvpo_ray.runtime.cluster import check_gpus, connect
 from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.runtime.process import environment
-from dvpo_ray.runtime.room import Room, reserved, spawn, wait_until_ready
+from dvpo_ray.runtime.room import Room, reserved, spawn, stop, wait_until_ready
 from dvpo_ray.runtime.waiting import get
 from dvpo_ray.training.run import Run, check_finite, is_due
 
@@ -43,7 +43,7 @@ def train_value_model(
         out: run folder. The artifact goes to its `final/`, the held-out evaluation to `evaluation/`.
         resume: continue the run in that folder from its last whole checkpoint.
         console: of a larger run that this is a part of; otherwise the run opens its own.
-        room: lent by a larger run, with a free bundle for each of `num_actors`. Otherwise the run reserves its own.
+        room: lent by a larger run, with a free seat for each of `num_actors`. Otherwise the run reserves its own.
 
     Returns:
         The artifact's folder.
@@ -113,15 +113,14 @@ class ValueModelTraining:
         config, folder, trainers = self.config, str(self.run.folder), []
         with reserved(plan_training_placement(self.settings), config.ray) if room is None else nullcontext(room) as room:
             try:
-                for index, bundle in enumerate(room.free):
+                for index, seat in enumerate(room.free):
                     arguments = (config, self.settings, index, folder)
-                    trainers.append(spawn(GVMTrainer, bundle, room, environment(self.settings), *arguments, run_folder=folder, role=GVMTrainer.role))
+                    trainers.append(spawn(GVMTrainer, seat, room, environment(self.settings), *arguments, run_folder=folder, role=GVMTrainer.role))
                 pids = wait_until_ready({GVMTrainer.role: trainers}, config.rollout.start_timeout_seconds, console.starting)
                 self.run.memory.add_pids(pids[GVMTrainer.role])
                 yield trainers
             finally:
-                for trainer in trainers:
-                    ray.kill(trainer)
+                stop(trainers)
 
     def train(self, trainers: list[ActorHandle], console: RunConsole) -> Path:
         """All steps after the checkpoint or from the start, then the held-out evaluation and the artifact. Returns the artifact's folder."""
