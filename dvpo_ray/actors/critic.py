@@ -38,10 +38,10 @@ class Critic(DeepSpeedRank):
         self.config = config
         self.settings = config.critic
 
-    def connect(self, master_addr: str, master_port: int) -> None:
-        """Join the other ranks and shard the model."""
+    def connect(self, meeting: tuple[str, int]) -> None:
+        """Join the other ranks and shard the model; `meeting` is that of `rendezvous`."""
         config, dtype = self.config, torch_dtype(self.config.model.dtype)
-        self._join(self.settings.num_actors, master_addr, master_port)
+        self._join(self.settings.num_actors, *meeting)
         if self.settings.init == "reward_model":
             model, _ = load_gvm(Path(config.reward_model.path), dtype, config.model.attention, trust_remote_code=config.model.trust_remote_code)
             model.requires_grad_(True)

@@ -29,8 +29,8 @@ class DeepSpeedRank(Actor):
 
     model: nn.Module
 
-    def rendezvous(self) -> tuple[str, int]:
-        """Address and free port where the ranks can meet. Call it on rank 0."""
+    def rendezvous(self, *_first: object) -> tuple[str, int]:
+        """Address and free port where the ranks can meet. Call it on rank 0; with references to what must happen first."""
         from ray._common.network_utils import find_free_port
 
         return ray.util.get_node_ip_address(), find_free_port()
@@ -49,6 +49,14 @@ class DeepSpeedRank(Actor):
     def _optimizer_step(self, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
         """One optimizer step over the micro-batches of a minibatch; see `optimizer_step`."""
         return optimizer_step(self.engine, losses, self.max_grad_norm)
+
+    def offload(self) -> None:
+        """Move model and optimizer to host memory."""
+        self.training.offload()
+
+    def reload(self) -> None:
+        """Bring model and optimizer back to the GPU."""
+        self.training.reload()
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

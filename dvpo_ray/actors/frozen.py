@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dvpo_ray.batch import Fields, RaggedBatch
@@ -19,9 +23,30 @@ from dvpo_ray.runtime.process import Actor
 
 
 class FrozenModel(Actor):
-    """A model that is never trained."""
+    """A model that is never trained, or several."""
 
     model: PreTrainedModel
+    others: Sequence[PreTrainedModel] = ()
+
+    def offload(self) -> None:
+        """Free the GPU of the weights. They stay in host memory once they were there, because they never change."""
+        for parameter in self._parameters():
+            if parameter not in self._on_host:
+                self._on_host[parameter] = parameter.data.cpu().pin_memory()
+            parameter.data = self._on_host[parameter]
+        torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """Bring the weights back to the GPU."""
+        for parameter in self._parameters():
+            parameter.data = parameter.data.to(default_device(), non_blocking=True)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for model in (self.model, *self.others) for parameter in model.parameters())
+
+    @cached_property
+    def _on_host(self) -> dict[nn.Parameter, Tensor]:
+        return {}
 
 
 class ValueScorer(FrozenModel):

@@ -51,10 +51,14 @@ class PolicyLearner(DeepSpeedRank):
 
     # ------------------------------------------------------------------------------------------------- set-up
 
-    def connect(self, master_addr: str, master_port: int, engines: list[ActorHandle], transport: str) -> None:
-        """Join the other ranks, shard the model, and open the channel to the rollout engines."""
+    def connect(self, meeting: tuple[str, int]) -> None:
+        """Join the other ranks and shard the model.
+
+        Args:
+            meeting: of `rendezvous`.
+        """
         config = self.config
-        self._join(config.policy.num_actors, master_addr, master_port)
+        self._join(config.policy.num_actors, *meeting)
         model = load_policy(config.model, packs=True)
         disable_dropout(model)
         if config.policy.trainable_layers is not None:
@@ -64,7 +68,10 @@ class PolicyLearner(DeepSpeedRank):
         self._shard(model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps)
         if self.index == 0:
             rehearse_saving(partial(self._save, {}), self.run_folder, config.model.path)
-        self.sender = make_sender(transport, config, engines, self._weights, self.index)
+
+    def open_channel(self, engines: list[ActorHandle], transport: str) -> None:
+        """Open the channel to the rollout engines; a collective of all ranks."""
+        self.sender = make_sender(transport, self.config, engines, self._weights, self.index)
         self.engines_are_whole = False
 
     def _save(self, weights: dict[str, Tensor], folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from dvpo_ray.actors.critic import Critic
@@ -28,6 +29,7 @@ CLASSES: dict[str, type[Actor]] = {
     cls.role: cls for cls in (RolloutEngine, ValueScorer, RewardScorer, ReferenceModel, PolicyLearner, Critic, ExperienceBuilder)
 }
 FROZEN = ("scorer", "reward_model", "reference")
+TRAINED = ("learner", "critic")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Roles:
     @property
     def trained(self) -> dict[str, list[ActorHandle]]:
         """The models that change, by role: what a checkpoint holds."""
-        return {role: self.by_role[role] for role in ("learner", "critic") if role in self.by_role}
+        return {role: self.by_role[role] for role in TRAINED if role in self.by_role}
 
     @property
     def learners(self) -> list[ActorHandle]:
@@ -100,7 +102,7 @@ def started_roles(
     only: Collection[str] | None = None,
     show: Callable[[Mapping[str, str]], None] = lambda states: None,
 ) -> Iterator[Roles]:
-    """All actors of a run, ready, for the time of a `with` block.
+    """All actors of a run, ready, for the time of a `with` block. Engines that share GPUs with trained models are asleep.
 
     Args:
         run_folder: gets their logs.
@@ -117,10 +119,10 @@ def started_roles(
     actors: dict[str, list[ActorHandle]] = {}
     with reserved(seats, config.ray) as room:
         try:
-            slots = plan_memory(config, room)
+            gets_weights = only is None or "learner" in only
+            slots = plan_memory(config, room) if gets_weights else None
             if slots is not None and slots.cache_gib is not None:
                 config = override_config(config, [f"rollout.kv_cache_gib={slots.cache_gib}"])
-            gets_weights = only is None or "learner" in only
             more_of = {
                 # Engines beside a learner start with random weights: the first sync brings all of them, and the check of the first
                 # rollouts then shows that every part arrives.
@@ -131,15 +133,30 @@ def started_roles(
             for seat in seats:
                 more = more_of.get(seat.role, ())
                 actors.setdefault(seat.role, []).append(_start(config, seat, room, run_folder, *more))
-            pids = wait_until_ready(actors, patience, show)
+            loaded = _load_trained(actors, shares_gpus(seats), slots)
+            pids = wait_until_ready(actors, patience, show, loaded)
             roles = Roles(actors, [pid for role in pids.values() for pid in role], room, run_folder, slots)
-            for role, ranks in roles.trained.items():
-                address = get(ranks[0].rendezvous.remote(), what=f"{role} rendezvous")
-                channel = (roles.engines, transport) if role == "learner" else ()
-                get([rank.connect.remote(*address, *channel) for rank in ranks], what=f"the start of the {role}", timeout_seconds=patience)
+            if gets_weights:
+                channels = [rank.open_channel.remote(roles.engines, transport) for rank in roles.learners]
+                get(channels, what="the channel to the engines", timeout_seconds=patience)
             yield roles
         finally:
             stop([handle for handles in actors.values() for handle in handles])
+
+
+def _load_trained(actors: Mapping[str, list[ActorHandle]], takes_turns: bool, slots: SlotPlan | None) -> list[ObjectRef]:
+    """Have the ranks of the trained models meet and load: beside the engines' start, or, where memory is short, once the engines sleep.
+
+    Returns:
+        What to wait for.
+    """
+    slept = [engine.sleep.remote() for engine in actors["rollout"]] if takes_turns else []
+    first = slept if slots is not None and slots.offloads_trained else []
+    loaded = []
+    for ranks in [actors[role] for role in TRAINED if role in actors]:
+        meeting = ranks[0].rendezvous.remote(*first)
+        loaded += [rank.connect.remote(meeting) for rank in ranks]
+    return [*slept, *loaded]
 
 
 def plan_memory(config: Config, room: Room) -> SlotPlan | None:

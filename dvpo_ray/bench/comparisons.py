@@ -159,8 +159,7 @@ def compare_learner(bench: Bench) -> list[dict]:
     packed = packs_rows(config.model, config.model.path, on_gpu=config.policy.gpus_per_actor > 0)
     kl_coefficient = config.kl.coefficient if config.kl.placement == "loss" else 0.0
     with bench.side_by_side("policy", PolicyLearner, BareLearner) as (learner, bare):
-        address = get(learner.rendezvous.remote(), what="learner rendezvous")
-        get(learner.connect.remote(*address, [], "object_store"), what="the start of the learner")  # weights are sent nowhere
+        get(learner.connect.remote(learner.rendezvous.remote()), what="the start of the learner")
 
         def planned(round_: int) -> ObjectRef:
             return ray.put(plan_update(shard, config.batch, 1, config.batch.micro_batch_tokens, packed=packed, seed=config.seed, step=round_))

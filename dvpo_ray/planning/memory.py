@@ -71,7 +71,8 @@ class RolePlan:
         model: the sizes of its model.
         actors: how many there are.
         per_actor: memory of one of them.
-        sequences: that an engine decodes together.
+        sequences: that an engine decodes together in a step.
+        sequences_at_most: that it decodes together when it has more prompts, as in an evaluation; its cache is for so many.
         sleeps: it can free its GPU of weights and cache.
     """
 
@@ -79,6 +80,7 @@ class RolePlan:
     actors: int
     per_actor: ActorMemory
     sequences: int = 1
+    sequences_at_most: int = 1
     sleeps: bool = False
 
     @property
@@ -234,7 +236,7 @@ class _Prediction:
         arriving = 0 if choose_transport(self.config) == "ipc" else bucket
         if rollout.backend == "transformers":  # it keeps the logits of every step, and the cache lives as long as the batch
             kept = together * self.length * model.cache_per_token * self.element_bytes + together * self.responses * model.vocabulary * 4
-            return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=kept + arriving), together)
+            return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=kept + arriving))
         sampling = together * model.vocabulary * SAMPLING_LOGIT_BYTES
         if rollout.given_cache_gib is not None:
             cache = round(rollout.given_cache_gib * GIB) * rollout.tensor_parallel_size
@@ -244,7 +246,7 @@ class _Prediction:
             granted = rollout.gpu_memory_utilization * gpu_memory_gib * GIB * rollout.tensor_parallel_size
             cache = max(0, round(granted - parameters - sampling))
             if shares_gpus(plan_placement(self.config)):  # else it is the engine's own, needed or not
-                blocks = together * -(-self.length // BLOCK_TOKENS)
+                blocks = rollout.max_concurrent_sequences * -(-self.length // BLOCK_TOKENS)
                 cache = min(cache, blocks * BLOCK_TOKENS * model.cache_per_token * self.element_bytes)
         memory = ActorMemory(parameters, activations=sampling + arriving, cache=cache)
-        return RolePlan(model, rollout.num_actors, memory, together, sleeps=rollout.gpus_per_actor > 0)
+        return RolePlan(model, rollout.num_actors, memory, together, rollout.max_concurrent_sequences, sleeps=rollout.gpus_per_actor > 0)

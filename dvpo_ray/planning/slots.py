@@ -32,7 +32,8 @@ class SlotPlan:
 
     Attributes:
         capacity: bytes of one GPU.
-        phases: the contents of the GPUs in each phase.
+        phases: the contents of the GPUs in each phase at their largest.
+        resting: the same while nobody works: models and caches alone.
         cache_gib: KV cache on each GPU of an engine; None where engines measure what they can have.
         offloads_trained: trained models are in host memory while engines sample.
         offloads_frozen: frozen models are in host memory from the end of scoring to the next rollouts.
@@ -40,6 +41,7 @@ class SlotPlan:
 
     capacity: int
     phases: dict[str, Contents]
+    resting: dict[str, Contents]
     cache_gib: float | None = None
     offloads_trained: bool = False
     offloads_frozen: bool = False
@@ -75,7 +77,7 @@ def plan_slots(config: Config, seats: Sequence[Seat], roles: Mapping[str, RolePl
     """The plan for the GPUs of some seats.
 
     Models stay where they are if there is memory. With `offload: auto` trained models are off-loaded where the cache would else hold
-    fewer than half of the sequences that an engine decodes together, and frozen models where the rest would else not fit.
+    fewer than half of the sequences that an engine decodes together in a step, and frozen models where the rest would else not fit.
 
     Args:
         roles: of `predict_roles`; its cache is the most that an engine needs.
@@ -84,48 +86,47 @@ def plan_slots(config: Config, seats: Sequence[Seat], roles: Mapping[str, RolePl
     capacity = round(gpu_memory_gib * GIB)
     usable = round((1 - SPARE_SHARE) * capacity)
     if not shares_gpus(seats):
-        return SlotPlan(capacity, {STEP: _contents(seats, roles, STEP)})
+        return SlotPlan(capacity, *({STEP: _contents(seats, roles, STEP, at_work=at_work)} for at_work in (True, False)))
     either = {"auto": (False, True), "always": (True,), "never": (False,)}[config.offload]
     engine = roles["rollout"]
-    width = config.rollout.gpus_per_actor * config.rollout.tensor_parallel_size
-    wanted = engine.per_actor.cache // width
+    wanted = engine.per_actor.cache // (config.rollout.gpus_per_actor * config.rollout.tensor_parallel_size)
+    engines = [(slot, seat.name) for seat in seats if seat.role in GROUPS[0] for slot in seat.slots]
     for trained, frozen in product(either, either):
-        away = (GROUPS[2] if trained else ()), (GROUPS[1] if frozen else ())
-        without = {GENERATE: away[0], SYNC: away[1], UPDATE: away[1]}
-        phases = {phase: _contents(seats, roles, phase, without[phase]) for phase in without}
-        engines = [(slot, seat.name) for seat in seats if seat.role in GROUPS[0] for slot in seat.slots]
+        away = {GENERATE: GROUPS[2] if trained else (), SYNC: GROUPS[1] if frozen else (), UPDATE: GROUPS[1] if frozen else ()}
+        phases, resting = ({phase: _contents(seats, roles, phase, away[phase], at_work=at_work) for phase in away} for at_work in (True, False))
         left = usable - max(sum(phases[GENERATE][slot].values()) for slot, _ in engines)
-        cache = wanted if config.rollout.kv_cache_gib is not None else max(wanted // engine.sequences, min(wanted, left))
+        cache = wanted if config.rollout.kv_cache_gib is not None else max(wanted // engine.sequences_at_most, min(wanted, left))
         for slot, name in engines:
             phases[GENERATE][slot][name] += cache
-        plan = SlotPlan(capacity, phases, cache / GIB, trained, frozen)
-        if plan.used(*plan.fullest) <= usable and 2 * cache >= wanted:
+            resting[GENERATE][slot][name] += cache
+        plan = SlotPlan(capacity, phases, resting, cache / GIB, trained, frozen)
+        if plan.used(*plan.fullest) <= usable and 2 * cache * engine.sequences_at_most >= wanted * engine.sequences:
             break
     return plan
 
 
-def _contents(seats: Sequence[Seat], roles: Mapping[str, RolePlan], phase: str, away: Sequence[str] = ()) -> Contents:
+def _contents(seats: Sequence[Seat], roles: Mapping[str, RolePlan], phase: str, away: Sequence[str] = (), *, at_work: bool) -> Contents:
     """Who has how much in a phase, without the cache where engines take turns.
 
     Args:
         away: roles that are in host memory.
+        at_work: with activations and gradients, else only what stays.
     """
     contents: Contents = {slot: {} for slot in sorted({slot for seat in seats for slot in seat.slots})}
     for seat in seats:
         for slot in seat.slots:
-            held = 0 if seat.role in away else _held(seat.role, roles[seat.role], phase)
+            held = 0 if seat.role in away else _held(seat.role, roles[seat.role], phase, at_work)
             contents[slot][seat.name] = round(held / len(seat.slots)) + PROCESS_BYTES["gpu"]
     return contents
 
 
-def _held(role: str, plan: RolePlan, phase: str) -> int:
+def _held(role: str, plan: RolePlan, phase: str, at_work: bool) -> int:
     memory = plan.per_actor
-    at_work = memory.model_state - memory.offloaded + (memory.activations or 0)
-    if phase == STEP:
-        return at_work + memory.cache
-    if role in GROUPS[0]:
-        return at_work if phase != UPDATE else 0 if plan.sleeps else memory.parameters
-    if role in GROUPS[1]:
-        return at_work if phase == GENERATE else memory.parameters
+    most = memory.model_state - memory.offloaded + (memory.activations or 0)
     at_rest = min(memory.parameters + memory.optimizer, memory.model_state - memory.offloaded)  # gradients are in the update alone
-    return at_work if phase == UPDATE else at_rest
+    if phase == STEP:
+        return (most if at_work else at_rest) + memory.cache
+    if role in GROUPS[0] and phase == UPDATE and plan.sleeps:
+        return 0
+    works = {GENERATE: (*GROUPS[0], *GROUPS[1]), SYNC: GROUPS[0], UPDATE: GROUPS[2]}[phase]
+    return most if at_work and role in works else at_rest

@@ -6,13 +6,14 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -190,12 +191,16 @@ def spawn(cls: type[Actor], seat: Seat, room: Room, environment: dict[str, str],
 
 
 def wait_until_ready(
-    actors: dict[str, list[ActorHandle]], timeout_seconds: float, show: Callable[[Mapping[str, str]], None] = lambda states: None
+    actors: dict[str, list[ActorHandle]],
+    timeout_seconds: float,
+    show: Callable[[Mapping[str, str]], None] = lambda states: None,
+    loaded: Sequence[ObjectRef] = (),
 ) -> dict[str, list[int]]:
     """Wait for the constructors of all actors and return, by role, the process ids of those on this node.
 
     Args:
         show: is told every second what each actor does, by its name: `importing`, `loading` or `ready`.
+        loaded: answers to calls that the actors got before. An actor is ready after them, and an error of one ends the wait.
 
     Raises:
         RoleDied, ResourceError: one of them failed, the time limit passed, or Ray's head is gone.
@@ -206,7 +211,8 @@ def wait_until_ready(
     handles = dict(late)
     while late:
         done, _ = ray.wait(list(late), num_returns=len(late), timeout=1.0)
-        get(done, what="the start of the actors")  # raises what went wrong
+        others, _ = ray.wait(loaded, num_returns=len(loaded), timeout=0) if loaded else ([], [])
+        get([*done, *others], what="the start of the actors")  # raises what went wrong
         if late and time.time() - looked > HEAD_PERIOD_SECONDS:
             check_head("the start of the actors")
             looked = time.time()

@@ -30,6 +30,11 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """Say a line where this process's waits are told."""
+    _patience.say(text)
+
+
 @dataclass(frozen=True)
 class Patience:
     """How this process waits for its actors.

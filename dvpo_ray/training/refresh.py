@@ -103,16 +103,17 @@ class Refresher:
         config = training_config(self.config, manifest, self.state.path, folder)
         with console.stage("accuracy before the refresh", quiet=True):
             before = self._accuracy(config, manifest, loop.roles)
-        artifact = train_value_model(config, config.gvm, folder, console=console, room=loop.roles.retire("scorer"))
-        self.state = Refreshed(
-            path=str(artifact),
-            steps=(*self.state.steps, step),
-            pairs_total=self.state.pairs_total + len(rows),
-            accuracy_before=before,
-            accuracy=read_manifest(artifact).heldout_accuracy["last"],
-        )
-        with console.stage("start of the scorers", quiet=True):
-            self.run.memory.add_pids(loop.roles.restart("scorer", self.scoring_config))
+        with loop.gpus_lent():
+            artifact = train_value_model(config, config.gvm, folder, console=console, room=loop.roles.retire("scorer"))
+            self.state = Refreshed(
+                path=str(artifact),
+                steps=(*self.state.steps, step),
+                pairs_total=self.state.pairs_total + len(rows),
+                accuracy_before=before,
+                accuracy=read_manifest(artifact).heldout_accuracy["last"],
+            )
+            with console.stage("start of the scorers", quiet=True):
+                self.run.memory.add_pids(loop.roles.restart("scorer", self.scoring_config))
         console.say(f"GVM refreshed after step {step} on {len(rows)} new pairs: held-out accuracy {before:.3f} → {self.state.accuracy:.3f}")
         return {"time/refresh_seconds": time.perf_counter() - started}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ray import ObjectRef
@@ -18,6 +19,7 @@ from dvpo_ray.policy.kl import AdaptiveKLController
 from dvpo_ray.rollouts.pool import RolloutPool
 from dvpo_ray.rollouts.schedule import prompt_indices
 from dvpo_ray.runtime.waiting import get
+from dvpo_ray.training.turns import Turns
 
 EXAMPLES_STREAM = 1
 """Stream of random numbers of the examples of a step; its rollouts have stream 0."""
@@ -29,6 +31,7 @@ class Stages:
     Attributes:
         kl: the KL coefficient in force.
         policy_version: of the weights that the engines have.
+        turns: on GPUs that engines and trained models share.
 
     Args:
         prompts: token ids of the training prompts.
@@ -49,6 +52,7 @@ class Stages:
         self.policy_version = 0
         self.start_is_checked = False
         self.pool = RolloutPool(roles.engines, config.seed)
+        self.turns = Turns(roles)
         self.samples_per_step = derive_batch(config).samples_per_step
         self._turns = itertools.count()
         self._writing: ObjectRef | None = None
@@ -134,11 +138,24 @@ class Stages:
         return metrics | get(critic, what="the critic's update")[0] if critic else metrics
 
     def sync(self, version: int) -> None:
-        """Bring the learner's weights to every rollout engine, as policy version `version`."""
+        """Bring the learner's weights to every rollout engine, as policy version `version`. Then the engines can sample."""
         # The sender has the same limit for each phase; this one holds when a learner rank itself hangs.
         limit = 2 * self.config.weight_sync.timeout_seconds
-        get([learner.sync_weights.remote(version) for learner in self.roles.learners], what="weight sync", timeout_seconds=limit)
+        whole = not self.turns.engines_are_whole
+        self.turns.updated()
+        get([learner.sync_weights.remote(version, whole) for learner in self.roles.learners], what="weight sync", timeout_seconds=limit)
+        self.turns.synced()
         self.policy_version = version
+
+    @contextmanager
+    def gpus_lent(self) -> Iterator[None]:
+        """For the time of a `with` block others have the memory of the GPUs that engines and trained models share."""
+        if not self.roles.takes_turns:
+            yield
+            return
+        with self.turns.lent():
+            yield
+        self.sync(self.policy_version)
 
     # ------------------------------------------------------------------------------------------------ between steps
 

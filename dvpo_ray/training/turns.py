@@ -1,0 +1,121 @@
+"""Turns on GPUs that engines and trained models share, between the stages of a step. Nothing happens where they share none, as on a CPU.
+
+    sampled    engines sleep; trained models come back
+    scored     frozen models leave                          before the update
+    updated    engines take memory for new weights          before the sync
+    synced     trained models leave, frozen ones come back; engines take memory for their cache
+
+Models leave for host memory, and only where the plan says that GPU memory is short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from ray.actor import ActorHandle
+
+from dvpo_ray.actors.roles import Roles
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.planning.memory import GIB, PROCESS_BYTES
+from dvpo_ray.planning.slots import GENERATE, UPDATE
+from dvpo_ray.runtime.waiting import get, say
+
+TOLERANCE = 0.08
+"""Share of a GPU that may be in use beyond the plan before a line says so."""
+
+
+class Turns:
+    """Who has the memory of the GPUs, as the roles' plan says. At the start the engines are asleep.
+
+    Attributes:
+        engines_are_whole: they have all weights. An engine loses its own in its sleep.
+    """
+
+    def __init__(self, roles: Roles) -> None:
+        self.roles = roles
+        self.plan = roles.slots
+        self.engines_are_whole = False
+        self._warned: set[str] = set()
+
+    def sampled(self) -> None:
+        """The engines have no more prompts."""
+        if self.roles.takes_turns:
+            self._sleep()
+            if self.plan is not None and self.plan.offloads_trained:
+                _all(self.roles.trained, "reload")
+
+    def scored(self) -> None:
+        """The frozen models have no more rollouts."""
+        if self.roles.takes_turns:
+            if self.plan is not None and self.plan.offloads_frozen:
+                _all(self.roles.frozen, "offload")
+            self._check(UPDATE)
+
+    def updated(self) -> None:
+        """The engines are to have new weights."""
+        if self.roles.takes_turns:
+            _all({"rollout": self.roles.engines}, "wake", "weights")
+
+    def synced(self) -> None:
+        """The engines have the new weights."""
+        self.engines_are_whole = True
+        if self.roles.takes_turns:
+            if self.plan is not None and self.plan.offloads_trained:
+                _all(self.roles.trained, "offload")
+            if self.plan is not None and self.plan.offloads_frozen:
+                _all(self.roles.frozen, "reload")
+            _all({"rollout": self.roles.engines}, "wake", "cache")
+            self._check(GENERATE)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """For the time of a `with` block others have the memory of the GPUs. The engines sleep, so they need a sync afterwards."""
+        models = self.roles.trained | self.roles.frozen
+        self._sleep()
+        _all(models, "offload")
+        yield
+        _all(self.roles.trained | self.roles.frozen, "reload")  # some may be new
+
+    def _sleep(self) -> None:
+        if any(_all({"rollout": self.roles.engines}, "sleep")):
+            self.engines_are_whole = False
+
+    def _check(self, phase: str) -> None:
+        """Look whether what should be free before a phase is free.
+
+        Raises:
+            ResourceError: so little is free that the phase would fail; names who has the memory.
+        """
+        if self.plan is None:
+            return
+        names = {seat.name: seat for seat in self.roles.room.seats if seat.slots}
+        found = dict(zip(names, _all(self._on_gpus(names), "gpu_memory"), strict=True))
+        for slot, planned in self.plan.resting[phase].items():
+            free, total, _ = next(found[name] for name in planned if names[name].slots[0] == slot)
+            beyond = total - free - sum(planned.values())
+            if beyond < TOLERANCE * total:
+                continue
+            # What torch holds is known of all but the engines, whose memory comes and goes below it.
+            more = {name: found[name][2] + PROCESS_BYTES["gpu"] - planned[name] for name in planned if names[name].role != "rollout"}
+            more |= {name: beyond - sum(more.values()) for name in planned if names[name].role == "rollout"}
+            holder = max(more, key=more.__getitem__)
+            needed = self.plan.used(phase, slot) - sum(planned.values())
+            line = (
+                f"GPU {slot} has {free / GIB:.1f} GiB free before the {phase}, where {(total - sum(planned.values())) / GIB:.1f} were planned: "
+                f"{holder} has {more[holder] / GIB:.1f} GiB more than planned"
+            )
+            if free < needed:
+                raise ResourceError(f"{line}, and the {phase} needs {needed / GIB:.1f} GiB; set offload=always, or lower micro_batch_tokens")
+            if holder not in self._warned:
+                self._warned.add(holder)
+                say(line)
+
+    def _on_gpus(self, names: Mapping[str, object]) -> dict[str, list[ActorHandle]]:
+        return {role: handles for role, handles in self.roles.by_role.items() if f"{role}-0" in names}
+
+
+def _all(actors: Mapping[str, list[ActorHandle]], method: str, *args) -> list:
+    """What a method of all actors returns, in their order."""
+    pending = [getattr(handle, method).remote(*args) for handles in actors.values() for handle in handles]
+    return get(pending, what=f"`{method}` of {', '.join(actors)}")
