@@ -121,7 +121,9 @@ def test_dry_run_of_rm_train_speaks_of_the_reward_model(capsys):
     comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
     assert any("3 epochs x training pairs" in line for line in comments) and any("rm_trainer" in line for line in comments)
     assert not any("gvm" in line.lower() for line in comments)
-    assert "reward_model.gpus_per_actor 1.5 is 1.5 GPUs" in refusal(capsys, "rm", "train", LOCAL_CPU, "reward_model.gpus_per_actor=1.5")
+    assert "reward_model.gpus_per_actor: 1.5 of a GPU; expected a whole number" in refusal(
+        capsys, "rm", "train", LOCAL_CPU, "reward_model.gpus_per_actor=1.5"
+    )
 
 
 JUDGED = {

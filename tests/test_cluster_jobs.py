@@ -23,16 +23,16 @@ import sys
 import ray
 from dvpo_ray import cli
 from dvpo_ray.config.schema import RayConfig
-from dvpo_ray.planning.placement import Bundle
+from dvpo_ray.planning.placement import Seat
 from dvpo_ray.runtime.cluster import connect
 from dvpo_ray.runtime.process import Actor
 from dvpo_ray.runtime.room import reserved, spawn
 from dvpo_ray.runtime.waiting import get
 
 def run(args):
-    config, bundle = RayConfig(), Bundle("experience", 0, 1, 0)
-    with connect(config), reserved([bundle], config) as room:
-        actor = spawn(Actor, bundle, room, {}, 0, sys.argv[1], run_folder=sys.argv[1])
+    config, seat = RayConfig(), Seat("experience", 0, 1)
+    with connect(config), reserved([seat], config) as room:
+        actor = spawn(Actor, seat, room, {}, 0, sys.argv[1], run_folder=sys.argv[1])
         try:
             get(actor.ready.remote(), what="the start")
             print("started", flush=True)

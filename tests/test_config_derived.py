@@ -1,4 +1,4 @@
-"""What is derived from a config: batch arithmetic and placement; and the configs and the page that are shipped."""
+"""What is derived from a config: batch arithmetic; and the configs and the page that are shipped."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dvpo_ray.config.docs import configuration_page
 from dvpo_ray.config.keys import known_keys
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.errors import InputError
-from dvpo_ray.planning.placement import Bundle, plan_placement, plan_training_placement, total_resources
+from dvpo_ray.planning.placement import plan_placement, plan_training_placement, total_resources
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))
 MODEL = "model: {path: some/model}\n"
 
-# -------------------------------------------------------------------------------------- arithmetic and placement
+# ------------------------------------------------------------------------------------------------- arithmetic
 
 
 def make(**sections) -> Config:
@@ -72,35 +72,6 @@ def test_workers_may_get_different_numbers_of_rows_but_not_none():
         derive_batch(make(batch={"prompts_per_step": 4, "minibatches_per_epoch": 2}, policy={"num_actors": 3}))
 
 
-def test_placement_of_every_role():
-    config = make(
-        rollout={"num_actors": 2, "tensor_parallel_size": 2, "gpus_per_actor": 1, "cpus_per_actor": 3},
-        scorer={"gpus_per_actor": 0.5},
-        reference={"gpus_per_actor": 0.5},
-        policy={"num_actors": 2, "gpus_per_actor": 1},
-        gvm={"num_actors": 3, "gpus_per_actor": 1, "cpus_per_actor": 2},
-    )
-    bundles = plan_placement(config)
-    assert bundles == [
-        Bundle("rollout", 0, 3, 2),
-        Bundle("rollout", 1, 3, 2),
-        Bundle("scorer", 0, 1, 0.5),
-        Bundle("reference", 0, 1, 0.5),
-        Bundle("learner", 0, 1, 1),
-        Bundle("learner", 1, 1, 1),
-        Bundle("experience", 0, 0, 0),
-    ]
-    assert total_resources(bundles) == (10, 7)
-    assert plan_training_placement(config.gvm) == [Bundle("gvm_trainer", index, 2, 1) for index in range(3)]
-
-
-def test_a_share_that_ray_cannot_give_is_refused():
-    with pytest.raises(InputError, match=r"rollout.gpus_per_actor 0.75 times rollout.tensor_parallel_size 2 is 1.5 GPUs"):
-        plan_placement(make(rollout={"gpus_per_actor": 0.75, "tensor_parallel_size": 2}))
-    with pytest.raises(InputError, match=r"gvm.gpus_per_actor 1.5 is 1.5 GPUs"):
-        plan_training_placement(make(gvm={"gpus_per_actor": 1.5}).gvm)
-
-
 # ------------------------------------------------------------------------------------- shipped configs and docs
 
 
@@ -111,7 +82,7 @@ def test_shipped_configs_fit_the_machine_they_are_named_after(path):
     config = load_config(path)
     derive_batch(config)
     assert training_notes(config) == []
-    assert min(gpus, 1) / 2 <= total_resources(plan_placement(config))[1] <= gpus
+    assert total_resources(plan_placement(config))[1] == gpus
     assert total_resources(plan_training_placement(config.gvm))[1] == gpus
     assert config.data.preferences and config.data.prompts
     if config.ray.num_cpus:
@@ -121,12 +92,11 @@ def test_shipped_configs_fit_the_machine_they_are_named_after(path):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_have_room_for_a_critic(path):
     counted = re.search(r"(\d+)gpu", path.stem)
-    shared = ["policy.gpus_per_actor=0.5"] if counted else []  # as the file says
-    config = load_config(path, ["algorithm=ppo", *shared])
+    config = load_config(path, ["algorithm=ppo"])
     gpus = int(counted[1]) if counted else int("gpu" in path.stem)
     cpus, planned = total_resources(plan_placement(config))
-    assert derive_batch(config) and planned <= gpus and cpus <= (config.ray.num_cpus or 64)
-    assert all(bundle.gpus > 0 for bundle in plan_placement(config) if gpus and bundle.role != "experience")
+    assert derive_batch(config) and planned == gpus and cpus <= (config.ray.num_cpus or 64)
+    assert all(seat.slots for seat in plan_placement(config) if gpus and seat.role != "experience")
 
 
 def test_the_papers_setting():

@@ -202,7 +202,7 @@ def test_a_local_cluster_that_is_too_small_is_refused_before_anything_is_loaded(
     argv = [*command[:split], LOCAL_CPU, *command[split:], "rollout.cpus_per_actor=3"]
     assert cli.main(argv) == 2
     error = capsys.readouterr().err
-    assert error.startswith("dvpo: ray.num_cpus is 2, but the actors reserve ") and error.count("\n") == 1
+    assert error.startswith("dvpo: ray.num_cpus is 2, but the actors need ") and error.count("\n") == 1
     assert cli.main([*argv, "ray.num_cpus=1", "ray.address=h:1", "--dry-run"]) == (2 if command == ["eval"] else 0)
 
 
@@ -215,5 +215,5 @@ def test_the_size_of_a_local_cluster_says_nothing_of_another(monkeypatch, addres
 def test_what_a_cluster_needs_is_counted_by_role(capsys):
     assert cli.main(["train", LOCAL_CPU, "ray.num_gpus=1", "policy.gpus_per_actor=2", "--dry-run"]) == 2
     assert capsys.readouterr().err == (
-        "dvpo: ray.num_gpus is 1, but the actors reserve 2 GPUs (learner 1 x 2); set it to 2 or more, or lower their gpus_per_actor\n"
+        "dvpo: ray.num_gpus is 1, but the actors need 2 GPUs (learner 1 x 2); set it to 2 or more, or lower their num_actors or gpus_per_actor\n"
     )

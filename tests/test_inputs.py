@@ -146,7 +146,7 @@ def test_gpus_of_another_cluster_are_its_own_affair(settings, tmp_path, monkeypa
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert load_inputs(changed(settings, tmp_path, policy={"gpus_per_actor": 1}, ray={"address": "ray://somewhere:1"})).prompts
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
-    assert load_inputs(changed(settings, tmp_path, scorer={"gpus_per_actor": 0.5})).prompts
+    assert load_inputs(changed(settings, tmp_path, scorer={"gpus_per_actor": 1})).prompts
 
 
 def damage(folder: Path, file: str, how: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 
 from dvpo_ray import cli
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
+from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.loading import load_policy
 from dvpo_ray.planning.architecture import Architecture, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.memory import (
     GIB,
+    PROCESS_BYTES,
     ActorMemory,
     RolePlan,
     communication_buffers,
@@ -27,8 +30,9 @@ from dvpo_ray.planning.memory import (
     trained_state,
     training_activations,
 )
-from dvpo_ray.planning.placement import Bundle
-from dvpo_ray.planning.report import PROCESS_BYTES, in_host_memory, on_gpus
+from dvpo_ray.planning.placement import Seat, plan_placement
+from dvpo_ray.planning.report import check_fit, in_host_memory, on_gpus
+from dvpo_ray.planning.slots import GENERATE, SYNC, UPDATE, plan_slots
 from dvpo_ray.planning.times import Device, calibrate, choose_device, forward_flops, logit_flops, stage_seconds
 
 # A Llama of 2 layers: hidden 8, MLP 12, 2 heads of 4 with 1 of keys and values, 10 words, untied. By hand:
@@ -214,10 +218,20 @@ def test_an_engine_takes_its_share_of_a_gpu(llama):
     assert engine.peak + engine.cache == 5 * GIB + arriving
 
 
-@pytest.mark.parametrize(("weight_sync", "arriving"), [({}, 4 * PARAMETERS), ({"bucket_mib": 2**-10}, 2**10), ({"transport": "ipc"}, 0)])
-def test_an_engine_holds_a_bucket_of_new_weights(llama, weight_sync, arriving):
-    rollout = {"backend": "vllm", "max_concurrent_sequences": 8}
-    engine = predict_roles(config_of(llama, rollout=rollout, weight_sync=weight_sync))["rollout"].memory
+def test_the_cache_on_a_shared_gpu_is_for_the_sequences_that_an_engine_decodes_together(llama):
+    rollout = {"backend": "vllm", "gpus_per_actor": 1, "max_concurrent_sequences": 8}
+    engine = predict_roles(config_of(llama, rollout=rollout, policy={"gpus_per_actor": 1}), gpu_memory_gib=10)["rollout"]
+    assert engine.per_actor.cache == 8 * 16 * (2 * 2 * 1 * 4) * 4  # rows of 10 tokens take a block of 16; 2 layers of a key and a value of 4
+    given = {"kv_cache_gib": 2, "tensor_parallel_size": 2}
+    both = predict_roles(config_of(llama, rollout=rollout | given, policy={"gpus_per_actor": 1}), gpu_memory_gib=10)["rollout"]
+    assert both.per_actor.cache == 4 * GIB  # in each of its two processes
+
+
+@pytest.mark.parametrize(("bucket_mib", "gpus", "arriving"), [(256, 0, 4 * PARAMETERS), (2**-10, 0, 2**10), (256, 1, 0)])
+def test_an_engine_holds_a_bucket_of_new_weights_unless_they_come_by_ipc(llama, bucket_mib, gpus, arriving):
+    rollout = {"backend": "vllm", "max_concurrent_sequences": 8, "gpus_per_actor": gpus}
+    config = config_of(llama, rollout=rollout, policy={"gpus_per_actor": gpus}, weight_sync={"bucket_mib": bucket_mib})
+    engine = predict_roles(config)["rollout"].memory
     assert engine.activations == 8 * 10 * 12 + arriving
 
 
@@ -264,23 +278,74 @@ def _role(size: int) -> RolePlan:
     return RolePlan(SIZES, 1, ActorMemory(parameters=size))
 
 
-def test_fractions_of_a_gpu_share_it():
-    bundles = [Bundle("rollout", 0, 1, 2), Bundle("scorer", 0, 1, 0.5), Bundle("reference", 0, 1, 0.5), Bundle("learner", 0, 1, 1)]
-    roles = {"rollout": _role(8 * GIB), "scorer": _role(2 * GIB), "reference": _role(3 * GIB), "learner": _role(9 * GIB)}
-    places = on_gpus(bundles, roles, gpu_memory_gib=8)
-    own = PROCESS_BYTES["gpu"]
-    assert [p.contents for p in places] == [
-        {"rollout-0": 4 * GIB + own},
-        {"rollout-0": 4 * GIB + own},
-        {"scorer-0": 2 * GIB + own, "reference-0": 3 * GIB + own},
-        {"learner-0": 9 * GIB + own},
+def plan_of(gpu_memory_gib: float, roles: dict[str, RolePlan], **settings):
+    gpus = {role: {"gpus_per_actor": 1} for role in ("rollout", "scorer", "reference", "policy")}
+    config = Config(model={"path": "m"}, **{name: value | settings.pop(name, {}) for name, value in gpus.items()}, **settings)
+    return config, plan_slots(config, [seat for seat in plan_placement(config) if seat.role in roles], roles, gpu_memory_gib)
+
+
+LEARNER = RolePlan(SIZES, 1, ActorMemory(parameters=2 * GIB, gradients=GIB, optimizer=6 * GIB, activations=GIB))
+ENGINE = RolePlan(SIZES, 1, ActorMemory(parameters=2 * GIB, cache=8 * GIB), sequences=4, sequences_at_most=8, sleeps=True)
+ON_ONE_GPU = {"rollout": ENGINE, "scorer": _role(2 * GIB), "reference": _role(2 * GIB), "learner": LEARNER}
+OWN = PROCESS_BYTES["gpu"]
+
+
+def test_roles_on_gpus_of_their_own_have_all_they_need_at_once():
+    _, plan = plan_of(16, ON_ONE_GPU, placement="separate", rollout={"tensor_parallel_size": 2})
+    assert [(place.name, place.contents) for place in on_gpus(plan)] == [
+        ("GPU 0", {"rollout-0": 5 * GIB + OWN}),
+        ("GPU 1", {"rollout-0": 5 * GIB + OWN}),
+        ("GPU 2", {"scorer-0": 2 * GIB + OWN, "reference-0": 2 * GIB + OWN}),
+        ("GPU 3", {"learner-0": 10 * GIB + OWN}),
     ]
-    assert [p.fits for p in places] == [True, True, True, False]
+    assert plan.cache_gib is None and not plan.lines and not plan.away
+
+
+def test_on_a_shared_gpu_the_cache_is_what_the_others_leave():
+    _, plan = plan_of(40, ON_ONE_GPU)
+    assert plan.cache_gib == 8 and not plan.away  # all that it needs
+    assert plan.phases[GENERATE][0] == {
+        "rollout-0": 10 * GIB + OWN,
+        "scorer-0": 2 * GIB + OWN,
+        "reference-0": 2 * GIB + OWN,
+        "learner-0": 8 * GIB + OWN,
+    }
+    assert plan.phases[UPDATE][0] == {"rollout-0": OWN, "scorer-0": 2 * GIB + OWN, "reference-0": 2 * GIB + OWN, "learner-0": 10 * GIB + OWN}
+    assert plan.phases[SYNC][0]["rollout-0"] == 2 * GIB + OWN
+    assert plan.resting[UPDATE][0]["learner-0"] == 8 * GIB + OWN  # without gradients and activations
+    _, tighter = plan_of(20, ON_ONE_GPU)
+    assert 20 * 0.95 - tighter.used(GENERATE, 0) / GIB == pytest.approx(0, abs=1e-6) and not tighter.away
+    assert tighter.cache_gib == pytest.approx(19 - 14 - 4 * OWN / GIB)
+    _, given = plan_of(40, ON_ONE_GPU, rollout={"kv_cache_gib": 8})
+    assert given.cache_gib == 8
+
+
+def test_who_is_in_host_memory_follows_from_the_memory_of_the_gpu():
+    larger = ON_ONE_GPU | {"learner": RolePlan(SIZES, 1, ActorMemory(2 * GIB, GIB, 6 * GIB, activations=6 * GIB))}
+    config, plan = plan_of(20.5, larger)  # the update would not fit beside the frozen models
+    assert plan.offloads_frozen and not plan.offloads_trained and plan.phases[UPDATE][0]["scorer-0"] == OWN
+    assert "in host memory: frozen models during the update" in plan.lines[0]
+    _, plan = plan_of(16.5, ON_ONE_GPU)  # beside the learner the cache would hold fewer than half of a step's sequences
+    assert plan.offloads_trained and plan.cache_gib > 2 and plan.phases[GENERATE][0]["learner-0"] == OWN
+    assert "in host memory: trained models while engines sample" in plan.lines[0]
+    assert plan_of(80, ON_ONE_GPU, offload="always")[1].away == ("scorer", "reward_model", "reference", "learner", "critic")
+    _, never = plan_of(16.5, ON_ONE_GPU, offload="never")
+    assert not never.away and never.cache_gib == pytest.approx(1)  # one sequence of 8, the least
+    seats = plan_placement(config)
+    host = in_host_memory(seats, ON_ONE_GPU, 100, plan.away)
+    assert host.contents["learner-0"] == 9 * GIB + PROCESS_BYTES["cpu"]
+
+
+def test_roles_that_cannot_fit_are_refused_with_the_largest():
+    config, plan = plan_of(10, ON_ONE_GPU)
+    with pytest.raises(ResourceError, match=r"^[\d.]+ GiB too much on GPU 0 in the sync: learner-0 takes most \(8\.60 GiB\), .*policy\.deepspeed"):
+        check_fit(plan, ON_ONE_GPU, config)
+    check_fit(plan_of(40, ON_ONE_GPU)[1], ON_ONE_GPU, config)
 
 
 def test_host_memory_holds_all_on_a_cpu_and_what_is_offloaded_from_a_gpu():
     offloading = RolePlan(SIZES, 1, ActorMemory(parameters=5 * GIB, optimizer=2 * GIB, offloaded=2 * GIB))
-    place = in_host_memory([Bundle("learner", 0, 1, 1), Bundle("scorer", 0, 1, 0)], {"learner": offloading, "scorer": _role(3 * GIB)}, 4)
+    place = in_host_memory([Seat("learner", 0, 1, (0,)), Seat("scorer", 0, 1)], {"learner": offloading, "scorer": _role(3 * GIB)}, 4)
     own = PROCESS_BYTES["cpu"]
     assert place.contents == {"learner-0": 2 * GIB + own, "scorer-0": 3 * GIB + own}
     assert not place.fits
@@ -317,7 +382,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(run_plan):
     status, out, _ = run_plan("--node-memory-gib", "0.5", "batch.micro_batch_tokens=2000", "batch.prompts_per_step=128")
     assert status == 0
     assert "DOES NOT FIT" in out
-    assert "GiB too much on host memory: learner-0 takes most, lower batch.micro_batch_tokens" in out
+    assert re.search(r"GiB too much on host memory: learner-0 takes most \([\d.]+ GiB\), lower batch.micro_batch_tokens", out)
 
 
 def test_a_plan_says_what_it_takes_for_granted(run_plan, tmp_path):

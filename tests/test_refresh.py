@@ -334,7 +334,7 @@ def test_a_refresh_trains_on_from_the_artifact_in_the_scorers_room(tiny_model, t
         {
             "model": {"path": str(tiny_model)},
             "gvm": {"path": gvm, "num_actors": 8, "gpus_per_actor": 1, "num_layers": 1, "epochs": 3, "learning_rate": 7e-5, "context": {"pool": 5}},
-            "scorer": {"num_actors": 2, "cpus_per_actor": 3, "gpus_per_actor": 0.5},
+            "scorer": {"num_actors": 2, "cpus_per_actor": 3, "gpus_per_actor": 2},
             "rollout": {"max_response_tokens": 4096},
             "train": {"trackers": ["wandb"]},
         }
@@ -344,7 +344,7 @@ def test_a_refresh_trains_on_from_the_artifact_in_the_scorers_room(tiny_model, t
     assert (settings.init_from, settings.keep_head, settings.num_layers, settings.epochs, settings.learning_rate) == (gvm, True, None, 1.0, 7e-5)
     assert (settings.objective, settings.td_lambda, settings.bradley_terry_weight, settings.bradley_terry_value) == ("td_lambda", 0.8, 0.5, "mean")
     assert (settings.outcome, settings.outcome_scale, settings.context.examples, settings.context.max_tokens) == ("score", 2.0, 2, 40)
-    assert (settings.num_actors, settings.cpus_per_actor, settings.gpus_per_actor) == (2, 3, 0.5)
+    assert (settings.num_actors, settings.cpus_per_actor, settings.gpus_per_actor) == (2, 3, 2)
     assert changed.data.preferences.path == str(tmp_path / "refresh" / TRAINING) and changed.data.max_response_tokens == 4096
     assert changed.train.trackers == []
 

@@ -11,9 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.planning.placement import choose_transport
 from dvpo_ray.sync.client import EngineClient
 from dvpo_ray.sync.object_store import pack, unpack
 
@@ -38,19 +36,6 @@ def test_a_damaged_bucket_is_refused():
     bucket["data"][1][5] ^= 1
     with pytest.raises(ValueError, match="weight bucket a … b arrived damaged"):
         list(unpack(**bucket))
-
-
-@pytest.mark.parametrize(
-    ("rollout", "policy", "expected"),
-    [
-        ({}, {}, "object_store"),
-        ({"gpus_per_actor": 1}, {"gpus_per_actor": 1}, "nccl"),
-        ({"gpus_per_actor": 0.4}, {"gpus_per_actor": 0.4}, "ipc"),
-        ({"gpus_per_actor": 1, "backend": "transformers"}, {"gpus_per_actor": 1}, "object_store"),
-    ],
-)
-def test_transport_follows_the_placement(rollout, policy, expected):
-    assert choose_transport(Config(model={"path": "m"}, rollout=rollout, policy=policy)) == expected
 
 
 class _Engine:
