@@ -117,12 +117,12 @@ def hh_pairs() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session():
-    """A local Ray with room for every role of a small run, one for all tests that need no Ray of their own."""
+    """A local Ray with room for every role of a small run, one for all tests that need no Ray of their own. It has a GPU by its word alone."""
     import ray
 
     from dvpo_ray.runtime import fork_server
 
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
+    ray.init(num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
     with fork_server.in_use():
         yield
     ray.shutdown()

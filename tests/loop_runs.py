@@ -10,6 +10,8 @@ import torch
 
 from dvpo_ray.config.schema import Config
 
+ON_ONE_GPU = {role: {"gpus_per_actor": 1} for role in ("rollout", "scorer", "reference", "policy")}
+"""Changes that bring all roles to the GPU of `ray_session`, where they take turns. There is none, so they compute on the CPU all the same."""
 MEASURES_TIME = ("time", "time/", "throughput/", "memory/", "idle/")
 
 

@@ -100,7 +100,7 @@ def cluster():
     cluster = Cluster(folder)
     try:
         assert len(cluster.command("ray get-auth-token --generate").stdout) > 20
-        cluster.start(f"--head --port={cluster.port} --dashboard-port={cluster.dashboard}")
+        cluster.start(f"--num-gpus=2 --head --port={cluster.port} --dashboard-port={cluster.dashboard}")
         cluster.wait_for("ray job list", "[]")
         yield cluster
     finally:
@@ -112,7 +112,7 @@ def test_the_commands_of_the_docs_with_a_token(cluster):
     docs = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     for line in ("export RAY_AUTH_MODE=token", "ray get-auth-token --generate", "ray start --address=HEAD:6379", "ray job stop ID"):
         assert f"\n{line}" in docs
-    cluster.start(f"--address={cluster.address}")
+    cluster.start(f"--num-gpus=2 --address={cluster.address}")
     config = ROOT / "cluster_configs" / "stories-cpu.yaml"
     wrong = f"{config} ray.num_cpus=1 model.path={cluster.folder}/none"  # too small for this machine, and no model
     submitted = cluster.command(f"bash {ROOT}/launch/submit.sh {wrong}", RAY_AUTH_MODE="", DVPO_VENV=sys.prefix)
@@ -131,6 +131,36 @@ def test_the_commands_of_the_docs_with_a_token(cluster):
     cluster.wait_for("ray status", "/2.0 CPU")  # the second node has joined
 
 
+def test_slots_are_the_gpus_in_the_order_of_nodes_and_numbers(cluster, tmp_path):
+    script = """
+import sys
+from dvpo_ray.config.schema import RayConfig
+from dvpo_ray.planning.placement import Seat
+from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.runtime.process import Actor
+from dvpo_ray.runtime.room import reserved, spawn, stop, wait_until_ready
+from dvpo_ray.runtime.waiting import get
+
+def sees(actor):
+    import os, ray
+    return os.environ["CUDA_VISIBLE_DEVICES"], ray.get_runtime_context().get_node_id()
+
+config = RayConfig(placement_strategy="SPREAD")
+seats = [Seat("rollout", 0, 0.5, (0, 1)), Seat("rollout", 1, 0, (2, 3)), *(Seat("learner", i, 0.1, (i,)) for i in range(4))]
+with connect(config), reserved(seats, config) as room:
+    actors = [spawn(Actor, seat, room, {}, seat.index, sys.argv[1], run_folder=sys.argv[1]) for seat in seats]
+    wait_until_ready({seat.name: [actor] for seat, actor in zip(seats, actors)}, 120)
+    (a, node), (b, other), *learners = [get(actor.observe.remote(sees), what="a look") for actor in actors]
+    assert (a, b) == ("0,1", "0,1") and node != other, (a, b, node, other)
+    assert learners == [("0", node), ("1", node), ("0", other), ("1", other)], learners
+    stop(actors)
+print("as planned")
+"""
+    (tmp_path / "slots.py").write_text(script)
+    done = cluster.command(f"python {tmp_path}/slots.py {tmp_path}", RAY_ADDRESS=cluster.address)
+    assert done.stdout.endswith("as planned\n"), done.stdout + done.stderr
+
+
 def look(cluster: Cluster, folder: Path, config: str, **environment: str) -> str:
     """What a command says of the Ray that it gets with these settings of `ray`, and the CPUs there."""
     script = (
@@ -144,7 +174,7 @@ def look(cluster: Cluster, folder: Path, config: str, **environment: str) -> str
 
 
 def test_a_local_run_is_local_beside_a_head_that_lives_or_died(cluster, tmp_path):
-    joined = rf"Ray: joined the cluster at [\d.]+:{cluster.port}, \d nodes? with \d CPUs and 0 GPUs, dashboard at http://\S+\nworks [12].0\n"
+    joined = rf"Ray: joined the cluster at [\d.]+:{cluster.port}, \d nodes? with \d CPUs and \d GPUs, dashboard at http://\S+\nworks [12].0\n"
     assert re.fullmatch(joined, look(cluster, tmp_path, f"address='{cluster.address}'"))
     log = tmp_path / "log"
     words = [sys.executable, "-c", RUN, str(tmp_path)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loop_runs import gae_by_hand, rollouts, run, values_by_hand, without_times
+from loop_runs import ON_ONE_GPU, gae_by_hand, rollouts, run, values_by_hand, without_times
 
 from dvpo_ray.errors import InputError, ResourceError
 
@@ -59,13 +59,13 @@ def test_advantages_in_the_rollouts_are_those_of_the_formula(uninterrupted):
     np.testing.assert_allclose(np.concatenate([row["advantages"] for row in rows]), gae_by_hand(rows), atol=1e-4)
 
 
-def test_resuming_repeats_the_remaining_steps_exactly(loop_settings, uninterrupted, tmp_path):
+def test_resuming_repeats_the_remaining_steps_exactly_with_all_roles_on_one_gpu(loop_settings, uninterrupted, tmp_path):
     folder, whole = uninterrupted
     stopped = tmp_path / "stopped"
     shutil.copytree(folder, stopped)
     for gone in ("checkpoints/step_000004", "final"):
         shutil.rmtree(stopped / gone)
-    resumed = run(loop_settings, stopped, resume=True)
+    resumed = run(loop_settings, stopped, resume=True, **ON_ONE_GPU)
     assert without_times(resumed) == without_times(whole)
     assert (stopped / "final" / "model.safetensors").read_bytes() == (folder / "final" / "model.safetensors").read_bytes()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gvm_artifacts import make_gvm
-from loop_runs import rollouts, run, values_by_hand, without_times
+from loop_runs import ON_ONE_GPU, rollouts, run, values_by_hand, without_times
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dvpo_ray.gvm.artifact import load_gvm
@@ -112,5 +112,5 @@ def test_resuming_repeats_the_run_with_the_artifact_of_its_checkpoint(refresh_se
     shutil.copytree(folder, stopped)
     shutil.rmtree(stopped / "gvm" / "refresh_000004")
     shutil.rmtree(stopped / "final")
-    resumed = run(refresh_settings, stopped, resume=True)
+    resumed = run(refresh_settings, stopped, resume=True, **ON_ONE_GPU)  # the trainers are on the scorers' GPU, while the engines sleep
     assert without_times(resumed) == without_times(whole)

@@ -52,7 +52,7 @@ class Stages:
         self.policy_version = 0
         self.start_is_checked = False
         self.pool = RolloutPool(roles.engines, config.seed)
-        self.turns = Turns(roles)
+        self.turns = Turns(roles, config.offload != "never")
         self.samples_per_step = derive_batch(config).samples_per_step
         self._turns = itertools.count()
         self._writing: ObjectRef | None = None

@@ -30,11 +30,15 @@ class Turns:
 
     Attributes:
         engines_are_whole: they have all weights. An engine loses its own in its sleep.
+
+    Args:
+        may_offload: everybody may go to host memory when the GPUs are lent.
     """
 
-    def __init__(self, roles: Roles) -> None:
+    def __init__(self, roles: Roles, may_offload: bool = True) -> None:
         self.roles = roles
         self.plan = roles.slots
+        self.may_offload = may_offload and self.plan is not None
         self.engines_are_whole = False
         self._warned: set[str] = set()
 
@@ -42,13 +46,13 @@ class Turns:
         """The engines have no more prompts."""
         if self.roles.takes_turns:
             self._sleep()
-            if self.plan is not None and self.plan.offloads_trained:
+            if self._offloads("trained"):
                 _all(self.roles.trained, "reload")
 
     def scored(self) -> None:
         """The frozen models have no more rollouts."""
         if self.roles.takes_turns:
-            if self.plan is not None and self.plan.offloads_frozen:
+            if self._offloads("frozen"):
                 _all(self.roles.frozen, "offload")
             self._check(UPDATE)
 
@@ -61,9 +65,9 @@ class Turns:
         """The engines have the new weights."""
         self.engines_are_whole = True
         if self.roles.takes_turns:
-            if self.plan is not None and self.plan.offloads_trained:
+            if self._offloads("trained"):
                 _all(self.roles.trained, "offload")
-            if self.plan is not None and self.plan.offloads_frozen:
+            if self._offloads("frozen"):
                 _all(self.roles.frozen, "reload")
             _all({"rollout": self.roles.engines}, "wake", "cache")
             self._check(GENERATE)
@@ -71,11 +75,15 @@ class Turns:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """For the time of a `with` block others have the memory of the GPUs. The engines sleep, so they need a sync afterwards."""
-        models = self.roles.trained | self.roles.frozen
         self._sleep()
-        _all(models, "offload")
+        if self.may_offload:
+            _all(self.roles.trained | self.roles.frozen, "offload")
         yield
-        _all(self.roles.trained | self.roles.frozen, "reload")  # some may be new
+        if self.may_offload:
+            _all(self.roles.trained | self.roles.frozen, "reload")  # some may be new
+
+    def _offloads(self, models: str) -> bool:
+        return self.plan is not None and getattr(self.plan, f"offloads_{models}")
 
     def _sleep(self) -> None:
         if any(_all({"rollout": self.roles.engines}, "sleep")):
