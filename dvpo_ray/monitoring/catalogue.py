@@ -406,7 +406,7 @@ METRICS = (
         "fraction",
         "Share of the step that the role's actors waited, mean over the actors.",
         "It is above 0.5 in a role that has devices of its own.",
-        "Give its devices to the busiest role, or let two roles share a device (gpus_per_actor).",
+        "Give its devices to the busiest role, or let roles share devices (placement: colocated).",
     ),
     Metric(
         "policy_version",
