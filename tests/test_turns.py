@@ -80,14 +80,25 @@ def test_engines_sleep_from_the_last_rollout_to_the_sync():
     turns.updated()
     turns.synced()
     assert turns.engines_are_whole
-    assert calls == ["rollout wake cache", "rollout sleep", "rollout wake weights", "rollout wake cache"]
+    assert [call for call in calls if call.startswith("rollout")] == [
+        *("rollout wake cache", "rollout sleep", "rollout wake weights", "rollout wake cache"),
+    ]
+
+
+def test_memory_that_torch_keeps_goes_to_the_next():
+    turns, calls = actors(PLAN, free=30)
+    step(turns)
+    assert calls == [
+        *("rollout sleep", "reference release", "learner release", "rollout wake weights"),
+        *("learner release", "rollout wake cache"),
+    ]
 
 
 def test_models_leave_and_come_back_as_the_plan_says():
     turns, calls = actors(replace(PLAN, offloads_trained=True, offloads_frozen=True))
     step(turns)
     assert calls == [
-        *("rollout sleep", "learner reload", "reference offload", "rollout wake weights"),
+        *("rollout sleep", "learner reload", "reference offload", "learner release", "rollout wake weights"),
         *("learner offload", "reference reload", "rollout wake cache"),
     ]
 

@@ -140,6 +140,12 @@ class Actor:
         gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else psutil.Process().memory_info().rss / 2**30
         return {"busy_seconds": self.clock.read_and_reset(), "memory_gib": gib}
 
+    def release(self) -> None:
+        """Give the memory that torch keeps for later back to the GPU, for the others on it."""
+        import torch
+
+        torch.cuda.empty_cache()
+
     def gpu_memory(self) -> tuple[int, int, int]:
         """Bytes of this process's first GPU: those that are free, all, and those that torch has in this process."""
         import torch

@@ -125,14 +125,14 @@ class PolicyLoop(Stages):
                 samples = [prompt for prompt in prompts for _ in range(self.config.batch.samples_per_prompt)]
                 chunks = self.rollout(samples, step, self.roles.frozen, examples=examples)
                 greedy = self.rollout(prompts, step, (self.algorithm.scorer,), greedy=True) if self.algorithm.has_greedy_baseline else []
-            self.turns.sampled()
+                self.turns.sampled()
             with watch.stage("score"):
                 self.score_by_critic(chunks)
                 wait((ref for chunk in [*chunks, *greedy] for role, ref in chunk.scores.items() if role != "reference"), what="scores")
             with watch.stage("reference"):
                 wait((chunk.scores["reference"] for chunk in chunks), what="reference log-probs")
+                self.turns.scored()
             self.check_start(chunks)
-            self.turns.scored()
         return Experience(chunks, greedy, watch)
 
     def learn(self, step: int, experience: Experience) -> dict[str, float]:

@@ -5,7 +5,8 @@
     updated    engines take memory for new weights          before the sync
     synced     trained models leave, frozen ones come back; engines take memory for their cache
 
-Models leave for host memory, and only where the plan says that GPU memory is short.
+Models leave for host memory, and only where the plan says that GPU memory is short. Those that stay give back what torch keeps for
+later.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Turns:
         self.plan = roles.slots
         self.may_offload = may_offload and self.plan is not None
         self.engines_are_whole = False
+        self._slot_of = {seat.name: seat.slots[0] for seat in roles.room.seats if seat.slots}
         self._warned: set[str] = set()
 
     def sampled(self) -> None:
@@ -47,28 +49,27 @@ class Turns:
         if self.roles.takes_turns:
             self._sleep()
             if self._offloads("trained"):
-                _all(self.roles.trained, "reload")
+                _all(self._on_gpus(self.roles.trained), "reload")
 
     def scored(self) -> None:
         """The frozen models have no more rollouts."""
         if self.roles.takes_turns:
-            if self._offloads("frozen"):
-                _all(self.roles.frozen, "offload")
+            _all(self._on_gpus(self.roles.frozen), "offload" if self._offloads("frozen") else "release")
             self._check(UPDATE)
 
     def updated(self) -> None:
         """The engines are to have new weights."""
         if self.roles.takes_turns:
+            _all(self._on_gpus(self.roles.trained), "release")
             _all({"rollout": self.roles.engines}, "wake", "weights")
 
     def synced(self) -> None:
         """The engines have the new weights."""
         self.engines_are_whole = True
         if self.roles.takes_turns:
-            if self._offloads("trained"):
-                _all(self.roles.trained, "offload")
+            _all(self._on_gpus(self.roles.trained), "offload" if self._offloads("trained") else "release")
             if self._offloads("frozen"):
-                _all(self.roles.frozen, "reload")
+                _all(self._on_gpus(self.roles.frozen), "reload")
             _all({"rollout": self.roles.engines}, "wake", "cache")
             self._check(GENERATE)
 
@@ -77,10 +78,13 @@ class Turns:
         """For the time of a `with` block others have the memory of the GPUs. The engines sleep, so they need a sync afterwards."""
         self._sleep()
         if self.may_offload:
-            _all(self.roles.trained | self.roles.frozen, "offload")
+            _all(self._on_gpus(self.roles.trained | self.roles.frozen), "offload")
         yield
         if self.may_offload:
-            _all(self.roles.trained | self.roles.frozen, "reload")  # some may be new
+            _all(self._on_gpus(self.roles.trained | self.roles.frozen), "reload")  # some may be new
+
+    def _on_gpus(self, actors: Mapping[str, list[ActorHandle]]) -> dict[str, list[ActorHandle]]:
+        return {role: handles for role, handles in actors.items() if f"{role}-0" in self._slot_of}
 
     def _offloads(self, models: str) -> bool:
         return self.plan is not None and getattr(self.plan, f"offloads_{models}")
@@ -97,16 +101,20 @@ class Turns:
         """
         if self.plan is None:
             return
-        names = {seat.name: seat for seat in self.roles.room.seats if seat.slots}
-        found = dict(zip(names, _all(self._on_gpus(names), "gpu_memory"), strict=True))
+        # Of engines nobody is asked: their memory comes and goes below torch, and they are the rest.
+        others = self._on_gpus(self.roles.frozen | self.roles.trained)
+        names = [f"{role}-{index}" for role, handles in others.items() for index in range(len(handles))]
+        found = dict(zip(names, _all(others, "gpu_memory"), strict=True))
         for slot, planned in self.plan.resting[phase].items():
-            free, total, _ = next(found[name] for name in planned if names[name].slots[0] == slot)
+            here = [name for name in names if self._slot_of[name] == slot]
+            if not here:
+                continue
+            free, total, _ = found[here[0]]
             beyond = total - free - sum(planned.values())
             if beyond < TOLERANCE * total:
                 continue
-            # What torch holds is known of all but the engines, whose memory comes and goes below it.
-            more = {name: found[name][2] + PROCESS_BYTES["gpu"] - planned[name] for name in planned if names[name].role != "rollout"}
-            more |= {name: beyond - sum(more.values()) for name in planned if names[name].role == "rollout"}
+            more = {name: found[name][2] + PROCESS_BYTES["gpu"] - planned[name] for name in here}
+            more |= {name: beyond - sum(more.values()) for name in planned if name not in names}
             holder = max(more, key=more.__getitem__)
             needed = self.plan.used(phase, slot) - sum(planned.values())
             line = (
@@ -118,9 +126,6 @@ class Turns:
             if holder not in self._warned:
                 self._warned.add(holder)
                 say(line)
-
-    def _on_gpus(self, names: Mapping[str, object]) -> dict[str, list[ActorHandle]]:
-        return {role: handles for role, handles in self.roles.by_role.items() if f"{role}-0" in names}
 
 
 def _all(actors: Mapping[str, list[ActorHandle]], method: str, *args) -> list:
