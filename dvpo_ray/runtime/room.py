@@ -54,7 +54,7 @@ class Card:
     @property
     def order(self) -> tuple:
         """By node, and on a node by number."""
-        return [int(part) if part.isdigit() else part for part in self.address.split(".")], self.node, self.gpu.zfill(4)
+        return [part.zfill(3) for part in self.address.split(".")], self.node, self.gpu.zfill(3)
 
 
 @dataclass(frozen=True)
