@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray import cli
+from dvpo_ray.actors.roles import plan_memory
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.loading import load_policy
@@ -34,6 +35,7 @@ from dvpo_ray.planning.placement import Seat, plan_placement
 from dvpo_ray.planning.report import check_fit, in_host_memory, on_gpus
 from dvpo_ray.planning.slots import GENERATE, SYNC, UPDATE, plan_slots
 from dvpo_ray.planning.times import Device, calibrate, choose_device, forward_flops, logit_flops, stage_seconds
+from dvpo_ray.runtime.room import Card, Room
 
 # A Llama of 2 layers: hidden 8, MLP 12, 2 heads of 4 with 1 of keys and values, 10 words, untied. By hand:
 #   a layer   q 8*8, k and v 8*4 each, o 8*8, MLP 3 * 8*12 = 480; two norms of 8
@@ -341,6 +343,19 @@ def test_roles_that_cannot_fit_are_refused_with_the_largest():
     with pytest.raises(ResourceError, match=r"^[\d.]+ GiB too much on GPU 0 in the sync: learner-0 takes most \(8\.60 GiB\), .*policy\.deepspeed"):
         check_fit(plan, ON_ONE_GPU, config)
     check_fit(plan_of(40, ON_ONE_GPU)[1], ON_ONE_GPU, config)
+
+
+def test_a_run_plans_with_the_gpus_that_ray_gave_it(llama):
+    roles = {role: {"gpus_per_actor": 1} for role in ("rollout", "scorer", "reference", "policy")}
+    config = config_of(llama, **roles | {"rollout": {"backend": "vllm", "gpus_per_actor": 1, "max_concurrent_sequences": 8}})
+
+    def room(*sizes: float | None) -> Room:
+        return Room(None, seats := plan_placement(config), seats, {slot: Card("h", "n", str(slot), size, slot) for slot, size in enumerate(sizes)})
+
+    assert plan_memory(config, room(80)).cache_gib == 8 * 16 * (2 * 2 * 1 * 4) * 4 / GIB
+    assert plan_memory(config, room(None)) is None is plan_memory(config, room())
+    with pytest.raises(ResourceError, match="GiB too much on GPU 0 in the "):
+        plan_memory(config, room(1))
 
 
 def test_host_memory_holds_all_on_a_cpu_and_what_is_offloaded_from_a_gpu():
