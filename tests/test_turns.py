@@ -96,7 +96,12 @@ def test_memory_that_torch_keeps_goes_to_the_next():
 
 def test_models_leave_and_come_back_as_the_plan_says():
     turns, calls = actors(replace(PLAN, offloads_trained=True, offloads_frozen=True))
-    step(turns)
+    turns.sampled()
+    assert not turns.trained_are_away
+    turns.scored()
+    turns.updated()
+    turns.synced()
+    assert turns.trained_are_away
     assert calls == [
         *("rollout sleep", "learner reload", "reference offload", "learner release", "rollout wake weights"),
         *("learner offload", "reference reload", "rollout wake cache"),
@@ -108,6 +113,11 @@ def test_lent_gpus_are_empty():
     with turns.lent():
         assert calls == ["rollout sleep", "learner offload", "reference offload"]
     assert calls[3:] == ["learner reload", "reference reload"] and not turns.engines_are_whole
+    turns, calls = actors(replace(PLAN, offloads_trained=True))
+    turns.synced()
+    with turns.lent():
+        assert calls[-2:] == ["rollout sleep", "reference offload"]  # the learner is away already
+    assert not turns.trained_are_away
 
 
 def test_memory_that_is_still_held_is_said_once_with_its_holder():

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -237,6 +237,7 @@ def _state_at_start(log: Path, started: float) -> str:
 
 def stop(handles: list[ActorHandle]) -> None:
     """Stop actors and wait until they are gone: only then are their names, their resources and their memory free."""
+    processes = [process for handle in handles for process in _family(handle)]
     for handle in handles:
         ray.kill(handle)
     if isinstance(sys.exc_info()[1], HeadGone) or not head_answers():  # nobody would say that they are gone
@@ -244,7 +245,15 @@ def stop(handles: list[ActorHandle]) -> None:
     for handle in handles:
         while _answers(handle):
             time.sleep(0.05)
-    psutil.wait_procs([_processes.pop(handle) for handle in handles if handle in _processes], timeout=STOP_SECONDS)
+    psutil.wait_procs(processes, timeout=STOP_SECONDS)
+
+
+def _family(handle: ActorHandle) -> list[psutil.Process]:
+    """An actor's process and its children, such as the shards of an engine, which hold memory too and end after it."""
+    process = _processes.pop(handle, None)
+    with suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)] if process is not None else []
+    return []
 
 
 def _answers(handle: ActorHandle) -> bool:

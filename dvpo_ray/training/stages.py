@@ -175,7 +175,12 @@ class Stages:
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face checkpoint."""
+        away = self.turns.trained_are_away  # ZeRO 3 gathers weights on the GPU
+        if away:
+            self.turns.sampled()
         get([learner.save_pretrained.remote(str(folder)) for learner in self.roles.learners], what="saving the policy")
+        if away:
+            self.sync(self.policy_version)
 
     def save(self, folder: Path) -> None:
         """Write what the actors hold into a checkpoint's folder, each trained role into its own."""

@@ -31,6 +31,7 @@ class Turns:
 
     Attributes:
         engines_are_whole: they have all weights. An engine loses its own in its sleep.
+        trained_are_away: the trained models are in host memory.
 
     Args:
         may_offload: everybody may go to host memory when the GPUs are lent.
@@ -41,6 +42,7 @@ class Turns:
         self.plan = roles.slots
         self.may_offload = may_offload and self.plan is not None
         self.engines_are_whole = False
+        self.trained_are_away = False
         self._slot_of = {seat.name: seat.slots[0] for seat in roles.room.seats if seat.slots}
         self._warned: set[str] = set()
 
@@ -50,6 +52,7 @@ class Turns:
             self._sleep()
             if self._offloads("trained"):
                 _all(self._on_gpus(self.roles.trained), "reload")
+            self.trained_are_away = False
 
     def scored(self) -> None:
         """The frozen models have no more rollouts."""
@@ -67,7 +70,8 @@ class Turns:
         """The engines have the new weights."""
         self.engines_are_whole = True
         if self.roles.takes_turns:
-            _all(self._on_gpus(self.roles.trained), "offload" if self._offloads("trained") else "release")
+            self.trained_are_away = self._offloads("trained")
+            _all(self._on_gpus(self.roles.trained), "offload" if self.trained_are_away else "release")
             if self._offloads("frozen"):
                 _all(self._on_gpus(self.roles.frozen), "reload")
             _all({"rollout": self.roles.engines}, "wake", "cache")
@@ -78,10 +82,11 @@ class Turns:
         """For the time of a `with` block others have the memory of the GPUs. The engines sleep, so they need a sync afterwards."""
         self._sleep()
         if self.may_offload:
-            _all(self._on_gpus(self.roles.trained | self.roles.frozen), "offload")
+            _all(self._on_gpus(({} if self.trained_are_away else self.roles.trained) | self.roles.frozen), "offload")
         yield
         if self.may_offload:
             _all(self._on_gpus(self.roles.trained | self.roles.frozen), "reload")  # some may be new
+            self.trained_are_away = False
 
     def _on_gpus(self, actors: Mapping[str, list[ActorHandle]]) -> dict[str, list[ActorHandle]]:
         return {role: handles for role, handles in actors.items() if f"{role}-0" in self._slot_of}
