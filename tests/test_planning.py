@@ -352,10 +352,11 @@ def test_a_run_plans_with_the_gpus_that_ray_gave_it(llama):
     def room(*sizes: float | None) -> Room:
         return Room(None, seats := plan_placement(config), seats, {slot: Card("h", "n", str(slot), size, slot) for slot, size in enumerate(sizes)})
 
-    assert plan_memory(config, room(80)).cache_gib == 8 * 16 * (2 * 2 * 1 * 4) * 4 / GIB
-    assert plan_memory(config, room(None)) is None is plan_memory(config, room())
+    sizes = predict_roles(config)
+    assert plan_memory(config, room(80), sizes).cache_gib == 8 * 16 * (2 * 2 * 1 * 4) * 4 / GIB
+    assert plan_memory(config, room(None), sizes) is None
     with pytest.raises(ResourceError, match="GiB too much on GPU 0 in the "):
-        plan_memory(config, room(1))
+        plan_memory(config, room(1), sizes)
 
 
 def test_host_memory_holds_all_on_a_cpu_and_what_is_offloaded_from_a_gpu():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -17,8 +19,8 @@ from dvpo_ray.actors.rollout_engine import RolloutEngine
 from dvpo_ray.config import override_config
 from dvpo_ray.config.algorithms import ROLE_SECTIONS
 from dvpo_ray.config.schema import Config, RoleConfig
-from dvpo_ray.planning.memory import predict_roles
-from dvpo_ray.planning.placement import Seat, choose_transport, plan_placement, shares_gpus
+from dvpo_ray.planning.memory import RolePlan, predict_roles
+from dvpo_ray.planning.placement import Seat, choose_transport, plan_placement, shares_gpus, total_resources
 from dvpo_ray.planning.report import check_fit
 from dvpo_ray.planning.slots import SlotPlan, plan_slots
 from dvpo_ray.runtime.process import Actor, environment
@@ -30,6 +32,7 @@ CLASSES: dict[str, type[Actor]] = {
 }
 FROZEN = ("scorer", "reward_model", "reference")
 TRAINED = ("learner", "critic")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,11 @@ def started_roles(
     seats = [seat for seat in plan_placement(config) if only is None or seat.role in only]
     transport, patience = choose_transport(config), config.rollout.start_timeout_seconds
     actors: dict[str, list[ActorHandle]] = {}
+    gets_weights = only is None or "learner" in only
+    sizes = _beside(predict_roles, config) if gets_weights and total_resources(seats)[1] else None
     with reserved(seats, config.ray) as room:
         try:
-            gets_weights = only is None or "learner" in only
-            slots = plan_memory(config, room) if gets_weights else None
+            slots = plan_memory(config, room, sizes.result()) if sizes else None
             if slots is not None and slots.cache_gib is not None:
                 config = override_config(config, [f"rollout.kv_cache_gib={slots.cache_gib}"])
             more_of = {
@@ -159,16 +163,26 @@ def _load_trained(actors: Mapping[str, list[ActorHandle]], takes_turns: bool, sl
     return [*slept, *loaded]
 
 
-def plan_memory(config: Config, room: Room) -> SlotPlan | None:
-    """The memory of the GPUs of some actors; None without GPUs, or where NVIDIA's library does not tell their size.
+def _beside(work: Callable[..., T], *args) -> Future[T]:
+    """Work in a thread, while this one waits for Ray."""
+    pool = ThreadPoolExecutor(max_workers=1)
+    begun = pool.submit(work, *args)
+    pool.shutdown(wait=False)
+    return begun
+
+
+def plan_memory(config: Config, room: Room, roles: Mapping[str, RolePlan]) -> SlotPlan | None:
+    """The memory of the GPUs of some actors; None where NVIDIA's library does not tell their size.
+
+    Args:
+        roles: of `predict_roles`.
 
     Raises:
         ResourceError: the actors are too large for their GPUs.
     """
     sizes = [card.memory_gib for card in room.cards.values()]
-    if not sizes or None in sizes:
+    if None in sizes:
         return None
-    roles = predict_roles(config, min(sizes))
     slots = plan_slots(config, [seat for seat in room.seats if seat.role in roles], roles, min(sizes))
     check_fit(slots, roles, config)
     return slots

@@ -178,7 +178,8 @@ def predict_roles(config: Config, gpu_memory_gib: float | None = None) -> dict[s
     """Memory of every role of a config's algorithm, by the names that placement and metrics use.
 
     Args:
-        gpu_memory_gib: of the GPU that rollout engines run on. Without it their cache on a GPU is unknown, and given as 0.
+        gpu_memory_gib: of the GPU that rollout engines run on. Without it their cache on a GPU of their own is unknown, and given as 0.
+            On a GPU that they share it is what they need at most.
 
     Raises:
         InputError: a model's config.json is missing or of an unknown architecture.
@@ -240,13 +241,13 @@ class _Prediction:
         sampling = together * model.vocabulary * SAMPLING_LOGIT_BYTES
         if rollout.given_cache_gib is not None:
             cache = round(rollout.given_cache_gib * GIB) * rollout.tensor_parallel_size
+        elif shares_gpus(plan_placement(self.config)):
+            blocks = rollout.max_concurrent_sequences * -(-self.length // BLOCK_TOKENS)
+            cache = blocks * BLOCK_TOKENS * model.cache_per_token * self.element_bytes
         elif gpu_memory_gib is None:
             cache = 0
         else:
             granted = rollout.gpu_memory_utilization * gpu_memory_gib * GIB * rollout.tensor_parallel_size
             cache = max(0, round(granted - parameters - sampling))
-            if shares_gpus(plan_placement(self.config)):  # else it is the engine's own, needed or not
-                blocks = rollout.max_concurrent_sequences * -(-self.length // BLOCK_TOKENS)
-                cache = min(cache, blocks * BLOCK_TOKENS * model.cache_per_token * self.element_bytes)
         memory = ActorMemory(parameters, activations=sampling + arriving, cache=cache)
         return RolePlan(model, rollout.num_actors, memory, together, rollout.max_concurrent_sequences, sleeps=rollout.gpus_per_actor > 0)
