@@ -343,6 +343,15 @@ def test_roles_that_cannot_fit_are_refused_with_the_largest():
     with pytest.raises(ResourceError, match=r"^[\d.]+ GiB too much on GPU 0 in the sync: learner-0 takes most \(8\.60 GiB\), .*policy\.deepspeed"):
         check_fit(plan, ON_ONE_GPU, config)
     check_fit(plan_of(40, ON_ONE_GPU)[1], ON_ONE_GPU, config)
+    engine_alone = ON_ONE_GPU | {"learner": _role(GIB)}  # its cache, which it would like to have larger than its weights, is no remedy
+    config, plan = plan_of(6, engine_alone)
+    with pytest.raises(ResourceError, match="GPU 0 in the rollouts: rollout-0 takes most .* GiB\\), raise rollout.tensor_parallel_size, or set"):
+        check_fit(plan, engine_alone, config)
+
+
+def test_an_engine_that_cannot_sleep_keeps_its_weights():
+    _, plan = plan_of(40, ON_ONE_GPU | {"rollout": RolePlan(SIZES, 1, ActorMemory(parameters=2 * GIB, activations=GIB))})
+    assert plan.phases[UPDATE][0]["rollout-0"] == 2 * GIB + OWN and plan.cache_gib == 0
 
 
 def test_a_run_plans_with_the_gpus_that_ray_gave_it(llama):

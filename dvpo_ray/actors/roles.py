@@ -125,7 +125,7 @@ def started_roles(
     with reserved(seats, config.ray) as room:
         try:
             slots = plan_memory(config, room, sizes.result()) if sizes else None
-            if slots is not None and slots.cache_gib is not None:
+            if slots is not None and slots.cache_gib:
                 config = override_config(config, [f"rollout.kv_cache_gib={slots.cache_gib}"])
             more_of = {
                 # Engines beside a learner start with random weights: the first sync brings all of them, and the check of the first

@@ -12,7 +12,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.planning.architecture import policy_plan
 from dvpo_ray.planning.memory import GIB, PROCESS_BYTES, ActorMemory, RolePlan, predict_roles
-from dvpo_ray.planning.placement import Seat, placement_lines, plan_placement
+from dvpo_ray.planning.placement import Seat, placement_lines, plan_placement, shares_gpus
 from dvpo_ray.planning.slots import STEP, SlotPlan, plan_slots
 from dvpo_ray.planning.times import Device, stage_seconds
 
@@ -163,7 +163,8 @@ def _problem(place: Place, roles: Mapping[str, RolePlan], config: Config) -> str
     """How much too much there is, and the remedy for the largest part of the actor that takes most."""
     largest = max((name for name in place.contents if name.rpartition("-")[0] in roles), key=place.contents.__getitem__)
     role = largest.rpartition("-")[0]
-    part = max(PARTS, key=lambda part: getattr(roles[role].per_actor, part) or 0)
+    least = shares_gpus(plan_placement(config)) and config.rollout.kv_cache_gib is None  # then the cache is as small as it can be
+    part = max((part for part in PARTS if part != "cache" or not least), key=lambda part: getattr(roles[role].per_actor, part) or 0)
     excess = (place.used - place.capacity) / GIB
     return f"{excess:.2f} GiB too much on {place.name}: {largest} takes most ({place.contents[largest] / GIB:.2f} GiB), {_remedy(role, part, config)}"
 

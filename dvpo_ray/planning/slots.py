@@ -1,6 +1,6 @@
 """The memory of each GPU: who has how much of it, and, where engines and trained models share GPUs, how they take turns.
 
-    generate   engines awake, frozen models at work; trained models wait
+    rollouts   engines awake, frozen models at work; trained models wait
     sync       the learner's weights beside the engines' new ones
     update     trained models at work; engines asleep
 
@@ -17,7 +17,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.planning.memory import GIB, PROCESS_BYTES, RolePlan
 from dvpo_ray.planning.placement import GROUPS, Seat, shares_gpus
 
-GENERATE, SYNC, UPDATE, STEP = "generate", "sync", "update", "step"
+GENERATE, SYNC, UPDATE, STEP = "rollouts", "sync", "update", "step"
 """Phases; `step` is all of them where nobody takes turns."""
 SPARE_SHARE = 0.05
 """Of a GPU, for what no arithmetic sees: fragments, CUDA graphs, buffers of libraries."""
