@@ -221,6 +221,7 @@ def wait_until_ready(
         if late and time.time() - started > timeout_seconds:
             name, log = known(next(iter(late.values())))
             raise ResourceError(f"{name} did not start within {timeout_seconds:g} seconds (rollout.start_timeout_seconds); its log is {log}")
+    get(list(loaded), what="the start of the actors")
     here = ray.get_runtime_context().get_node_id()
     found = {role: get(refs, what=f"the start of {role}") for role, refs in pending.items()}
     for role, places in found.items():
