@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 
 import psutil
 
@@ -24,14 +26,21 @@ class Place:
     """One GPU in one phase of a step, or the host memory of one node.
 
     Attributes:
-        name: `GPU 0`, `GPU 0, update`, `host memory`.
+        name: `GPU 0`, `host memory`.
         capacity: bytes.
         contents: bytes by actor, `role-index`.
+        phase: where it is one of several.
     """
 
     name: str
     capacity: int
     contents: dict[str, int] = field(default_factory=dict)
+    phase: str = ""
+
+    @property
+    def by_role(self) -> list[tuple[tuple[str, int], int]]:
+        """Roles with the bytes of an actor, and how many such actors there are."""
+        return list(Counter((name.rpartition("-")[0], size) for name, size in self.contents.items()).items())
 
     @property
     def used(self) -> int:
@@ -43,12 +52,11 @@ class Place:
 
 
 def on_gpus(plan: SlotPlan) -> list[Place]:
-    """The GPUs and what is on each, by GPU and phase."""
-    slots = sorted({slot for contents in plan.phases.values() for slot in contents})
+    """The GPUs and what is on each, by phase."""
     return [
-        Place(f"GPU {slot}" if phase == STEP else f"GPU {slot}, {phase}", plan.capacity, contents[slot])
-        for slot in slots
-        for phase, contents in plan.phases.items()
+        Place(f"GPU {slot}", plan.capacity, contents, "" if phase == STEP else phase)
+        for phase, slots in plan.phases.items()
+        for slot, contents in slots.items()
     ]
 
 
@@ -60,9 +68,7 @@ def check_fit(plan: SlotPlan, roles: Mapping[str, RolePlan], config: Config) -> 
     """
     if not plan.fits:
         phase, slot = plan.fullest
-        raise ResourceError(
-            _problem(Place(f"GPU {slot}" + (f" in the {phase}" if phase != STEP else ""), plan.capacity, plan.phases[phase][slot]), roles, config)
-        )
+        raise ResourceError(_problem(Place(f"GPU {slot}", plan.capacity, plan.phases[phase][slot], "" if phase == STEP else phase), roles, config))
 
 
 def in_host_memory(seats: Iterable[Seat], roles: Mapping[str, RolePlan], node_memory_gib: float, away: Collection[str] = ()) -> Place:
@@ -120,7 +126,10 @@ class Plan:
                 name: {"actors": role.actors, "parameters": role.model.parameters, "bytes_per_actor": asdict(role.per_actor)}
                 for name, role in self.roles.items()
             },
-            "places": [{"name": p.name, "capacity": p.capacity, "used": p.used, "fits": p.fits, "contents": p.contents} for p in self.places],
+            "places": [
+                {"name": p.name, "phase": p.phase, "capacity": p.capacity, "used": p.used, "fits": p.fits, "contents": p.contents}
+                for p in self.places
+            ],
             "device": asdict(self.device),
             "step_seconds": self.seconds,
         }
@@ -139,10 +148,14 @@ class Plan:
 
     def _place_lines(self) -> list[str]:
         lines = ["what is where, GiB, with each process's own memory"]
-        for place in self.places:
-            contents = ", ".join(f"{name} {size / GIB:.2f}" for name, size in place.contents.items())
-            verdict = "fits" if place.fits else "DOES NOT FIT"
-            lines.append(f"{place.name:<15} {place.used / GIB:>9.2f} of {place.capacity / GIB:.2f}  {verdict}: {contents}")
+        for _, alike in groupby(self.places, key=lambda place: (place.phase, place.by_role)):
+            first, *others = alike
+            name = f"{first.name}-{others[-1].name.removeprefix('GPU ')}" if others else first.name
+            verdict = "fits" if first.fits else "DOES NOT FIT"
+            contents = ", ".join(
+                f"{number} x {role} {size / GIB:.2f}" if number > 1 else f"{role} {size / GIB:.2f}" for (role, size), number in first.by_role
+            )
+            lines.append(f"{name:<11} {first.phase:<8} {first.used / GIB:>9.2f} of {first.capacity / GIB:.2f}  {verdict}: {contents}")
         return [
             *lines,
             *(self.slots.lines if self.slots else []),
@@ -166,7 +179,8 @@ def _problem(place: Place, roles: Mapping[str, RolePlan], config: Config) -> str
     least = shares_gpus(plan_placement(config)) and config.rollout.kv_cache_gib is None  # then the cache is as small as it can be
     part = max((part for part in PARTS if part != "cache" or not least), key=lambda part: getattr(roles[role].per_actor, part) or 0)
     excess = (place.used - place.capacity) / GIB
-    return f"{excess:.2f} GiB too much on {place.name}: {largest} takes most ({place.contents[largest] / GIB:.2f} GiB), {_remedy(role, part, config)}"
+    where = place.name + (f" in the {place.phase}" if place.phase else "")
+    return f"{excess:.2f} GiB too much on {where}: {largest} takes most ({place.contents[largest] / GIB:.2f} GiB), {_remedy(role, part, config)}"
 
 
 def _remedy(role: str, part: str, config: Config) -> str:
