@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import ray
@@ -21,6 +20,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.artifact import load_gvm
 from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.models.attention import is_packed
+from dvpo_ray.models.deepspeed import loading
 from dvpo_ray.models.forward import token_values, values_of
 from dvpo_ray.models.layouts import Passes, Rows, lay_out, micro_batches
 from dvpo_ray.models.loading import torch_dtype
@@ -42,11 +42,12 @@ class Critic(DeepSpeedRank):
         """Join the other ranks and shard the model; `meeting` is that of `rendezvous`."""
         config, dtype = self.config, torch_dtype(self.config.model.dtype)
         self._join(self.settings.num_actors, *meeting)
-        if self.settings.init == "reward_model":
-            model, _ = load_gvm(Path(config.reward_model.path), dtype, config.model.attention, trust_remote_code=config.model.trust_remote_code)
-            model.requires_grad_(True)
-        else:
-            model = new_value_model(config.model.path, None, dtype, config.model.attention, config.model.trust_remote_code)
+        how = {"dtype": dtype, "attention": config.model.attention, "trust_remote_code": config.model.trust_remote_code}
+        with loading(self.settings.deepspeed, dtype) as device:
+            if self.settings.init == "reward_model":
+                model = load_gvm(config.reward_model.path, **how, device=device)[0].requires_grad_(True)
+            else:
+                model = new_value_model(config.model.path, **how, device=device)
         disable_dropout(model)
         self._shard(model, self.settings, self.settings.deepspeed, dtype, derive_batch(config).optimizer_steps)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -11,23 +11,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
-from dvpo_ray.errors import ResourceError
-from dvpo_ray.files import clear_when_full
-from dvpo_ray.models.deepspeed import StepResult, build_engine, init_process_group, optimizer_step
+from dvpo_ray.models.deepspeed import StepResult, TrainingEngine, init_process_group
 from dvpo_ray.models.forward import check_rows_apart
 from dvpo_ray.models.loading import default_device
 from dvpo_ray.runtime.process import Actor
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class DeepSpeedRank(Actor):
     """A rank. `_shard` gives it its model; every other method is a collective of all ranks.
 
     Attributes:
-        model: the model as transformers or peft made it.
-        engine: DeepSpeed's engine around it, in training mode.
+        training: the model under DeepSpeed.
     """
 
-    model: nn.Module
+    training: TrainingEngine
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as transformers or peft made it."""
+        return self.training.model
+
+    @property
+    def engine(self) -> DeepSpeedEngine:
+        """DeepSpeed's engine around the model, in training mode."""
+        return self.training.engine
 
     def rendezvous(self, *_first: object) -> tuple[str, int]:
         """Address and free port where the ranks can meet. Call it on rank 0; with references to what must happen first."""
@@ -39,16 +49,14 @@ class DeepSpeedRank(Actor):
         init_process_group(self.index, num_ranks, master_addr, master_port)
 
     def _shard(self, model: nn.Module, optimizer: OptimizerConfig, deepspeed: DeepSpeedConfig, dtype: torch.dtype, total_steps: int) -> None:
-        """Put a model under DeepSpeed, for `total_steps` optimizer steps in the whole run."""
-        self.model = model
-        self.max_grad_norm = optimizer.max_grad_norm
-        self.engine = build_engine(model, optimizer, deepspeed, dtype, total_steps)
-        check_rows_apart(model, self.engine)
+        """Put a model that was loaded in `loading` under DeepSpeed, for `total_steps` optimizer steps in the whole run."""
+        self.training = TrainingEngine(model, optimizer, deepspeed, dtype, total_steps)
+        check_rows_apart(self.model, self.engine)
         self.engine.train()
 
     def _optimizer_step(self, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
-        """One optimizer step over the micro-batches of a minibatch; see `optimizer_step`."""
-        return optimizer_step(self.engine, losses, self.max_grad_norm)
+        """One optimizer step over the micro-batches of a minibatch; see `TrainingEngine.step`."""
+        return self.training.step(losses)
 
     def offload(self) -> None:
         """Move model and optimizer to host memory."""
@@ -62,18 +70,11 @@ class DeepSpeedRank(Actor):
 
     def save_checkpoint(self, folder: str) -> None:
         """Write the sharded model, optimizer and schedule."""
-        with clear_when_full(Path(folder)):
-            self.engine.save_checkpoint(folder, tag=self.role, exclude_frozen_parameters=self._has_frozen_parameters)
+        self.training.save(folder, tag=self.role)
 
     def load_checkpoint(self, folder: str) -> None:
         """Continue from what `save_checkpoint` wrote."""
-        loaded, _ = self.engine.load_checkpoint(folder, tag=self.role, load_module_strict=not self._has_frozen_parameters)
-        if loaded is None:
-            raise ResourceError(f"{folder}: DeepSpeed found no checkpoint of this {self.role}")
-
-    @property
-    def _has_frozen_parameters(self) -> bool:
-        return any(not parameter.requires_grad for parameter in self.model.parameters())
+        self.training.load(folder, tag=self.role)
 
 
 def over_ranks(values: Sequence[float], op: dist.ReduceOp) -> list[float]:

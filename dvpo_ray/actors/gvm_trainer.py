@@ -18,11 +18,11 @@ from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.gvm.pairs import PairBatch
 from dvpo_ray.gvm.targets import bradley_terry, last_values, mean_values, squared_error, value_targets
 from dvpo_ray.models.attention import is_packed
-from dvpo_ray.models.deepspeed import gather_parameters
+from dvpo_ray.models.deepspeed import loading
 from dvpo_ray.models.forward import token_values
 from dvpo_ray.models.layouts import Passes, Rows, deal, lay_out, to_device
 from dvpo_ray.models.loading import load_tokenizer, rehearse_saving, torch_dtype
-from dvpo_ray.models.trainable import apply_lora, full_weights
+from dvpo_ray.models.trainable import apply_lora
 
 SHARES = ("loss", "regression_loss", "bradley_terry_loss", "accuracy")
 
@@ -67,7 +67,8 @@ class GVMTrainer(DeepSpeedRank):
         dtype = torch_dtype(model.dtype)
         self.train = train
         start = settings.init_from or model.path
-        value_model = new_value_model(start, settings.num_layers, dtype, model.attention, model.trust_remote_code, settings.keep_head)
+        with loading(settings.deepspeed, dtype) as device:
+            value_model = new_value_model(start, settings.num_layers, dtype, model.attention, model.trust_remote_code, settings.keep_head, device)
         if self.index == 0:
             rehearse_saving(partial(save_value_model, value_model, {}, self._tokenizer()), self.run_folder, start)
         facts = head_spec(value_model), value_model.config.get_text_config().num_hidden_layers
@@ -139,11 +140,7 @@ class GVMTrainer(DeepSpeedRank):
 
     def save_artifact(self, folder: str, manifest: GVMManifest) -> None:
         """Write the artifact with LoRA merged; a collective of all ranks, written by rank 0."""
-        gather = gather_parameters if self.settings.deepspeed.zero_stage == 3 else None
-        state = {}
-        for name, tensor in full_weights(self.model, gather):
-            if self.index == 0:
-                state[name] = tensor.cpu().clone()
+        state = self.training.weights_on_first_rank()
         if self.index == 0:
             save_gvm(Path(folder), self.model, state, self._tokenizer(), manifest)
 

@@ -17,11 +17,11 @@ from dvpo_ray.actors.update_plan import OptimizerStep, Update
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.files import clear_when_full
-from dvpo_ray.models.deepspeed import gather_parameters
+from dvpo_ray.models.deepspeed import loading
 from dvpo_ray.models.forward import MinLength, log_probs_of, response_log_probs
 from dvpo_ray.models.layouts import Rows, lay_out
 from dvpo_ray.models.loading import load_policy, load_tokenizer, rehearse_saving, save_policy, torch_dtype
-from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
+from dvpo_ray.models.trainable import apply_lora, disable_dropout, train_last_layers
 from dvpo_ray.policy.losses import policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import mismatch_shares
 from dvpo_ray.sync.transports import make_sender
@@ -59,13 +59,15 @@ class PolicyLearner(DeepSpeedRank):
         """
         config = self.config
         self._join(config.policy.num_actors, *meeting)
-        model = load_policy(config.model, packs=True)
+        dtype = torch_dtype(config.model.dtype)
+        with loading(config.policy.deepspeed, dtype) as device:
+            model = load_policy(config.model, device, packs=True)
         disable_dropout(model)
         if config.policy.trainable_layers is not None:
             train_last_layers(model, config.policy.trainable_layers)
         if config.policy.lora is not None:
             model = apply_lora(model, config.policy.lora)
-        self._shard(model, config.policy, config.policy.deepspeed, torch_dtype(config.model.dtype), derive_batch(config).optimizer_steps)
+        self._shard(model, config.policy, config.policy.deepspeed, dtype, derive_batch(config).optimizer_steps)
         if self.index == 0:
             rehearse_saving(partial(self._save, {}), self.run_folder, config.model.path)
 
@@ -80,8 +82,7 @@ class PolicyLearner(DeepSpeedRank):
         save_policy(base, weights, tokenizer, self.config.model, folder)
 
     def _weights(self, changing_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        gather = gather_parameters if self.config.policy.deepspeed.zero_stage == 3 else None
-        return full_weights(self.model, gather, changing_only=changing_only)
+        return self.training.weights(changing_only, int(self.config.weight_sync.bucket_mib * 2**20))
 
     # ------------------------------------------------------------------------------------------------- update
 
@@ -158,10 +159,7 @@ class PolicyLearner(DeepSpeedRank):
 
     def save_pretrained(self, folder: str) -> None:
         """Write a Hugging Face checkpoint with its tokenizer, LoRA merged; a collective of all ranks, written by rank 0."""
-        weights = {}
-        for name, tensor in self._weights():
-            if self.index == 0:
-                weights[name] = tensor.cpu().clone()
+        weights = self.training.weights_on_first_rank()
         if self.index == 0:
             with clear_when_full(Path(folder)):
                 self._save(weights, Path(folder))

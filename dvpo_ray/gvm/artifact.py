@@ -163,11 +163,11 @@ def load_gvm(
     if tokenizer is not None:
         check_vocabulary(tokenizer, str(folder), trust_remote_code)
     config = load_model_config(str(folder), trust_remote_code)
-    model, report = load_value_model(str(folder), config, dtype, attention, trust_remote_code)
+    model, report = load_value_model(str(folder), config, dtype, attention, trust_remote_code, device)
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{folder}: weights are missing and would be newly initialised: {', '.join(missing[:3])}; train the GVM again")
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
     value_head(model).float()
     return model, manifest
 

@@ -18,7 +18,7 @@ from dvpo_ray.config.schema import LoraConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.models.attention import attention_for
 from dvpo_ray.models.cpu_linear import OneDNNLinear, onednn_is_faster, use_fast_linears
-from dvpo_ray.models.loading import load_checkpoint, load_model_config, turn_off_randomness
+from dvpo_ray.models.loading import load_checkpoint, load_model_config, moved, straight_to, turn_off_randomness
 from dvpo_ray.models.trainable import apply_lora
 
 
@@ -70,6 +70,7 @@ def new_value_model(
     attention: str = "sdpa",
     trust_remote_code: bool = False,
     keep_head: bool = False,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """A value model on the trunk of a causal language model, with a zero head and no dropout.
 
@@ -86,7 +87,7 @@ def new_value_model(
     config = load_model_config(path, trust_remote_code, num_labels=1)
     if num_layers is not None:
         keep_first_layers(config, num_layers, path)
-    model, report = load_value_model(path, config, dtype, attention, trust_remote_code)
+    model, report = load_value_model(path, config, dtype, attention, trust_remote_code, device)
     head = [name for name, _ in head_parameters(model)]
     missing = sorted(set(report["missing_keys"]) - set(head))
     if missing:
@@ -101,7 +102,12 @@ def new_value_model(
 
 
 def load_value_model(
-    path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+    path: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
 ) -> tuple[PreTrainedModel, dict]:
     """Load weights quietly and return the model, without dropout, with transformers' loading report.
 
@@ -114,8 +120,9 @@ def load_value_model(
     cls = value_model_class(config)
     if trust_remote_code and cls in AutoModelForTokenClassification._model_mapping.values():
         cls, options = AutoModelForTokenClassification, options | {"trust_remote_code": True}
-    model, report = load_checkpoint("value model", path, lambda p: cls.from_pretrained(p, **options))
-    model = use_fast_linears(model)
+    with straight_to(device):
+        model, report = load_checkpoint("value model", path, lambda p: cls.from_pretrained(p, **options))
+    model = use_fast_linears(moved(model, device))
     value_head(model).__class__ = ValueHead
     return model, report
 

@@ -1,4 +1,4 @@
-"""DeepSpeed behind three functions: join the group, build an engine, take one optimizer step over many micro-batches.
+"""The training engine: DeepSpeed behind one class, which the actors hold, and the loading of models for it.
 
 DeepSpeed is imported inside the functions: the import takes seconds, and the driver does not need it.
 """
@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dvpo_ray.config.schema import DeepSpeedConfig, OptimizerConfig
+from dvpo_ray.errors import ResourceError
+from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.compiling import compile_layers, compiles
+from dvpo_ray.models.loading import default_device, each_weight
+from dvpo_ray.models.trainable import WeightShape, describe_weights, full_weights
 
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
+ZERO3_WHOLE_BELOW = 100_000
+"""Elements below which ZeRO 3 keeps a parameter whole on every rank, DeepSpeed's `stage3_param_persistence_threshold`."""
+REDUCE_BUCKET_ELEMENTS = 10**8
+"""Gradients that ranks reduce together from ZeRO 1 on. DeepSpeed's default, five times as many, takes a GiB of a GPU and is no faster."""
+BUCKET_BYTES = 2**28
+"""Weights that ZeRO 3 gathers together, unless something else is asked for."""
 
 
 def init_process_group(rank: int, world_size: int, master_addr: str, master_port: int) -> None:
@@ -57,10 +67,10 @@ def _schedule(optimizer: OptimizerConfig, total_steps: int) -> Callable[[int], f
     return factor
 
 
-def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype) -> dict:
-    # Without ZeRO and in float32 DeepSpeed would clip but not keep the norm, so `optimizer_step` does both in one pass.
+def _deepspeed_json(deepspeed_config: DeepSpeedConfig, dtype: torch.dtype, max_grad_norm: float = 0.0) -> dict:
+    # Without ZeRO and in float32 DeepSpeed would clip but not keep the norm, so `TrainingEngine.step` does both in one pass.
     unclipped = deepspeed_config.zero_stage == 0 and dtype == torch.float32
-    zero: dict = {"stage": deepspeed_config.zero_stage}
+    zero: dict = {"stage": deepspeed_config.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS}
     if deepspeed_config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if deepspeed_config.offload_parameters:
@@ -68,98 +78,210 @@ def _deepspeed_json(optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfi
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires a number; micro-batches here are cut by tokens, not rows
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if unclipped else optimizer.max_grad_norm,
+        "gradient_clipping": 0.0 if unclipped else max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU before every forward pass
     }
 
 
-def build_engine(
-    model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype, total_steps: int
-) -> DeepSpeedEngine:
-    """Wrap a model in a DeepSpeed engine with AdamW over its trainable parameters.
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+@contextmanager
+def loading(deepspeed_config: DeepSpeedConfig, dtype: torch.dtype, whole_below: int = ZERO3_WHOLE_BELOW) -> Iterator[torch.device]:
+    """Within this context a model is loaded for a `TrainingEngine`, on the device that it yields.
+
+    With ZeRO 3 each weight is cut to this rank's part as soon as it is read, so a rank never holds more than its parts and one
+    weight. The files are mapped into memory, not read, and only what is used of them takes memory.
 
     Args:
+        whole_below: ZeRO 3 leaves weights with fewer elements whole.
+    """
+    if deepspeed_config.zero_stage < 3:
+        yield default_device()
+        return
+    import deepspeed
+
+    cutter = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=_deepspeed_json(deepspeed_config, dtype))
+
+    def cut(weight: nn.Parameter) -> None:
+        if weight.numel() >= whole_below:
+            weight.data = weight.data.to(cutter.local_device)
+            cutter._convert_to_deepspeed_param(weight)
+            weight.partition()  # `zero.Init` would send it from rank 0 first, but every rank has read the same file
+
+    with each_weight(cut), _tying_whole_weights():
+        yield torch.device("cpu")
+
+
+@contextmanager
+def _tying_whole_weights() -> Iterator[None]:
+    """transformers ties two weights of a checkpoint if they are equal; within this context it compares them whole."""
+    tie_weights = PreTrainedModel.tie_weights
+
+    def tie(model: PreTrainedModel, *args, **kwargs) -> None:
+        tied = model.all_tied_weights_keys
+        with _gathered([p for name, p in model.named_parameters(remove_duplicate=False) if name in tied or name in tied.values()]):
+            tie_weights(model, *args, **kwargs)
+
+    PreTrainedModel.tie_weights = tie
+    try:
+        yield
+    finally:
+        PreTrainedModel.tie_weights = tie_weights
+
+
+def _prepare_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """What DeepSpeed leaves alone in a model whose weights are cut already: the dtype of weights that are not, and the place of buffers."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(default_device())
+
+
+def _gathered(parameters: list[nn.Parameter]):
+    """Context in which ZeRO-3 parameters are whole on every rank; ordinary parameters are left alone."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=None)
+
+
+# ------------------------------------------------------------------------------------------------------------ engine
+
+
+class TrainingEngine:
+    """A model under DeepSpeed, with AdamW over its trainable parameters. Every method is a collective of all ranks.
+
+    Attributes:
+        model: the model as transformers or peft made it.
+        engine: DeepSpeed's engine around it; forward passes go through it.
+
+    Args:
+        model: read inside `loading`, where ZeRO 3 has cut its weights.
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
 
     Raises:
         ResourceError: see `compile_layers`.
     """
-    import deepspeed
 
-    if deepspeed_config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-    can_compile = deepspeed_config.zero_stage < 3 and not deepspeed_config.gradient_checkpointing
-    if can_compile and compiles(deepspeed_config.compile, total_steps):
-        compile_layers(model)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(
-        parameters,
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        eps=optimizer.epsilon,
-        weight_decay=optimizer.weight_decay,
-        fused=True,  # one pass over weights, gradients and moments: five times as fast on a CPU
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, _schedule(optimizer, total_steps))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=adamw,
-        lr_scheduler=schedule,
-        model_parameters=parameters,
-        config=_deepspeed_json(optimizer, deepspeed_config, dtype),
-        dist_init_required=False,
-    )
-    if dist.get_world_size() == 1 and not engine.zero_optimization():
-        engine.enable_backward_allreduce = False  # nothing to reduce, and DeepSpeed would copy all gradients twice
-    return engine
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, deepspeed_config: DeepSpeedConfig, dtype: torch.dtype, total_steps: int) -> None:
+        import deepspeed
+
+        self.model = model
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.is_cut = deepspeed_config.zero_stage == 3
+        if deepspeed_config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        can_compile = deepspeed_config.zero_stage < 3 and not deepspeed_config.gradient_checkpointing
+        if can_compile and compiles(deepspeed_config.compile, total_steps):
+            compile_layers(model)
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            _prepare_the_rest(model, dtype)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(
+            parameters,
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            fused=True,  # one pass over weights, gradients and moments: five times as fast on a CPU
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(adamw, _schedule(optimizer, total_steps))
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw,
+            lr_scheduler=schedule,
+            model_parameters=parameters,
+            config=_deepspeed_json(deepspeed_config, dtype, optimizer.max_grad_norm),
+            dist_init_required=False,
+        )
+        if dist.get_world_size() == 1 and not self.engine.zero_optimization():
+            self.engine.enable_backward_allreduce = False  # nothing to reduce, and DeepSpeed would copy all gradients twice
+
+    # -------------------------------------------------------------------------------------------------- training
+
+    def step(self, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
+        """Accumulate the gradients of several micro-batches and take one optimizer step.
+
+        Args:
+            losses: functions that run one micro-batch forward and return its share of the minibatch loss. The shares of all
+                micro-batches and ranks add up to that loss. Every rank must pass the same number of functions.
+        """
+        engine, world_size = self.engine, dist.get_world_size()
+        learning_rate = engine.get_lr()[0]
+        for index, loss in enumerate(losses):
+            engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
+            engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks, but the shares must be summed
+        norm = None if engine.gradient_clipping() > 0 else _clip_gradients(self.model, self.max_grad_norm)
+        engine.step()
+        return StepResult(_number(engine.get_global_grad_norm() if norm is None else norm), learning_rate)
+
+    # --------------------------------------------------------------------------------------------------- weights
+
+    def weights(self, changing_only: bool = False, bucket_bytes: int = BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+        """The whole weights under their checkpoint names, one by one; see `full_weights`."""
+        return full_weights(self.model, _gathered if self.is_cut else None, changing_only=changing_only, bucket_bytes=bucket_bytes)
+
+    def describe_weights(self, changing_only: bool = False) -> list[WeightShape]:
+        """What `weights` would yield, without gathering anything. No collective."""
+        return describe_weights(self.model, changing_only=changing_only)
+
+    def weights_on_first_rank(self) -> dict[str, Tensor]:
+        """The whole weights in the host memory of rank 0; the other ranks help and get none."""
+        is_first, kept = dist.get_rank() == 0, {}
+        for name, tensor in self.weights():
+            if is_first:
+                kept[name] = tensor.cpu().clone()
+        return kept
+
+    # ----------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, folder: str, tag: str) -> None:
+        """Write the sharded model, optimizer and schedule under a name."""
+        with clear_when_full(Path(folder)):
+            self.engine.save_checkpoint(folder, tag=tag, exclude_frozen_parameters=self._has_frozen_parameters)
+
+    def load(self, folder: str, tag: str) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            ResourceError: there is no checkpoint of this name.
+        """
+        loaded, _ = self.engine.load_checkpoint(folder, tag=tag, load_module_strict=not self._has_frozen_parameters)
+        if loaded is None:
+            raise ResourceError(f"{folder}: DeepSpeed found no checkpoint of this {tag}")
+
+    @property
+    def _has_frozen_parameters(self) -> bool:
+        return any(not parameter.requires_grad for parameter in self.model.parameters())
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The global gradient norm of an optimizer step before clipping, and its learning rate."""
+    """The global gradient norm of an optimizer step before clipping, and its learning rate.
 
-    grad_norm: float
+    On a GPU the norm is a tensor: to read it would wait for the step.
+    """
+
+    grad_norm: float | Tensor
     learning_rate: float
 
 
-def optimizer_step(engine: DeepSpeedEngine, losses: Sequence[Callable[[], Tensor]], max_grad_norm: float) -> StepResult:
-    """Accumulate the gradients of several micro-batches and take one optimizer step.
-
-    Args:
-        losses: functions that run one micro-batch forward and return its share of the minibatch loss. The shares of all
-            micro-batches and ranks add up to that loss. Every rank must pass the same number of functions.
-        max_grad_norm: as in `build_engine`.
-    """
-    learning_rate = engine.get_lr()[0]
-    world_size = dist.get_world_size()
-    for index, loss in enumerate(losses):
-        engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
-        engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks, but the shares must be summed
-    if engine.gradient_clipping() > 0:
-        engine.step()
-        return StepResult(float(engine.get_global_grad_norm()), learning_rate)
-    norm = _clip_gradients(engine.module, max_grad_norm)
-    engine.step()
-    return StepResult(norm, learning_rate)
+def _number(norm: float | Tensor) -> float | Tensor:
+    return norm if isinstance(norm, Tensor) and norm.is_cuda else float(norm)
 
 
-def _clip_gradients(model: nn.Module, max_norm: float) -> float:
+def _clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Clip gradients that are whole on every rank to a global norm, in place, and return their norm before clipping."""
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-    if norm > max_norm:
+    if norm.is_cuda or norm > max_norm:  # on a GPU to ask would wait for the backward pass
         torch.nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
-    return float(norm)
-
-
-def gather_parameters(parameters: list[nn.Parameter]):
-    """Context in which ZeRO-3 parameters are whole on every rank; ordinary parameters are left alone."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")], modifier_rank=None)
+    return norm

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -120,6 +124,52 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, trust_remote
     )
 
 
+@contextmanager
+def each_weight(place: Callable[[nn.Parameter], None]) -> Iterator[None]:
+    """Within this context `place` gets each weight of a checkpoint as soon as transformers has read it, to move it or to cut it.
+
+    One weight is read at a time. Weights that the checkpoint lacks are left out, and so are buffers.
+    """
+
+    def hook(_module: nn.Module, _name: str, parameter: nn.Parameter) -> None:
+        is_read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
+        if is_read and id(parameter) not in placed:  # a tied weight is set twice
+            placed[id(parameter)] = parameter
+            place(parameter)
+
+    placed: dict[int, nn.Parameter] = {}
+    registered = register_module_parameter_registration_hook(hook)
+    in_threads = os.environ.get(_NOT_IN_THREADS)
+    os.environ[_NOT_IN_THREADS] = "1"
+    try:
+        yield
+    finally:
+        registered.remove()
+        if in_threads is None:
+            del os.environ[_NOT_IN_THREADS]
+        else:
+            os.environ[_NOT_IN_THREADS] = in_threads
+
+
+_NOT_IN_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+"""With this variable transformers reads the next weight when the one before is in its place."""
+
+
+def straight_to(device: torch.device | str):
+    """Context in which each weight of a checkpoint goes to a GPU as soon as it is read, instead of all together afterwards."""
+    device = torch.device(device)
+
+    def move(weight: nn.Parameter) -> None:
+        weight.data = weight.data.to(device)
+
+    return nullcontext() if device.type == "cpu" else each_weight(move)
+
+
+def moved(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """A model that was read `straight_to` a device, with the rest of it there too: buffers, and weights that the checkpoint lacks."""
+    return model if torch.device(device).type == "cpu" else model.to(device)
+
+
 def load_policy(model: ModelConfig, device: torch.device | str = "cpu", *, keeps_randomness: bool = False, packs: bool = False) -> PreTrainedModel:
     """The SFT checkpoint as a causal language model in evaluation mode, which computes the same numbers in training mode.
 
@@ -138,16 +188,17 @@ def load_policy(model: ModelConfig, device: torch.device | str = "cpu", *, keeps
     attention = attention_for(choice, config, dtype, on_gpu=torch.cuda.is_available())
     if not keeps_randomness:
         turn_off_randomness(config)
-    loaded = load_checkpoint(
-        "model",
-        model.path,
-        lambda p: AutoModelForCausalLM.from_pretrained(
-            p, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
-        ),
-    )
+    with straight_to(device):
+        loaded = load_checkpoint(
+            "model",
+            model.path,
+            lambda p: AutoModelForCausalLM.from_pretrained(
+                p, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+            ),
+        )
     ends = loaded.generation_config
     loaded.generation_config = GenerationConfig(bos_token_id=ends.bos_token_id, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)
-    return use_fast_linears(loaded.eval().to(device))
+    return use_fast_linears(moved(loaded.eval(), device))
 
 
 def turn_off_randomness(config: PretrainedConfig) -> None:

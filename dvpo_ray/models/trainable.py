@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -75,9 +76,24 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, task_type: str | None =
             layers_to_transform=lora.layers,
             task_type=task_type,
         )
-        return get_peft_model(model, adapters)
+        with _showing_whole_shapes(model):
+            return get_peft_model(model, adapters)
     except ValueError as error:  # anything else that peft refuses
         raise InputError(f"{key}: {first_line(error)}") from error
+
+
+@contextmanager
+def _showing_whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Within this context parameters that ZeRO-3 has cut have the shape of the whole, and no more memory."""
+    cut = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_shape")]
+    held = [parameter.data for parameter in cut]
+    for parameter in cut:
+        parameter.data = parameter.data.new_empty(()).expand(parameter.ds_shape)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(cut, held, strict=True):
+            parameter.data = data
 
 
 def _check_lora(model: PreTrainedModel, lora: LoraConfig, key: str) -> None:
@@ -168,7 +184,15 @@ def _blocks(base: PreTrainedModel) -> list[str]:
     return [f"{name}." for name, module in base.named_modules() if id(module) in layers]
 
 
-def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+class WeightShape(NamedTuple):
+    """A weight as `full_weights` yields it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False, bucket_bytes: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight and saved buffer of a model, whole, with LoRA merged, under the names and in the shapes of its checkpoints.
 
     A model may hold several weights of a checkpoint as one parameter (the experts of a layer, for example). The weights of a decoder
@@ -176,15 +200,40 @@ def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) 
 
     Args:
         model: a transformers model, or a peft LoRA model around one.
-        gather: makes a context manager in which the given parameters are whole (ZeRO-3); entered for one decoder layer or one
-            other weight at a time, never nested.
+        gather: makes a context manager in which the given parameters are whole (ZeRO-3); never nested.
         changing_only: leave out buffers, and decoder layers, embeddings and norms without trained parameters.
+        bucket_bytes: gather as many decoder layers and other weights together as fit into this; at least one.
 
     Yields:
         (name, tensor), detached. Tied weights appear once, under their first name.
     """
+    base, adapted, groups = _weight_groups(model, changing_only)
+    for bucket in _buckets(groups, bucket_bytes):
+        parts = [part for group in bucket for part in _parts(group, adapted)]
+        with nullcontext() if gather is None else gather(parts):
+            for group in bucket:
+                whole = {name.replace(".base_layer", ""): _merged(parameter, adapted.get(id(parameter))) for name, parameter in group.items()}
+                yield from revert_weight_conversion(base, whole).items()
+
+
+def describe_weights(model: nn.Module, *, changing_only: bool = False) -> list[WeightShape]:
+    """What `full_weights` yields, in its order, from shapes alone: nothing is gathered or merged."""
+    base, _, groups = _weight_groups(model, changing_only)
+    described = []
+    for group in groups:
+        whole = {name.replace(".base_layer", ""): torch.empty(whole_shape(p), dtype=p.dtype, device="meta") for name, p in group.items()}
+        described += [WeightShape(name, meta.dtype, tuple(meta.shape)) for name, meta in revert_weight_conversion(base, whole).items()]
+    return described
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO-3 has cut."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _weight_groups(model: nn.Module, changing_only: bool) -> tuple[PreTrainedModel, dict[int, LoraLayer], list[dict[str, torch.Tensor]]]:
+    """The model without adapters, its adapted parameters, and the parameters that travel: those of a decoder layer, or one other."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    adapted = _adapted(base)
     chosen = _changing(base) if changing_only else None
     blocks = _blocks(base)
     groups: dict[str, dict[str, torch.Tensor]] = {}
@@ -192,9 +241,24 @@ def full_weights(model: nn.Module, gather=None, *, changing_only: bool = False) 
     for name, parameter in [*base.named_parameters(), *buffers]:
         if ".lora_" not in name and (chosen is None or name in chosen):
             groups.setdefault(next((block for block in blocks if name.startswith(block)), name), {})[name] = parameter
-    for group in groups.values():
-        layers = [adapted[id(parameter)] for parameter in group.values() if id(parameter) in adapted]
-        parts = [*group.values(), *(p for layer in layers for n, p in layer.named_parameters() if n.startswith("lora_"))]
-        with nullcontext() if gather is None else gather(parts):
-            whole = {name.replace(".base_layer", ""): _merged(parameter, adapted.get(id(parameter))) for name, parameter in group.items()}
-            yield from revert_weight_conversion(base, whole).items()
+    return base, _adapted(base), list(groups.values())
+
+
+def _parts(group: dict[str, torch.Tensor], adapted: dict[int, LoraLayer]) -> list[torch.Tensor]:
+    """The parameters of a group, and of the adapters on them."""
+    layers = [adapted[id(parameter)] for parameter in group.values() if id(parameter) in adapted]
+    return [*group.values(), *(p for layer in layers for n, p in layer.named_parameters() if n.startswith("lora_"))]
+
+
+def _buckets(groups: list[dict[str, torch.Tensor]], bucket_bytes: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Neighbouring groups, as many as fit into `bucket_bytes`, at least one."""
+    bucket, filled = [], 0
+    for group in groups:
+        size = sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in group.values())
+        if bucket and filled + size > bucket_bytes:
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(group)
+        filled += size
+    if bucket:
+        yield bucket

@@ -12,11 +12,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from dvpo_ray.config.inputs import is_made, value_model_start
 from dvpo_ray.config.schema import Config, ModelConfig, PreferenceTraining
 from dvpo_ray.gvm.model import keep_first_layers, value_model_class
+from dvpo_ray.models.deepspeed import ZERO3_WHOLE_BELOW
 from dvpo_ray.models.loading import load_model_config, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, decoder_layers, train_last_layers
-
-ZERO3_WHOLE_BELOW = 100_000
-"""Elements below which ZeRO 3 keeps a parameter whole on every rank, DeepSpeed's `stage3_param_persistence_threshold`."""
 
 
 @dataclass(frozen=True)
