@@ -165,6 +165,11 @@ def test_zero_shards_as_by_hand(element_bytes, stage, ranks, parameters, gradien
     assert state == ActorMemory(parameters, gradients, optimizer)
 
 
+def test_a_step_in_bfloat16_has_a_part_of_the_gradients_in_float32():
+    large = Architecture(10**9, 10**9, 0, 10**9, 2, 2, 8, 8, 16, 10)
+    assert trained_state(large, 2, DeepSpeedConfig(), 1) == ActorMemory(2 * 10**9, 2 * 10**9 + 4 * 250_000_000, 12 * 10**9)
+
+
 def test_partial_training_has_gradients_and_moments_of_what_is_trained():
     adapters = Architecture(1000, 50, 40, 800, 2, 2, 8, 8, 16, 10)
     assert trained_state(adapters, 2, DeepSpeedConfig(), 1) == ActorMemory(2000, 300, 600)
@@ -200,8 +205,8 @@ def test_activations_by_hand():
 
 def test_zero_3_gathers_what_it_computes_with():
     assert communication_buffers(SIZES, 2, DeepSpeedConfig()) == 0
-    assert communication_buffers(SIZES, 2, DeepSpeedConfig(zero_stage=2)) == 10**9
-    assert communication_buffers(SIZES, 2, DeepSpeedConfig(zero_stage=3)) == 10**9 + 2000
+    assert communication_buffers(SIZES, 2, DeepSpeedConfig(zero_stage=2)) == 2 * 10**8
+    assert communication_buffers(SIZES, 2, DeepSpeedConfig(zero_stage=3)) == 2 * 10**8 + 2000
 
 
 def test_every_role_of_an_algorithm_is_predicted(llama):

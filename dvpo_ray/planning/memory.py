@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
+from dvpo_ray.models.deepspeed import REDUCE_BUCKET_ELEMENTS, STEP_ELEMENTS
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.token_log_probs import LOGITS_AT_ONCE
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
@@ -17,8 +18,8 @@ MASTER, MOMENTS, FULL = 4, 8, 4
 """Bytes of an element in float32: of master weights, of Adam's two moments, of gradients."""
 ZERO3_STEP_ELEMENTS = 10**9
 """Elements whose gradients ZeRO 3 turns into float32 at a time, DeepSpeed's `sub_group_size`."""
-REDUCE_BUCKET_ELEMENTS, ZERO3_LIVE_ELEMENTS = 5 * 10**8, 10**9
-"""DeepSpeed's `reduce_bucket_size`, and the most elements that ZeRO 3 has gathered, its `stage3_max_live_parameters`."""
+ZERO3_LIVE_ELEMENTS = 10**9
+"""The most elements that ZeRO 3 has gathered, DeepSpeed's `stage3_max_live_parameters`."""
 BLOCK_LOGIT_BYTES = 12
 """Of each logit of the rows that `models.token_log_probs` works on: the logit in float32, its log-softmax, the probabilities."""
 SAMPLING_LOGIT_BYTES = 12
@@ -96,7 +97,8 @@ def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedC
     """Parameters, gradients and optimizer on one rank, by ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054, §3).
 
     DeepSpeed does more than the paper's arithmetic: from stage 1 on it keeps master weights for float32 models too. In its
-    step the optimizer holds a float32 copy of lower gradients. ZeRO 3 keeps small parameters whole on every rank.
+    step the optimizer holds a float32 copy of lower gradients: without ZeRO and with ZeRO 3 of a part of them at a time. ZeRO 3 keeps
+    small parameters whole on every rank.
 
     Args:
         element_bytes: of the model's dtype.
@@ -105,7 +107,7 @@ def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedC
     stage, low_precision = deepspeed.zero_stage, element_bytes < FULL
     share = model.trained / ranks
     if stage == 0:
-        gradients = (element_bytes + FULL if low_precision else FULL) * model.trained
+        gradients = element_bytes * model.trained + (FULL * min(model.trained, STEP_ELEMENTS) if low_precision else 0)
         optimizer = (MOMENTS + (MASTER if low_precision else 0)) * model.trained
         return ActorMemory(model.parameters * element_bytes, gradients, optimizer)
     parameters = model.parameters * element_bytes
