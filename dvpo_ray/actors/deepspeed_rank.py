@@ -58,12 +58,14 @@ class DeepSpeedRank(Actor):
         """One optimizer step over the micro-batches of a minibatch; see `TrainingEngine.step`."""
         return self.training.step(losses)
 
-    def offload(self) -> None:
-        """Move model and optimizer to host memory."""
-        self.training.offload()
+    # ---------------------------------------------------------------------------------------------- off-load
+
+    def offload(self, parameters: bool = True) -> None:
+        """Give the device's memory back until `reload`; without `parameters` the model stays, for forward passes and for a sync."""
+        self.training.offload(parameters=parameters)
 
     def reload(self) -> None:
-        """Bring model and optimizer back to the GPU."""
+        """Bring back what `offload` has moved away."""
         self.training.reload()
 
     # -------------------------------------------------------------------------------------------- checkpoints

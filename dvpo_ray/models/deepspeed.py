@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dvpo_ray.errors import ResourceError
 from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.compiling import compile_layers, compiles
 from dvpo_ray.models.loading import default_device, each_weight
+from dvpo_ray.models.offload import HostMemory
 from dvpo_ray.models.trainable import WeightShape, describe_weights, full_weights
 
 if TYPE_CHECKING:
@@ -183,6 +185,7 @@ class TrainingEngine:
         self.model = model
         self.max_grad_norm = optimizer.max_grad_norm
         self.is_cut = deepspeed_config.zero_stage == 3
+        self._host = HostMemory(default_device())
         if deepspeed_config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -211,6 +214,10 @@ class TrainingEngine:
         )
         if dist.get_world_size() == 1 and not self.engine.zero_optimization():
             self.engine.enable_backward_allreduce = False  # nothing to reduce, and DeepSpeed would copy all gradients twice
+        if deepspeed_config.zero_stage == 0 and dtype != torch.float32:
+            # DeepSpeed has taken a step without gradients. Adam would count it, and the first real step be a quarter too short.
+            self.engine.basic_optimizer.state.clear()
+            self.engine.optimizer.refresh_fp32_params()
         if deepspeed_config.zero_stage == 0 and dtype == torch.bfloat16:
             self.engine.optimizer.step = partial(_bfloat16_step, self.engine.optimizer)
 
@@ -250,6 +257,26 @@ class TrainingEngine:
                 kept[name] = tensor.cpu().clone()
         return kept
 
+    # -------------------------------------------------------------------------------------------------- off-load
+
+    def offload(self, *, parameters: bool = True) -> None:
+        """Give the device's memory back until `reload`: the optimizer's state, gradients and buffers, and the parameters if asked for.
+
+        DeepSpeed can do so with ZeRO 1 and 2 only, and with its own optimizer. No collective.
+        """
+        weights = [*self.model.buffers(), *(part for p in self.model.parameters() for part in (p.data, getattr(p, "ds_tensor", None)))]
+        weights = [weight for weight in weights if weight is not None]
+        of_weights = {weight.untyped_storage()._cdata for weight in weights}
+        optimizers = [vars(self.engine.optimizer), self.engine.basic_optimizer.state, self.engine.basic_optimizer.param_groups]
+        state = [*_tensors_in(optimizers), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        others = [tensor for tensor in state if tensor.untyped_storage()._cdata not in of_weights]
+        buckets = [bucket.buffer for bucket in getattr(self.engine.optimizer, "ipg_buckets", {}).values()]
+        self._host.take([*others, *weights] if parameters else others, scratch=[buffer for buffer in buckets if isinstance(buffer, Tensor)])
+
+    def reload(self) -> None:
+        """Bring back what `offload` has moved away. No collective."""
+        self._host.bring_back()
+
     # ----------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: str, tag: str) -> None:
@@ -270,6 +297,21 @@ class TrainingEngine:
     @property
     def _has_frozen_parameters(self) -> bool:
         return any(not parameter.requires_grad for parameter in self.model.parameters())
+
+
+def _tensors_in(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors in nested lists and dictionaries, with their gradients."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        if value.is_leaf and value.grad is not None:
+            yield value.grad
+    elif isinstance(value, dict | list | tuple | deque):
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from _tensors_in(item, seen)
 
 
 @dataclass(frozen=True)
