@@ -70,7 +70,7 @@ class DeepSpeedConfig(Section):
     compile: bool | None = Field(
         None,
         description="Compile the decoder layers (`torch.compile`): the start takes half a minute longer, steps are faster. "
-        "On a CPU it needs a C++ compiler. Not with ZeRO 3 or gradient checkpointing. Not set: on GPUs, from 200 optimizer steps on.",
+        "On a CPU it needs a C++ compiler. Not with ZeRO 3. Not set: on GPUs, from 200 optimizer steps on.",
     )
 
     @model_validator(mode="after")
@@ -81,8 +81,6 @@ class DeepSpeedConfig(Section):
             raise ValueError("offload_parameters needs zero_stage 3")
         if self.compile and self.zero_stage == 3:
             raise ValueError("compile needs zero_stage 0, 1 or 2; with 3 a layer's weights are gathered as it runs")
-        if self.compile and self.gradient_checkpointing:
-            raise ValueError("set compile or gradient_checkpointing, not both; a recomputed layer does not run compiled")
         return self
 
 

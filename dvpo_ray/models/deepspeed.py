@@ -189,8 +189,7 @@ class TrainingEngine:
         if deepspeed_config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        can_compile = deepspeed_config.zero_stage < 3 and not deepspeed_config.gradient_checkpointing
-        if can_compile and compiles(deepspeed_config.compile, total_steps):
+        if deepspeed_config.zero_stage < 3 and compiles(deepspeed_config.compile, total_steps):
             compile_layers(model)
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             _prepare_the_rest(model, dtype)
