@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_config, tiny_language_model
 
+from dvpo_ray.config.schema import LoraConfig, WeightSyncConfig
 from dvpo_ray.errors import ResourceError
+from dvpo_ray.models.trainable import apply_lora, describe_weights, full_weights, train_last_layers
 from dvpo_ray.sync.client import EngineClient
 from dvpo_ray.sync.object_store import pack, unpack
 
@@ -36,6 +41,85 @@ def test_a_damaged_bucket_is_refused():
     bucket["data"][1][5] ^= 1
     with pytest.raises(ValueError, match="weight bucket a … b arrived damaged"):
         list(unpack(**bucket))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("trained", [lambda model: model, partial(apply_lora, lora=LoraConfig(rank=2)), lambda model: train_last_layers(model, 1)])
+@pytest.mark.parametrize("changing_only", [False, True])
+def test_weights_are_described_as_they_travel(architecture, trained, changing_only):
+    model = tiny_language_model(tiny_config(architecture))
+    model = trained(model) or model
+    sent = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in full_weights(model, changing_only=changing_only)]
+    assert sent and list(map(tuple, describe_weights(model, changing_only=changing_only))) == sent
+
+
+def test_what_zero_3_has_cut_is_described_whole(tiny_model):
+    model = tiny_language_model(tiny_config("qwen3_moe"))
+    whole = describe_weights(model)
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)
+    assert describe_weights(model) == whole
+
+
+@pytest.fixture
+def ipc_without_a_gpu(monkeypatch):
+    """vLLM's CUDA IPC on a CPU: its buffer is an ordinary tensor, and the handle is the number of the buffer."""
+    packed_tensor = pytest.importorskip("vllm.distributed.weight_transfer.packed_tensor")
+    empty, exported = torch.empty, []
+
+    def export(buffer: torch.Tensor) -> tuple:
+        exported.append(buffer)
+        return None, (len(exported) - 1, *[0] * 7)
+
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))
+    monkeypatch.setattr(packed_tensor, "reduce_tensor", export)
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_cuda_tensor", lambda number, *_: exported[number])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-0"))
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+
+
+class _IPCEngine:
+    """The client of a sender, and behind it vLLM's receiving end with a model that keeps what it loads."""
+
+    def __init__(self) -> None:
+        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, PackedBufferImporter
+
+        self.loaded: list[tuple[str, torch.Tensor]] = []
+        self.buckets, self.version = 0, None
+        self.end = IPCWeightTransferEngine.__new__(IPCWeightTransferEngine)
+        self.end.device, self.end._packed_importer = torch.device("cuda:0"), PackedBufferImporter()
+        self.end.model = SimpleNamespace(load_weights=self.loaded.extend)
+
+    def begin(self) -> None: ...
+
+    def init_weight_transfer_engine(self, info: dict) -> None:
+        self.end.init_transfer_engine(self.end.parse_init_info(info))
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, info: dict) -> None:
+        self.buckets += 1
+        self.end.receive_weights(self.end.parse_update_info(info))
+
+    def finish_weight_update(self) -> None: ...
+
+    def set_policy_version(self, version: int) -> None:
+        self.version = version
+
+
+def test_a_weight_above_the_bucket_travels_by_ipc(ipc_without_a_gpu):
+    from dvpo_ray.sync.vllm_transports import VLLMSender
+
+    weights = [("embedding", torch.randn(64, 32)), ("a", torch.randn(20)), ("b", torch.randn(30)), ("head", torch.randn(60, 32).bfloat16())]
+    described = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+    engine = _IPCEngine()
+    sender = VLLMSender("ipc", engine, lambda changing_only: iter(weights), lambda changing_only: described, 0, WeightSyncConfig(bucket_mib=0.001))
+    sender.send(3, changing_only=False)
+    assert engine.version == 3 and engine.buckets == 2  # one buffer, of the size of the embedding
+    assert [name for name, _ in engine.loaded] == [name for name, _ in weights]
+    assert all(torch.equal(sent, got) and sent.dtype == got.dtype for (_, sent), (_, got) in zip(weights, engine.loaded, strict=True))
 
 
 class _Engine:

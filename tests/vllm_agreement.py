@@ -1,9 +1,9 @@
 """Whether vLLM computes an architecture as transformers does, before and after a weight sync. A script: one engine after the other.
 
-    python tests/vllm_agreement.py FOLDER llama qwen3_moe …
+    python tests/vllm_agreement.py FOLDER llama qwen3_moe llama:2 …
     python tests/vllm_agreement.py FOLDER
 
-FOLDER holds a tokenizer. For each architecture the script prints a JSON line: the largest difference of a sampled token's log-prob in nats,
+FOLDER holds a tokenizer; a number after an architecture is the engine's tensor-parallel size. For each architecture the script prints a JSON line: the largest difference of a sampled token's log-prob in nats,
 with the checkpoint's weights and after a sync that changed all of them, and how far that sync moved the log-probs. Without architectures
 FOLDER is a checkpoint, and each line has the mean and the largest difference in one dtype.
 """
@@ -41,14 +41,15 @@ def scatter(model: torch.nn.Module, seed: int) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def measure(architecture: str, tokenizer_folder: str) -> dict:
+def measure(named: str, tokenizer_folder: str) -> dict:
     from dvpo_ray.actors.vllm_backend import VLLMBackend
     from dvpo_ray.models.trainable import full_weights
     from dvpo_ray.sync.object_store import pack
 
+    architecture, _, shards = named.partition(":")
     folder = tempfile.mkdtemp(prefix=f"{architecture}-")
     checkpoint(architecture, tokenizer_folder, folder)
-    settings = config(folder)
+    settings = config(folder, tensor_parallel_size=int(shards or 1))
     buckets = list(pack(full_weights(policy(settings, synced=True)), 2**22, False))
     engine = VLLMBackend(settings, frozenset({STOP}), "object_store", 64)
 
@@ -63,13 +64,13 @@ def measure(architecture: str, tokenizer_folder: str) -> dict:
     engine.finish_weight_update()
     after = sample()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # vLLM alters some classes of transformers in its process
-        return {"architecture": architecture} | other.submit(largest_differences, settings, before, after).result()
+        return {"architecture": named} | other.submit(largest_differences, settings, before, after).result()
 
 
-def config(folder: str):
+def config(folder: str, **rollout):
     from dvpo_ray.config.schema import Config
 
-    rollout = {"temperature": 0.7, "min_response_tokens": 4, "max_response_tokens": 16}
+    rollout |= {"temperature": 0.7, "min_response_tokens": 4, "max_response_tokens": 16}
     return Config.model_validate({"model": {"path": folder, "dtype": "float32"}, "rollout": rollout})
 
 
@@ -113,7 +114,6 @@ def compare(folder: str, dtype: str) -> dict:
 
 def main(folder: str, architectures: list[str]) -> None:
     os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",

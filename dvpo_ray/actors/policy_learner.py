@@ -73,7 +73,7 @@ class PolicyLearner(DeepSpeedRank):
 
     def open_channel(self, engines: list[ActorHandle], transport: str) -> None:
         """Open the channel to the rollout engines; a collective of all ranks."""
-        self.sender = make_sender(transport, self.config, engines, self._weights, self.index)
+        self.sender = make_sender(transport, self.config, engines, self._weights, self.training.describe_weights, self.index)
         self.engines_are_whole = False
 
     def _save(self, weights: dict[str, Tensor], folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dvpo_ray.actors.rollout_backend import Response, RolloutBackend
+from dvpo_ray.actors.rollout_backend import Part, Response, RolloutBackend
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import diverged
@@ -39,14 +39,20 @@ class RolloutEngine(Actor):
     ) -> None:
         super().__init__(index, run_folder)
         self.chunk_rows = config.rollout.rollouts_per_chunk
-        self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens, loads_weights)
+        self.backend = make_backend(config, stop_token_ids, transport, max_sequence_tokens, loads_weights, sleeps)
         self.policy_version = 0
+        self._prompts: dict[int, Sequence[int]] = {}
+        self._finished: list[Response] = []
 
-    def generate(self, prompts: Sequence[Sequence[int]], step: int, row_ids: Sequence[int], seed: int, greedy: bool = False) -> Iterator[RaggedBatch]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], step: int, row_ids: Sequence[int], seed: int | Sequence[int], greedy: bool = False, keep: int = 0
+    ) -> Iterator[RaggedBatch]:
         """Sample one response to each prompt, or take the likeliest token each time.
 
         Args:
             step, row_ids: identity of each prompt's row.
+            seed: of this engine's sampling; or one for each row, which then depends on no other row.
+            keep: rows that may be left unfinished, so that the next call finds the engine at work. They come out of that call's stream.
 
         Yields:
             Finished rollouts with their `log_probs`, `rollout.rollouts_per_chunk` rows together, as they finish. Through Ray
@@ -55,42 +61,51 @@ class RolloutEngine(Actor):
         Raises:
             ResourceError: the policy's weights give log-probs that are not finite.
         """
-        finished: list[Response] = []
-        responses = self.backend.generate(prompts, seed, greedy)
+        self._prompts |= zip(row_ids, prompts, strict=True)
+        if prompts:
+            self.backend.add(row_ids, prompts, seed, greedy)
+        responses = self._responses(keep)
         while True:
             with self.clock.busy():
                 response = next(responses, None)
             if response is not None:
                 if not np.isfinite(response.log_probs).all():
                     raise diverged(f"the policy of version {self.policy_version} gives log-probs that are not finite", "policy")
-                finished.append(response)
-            if finished and (response is None or len(finished) == self.chunk_rows):
-                yield self._chunk(prompts, step, row_ids, finished)
-                finished = []
+                self._finished.append(response)
+            if len(self._finished) == self.chunk_rows or (self._finished and response is None and not keep):
+                yield self._chunk(step)
             if response is None:
                 return
 
-    def _chunk(self, prompts: Sequence[Sequence[int]], step: int, row_ids: Sequence[int], responses: list[Response]) -> RaggedBatch:
+    def _responses(self, keep: int) -> Iterator[Response]:
+        while self.backend.unfinished > keep:
+            yield from self.backend.step()
+
+    def _chunk(self, step: int) -> RaggedBatch:
+        responses, self._finished = self._finished, []
         return RaggedBatch.from_rows(
-            [prompts[r.index] for r in responses],
+            [self._prompts.pop(r.index) for r in responses],
             [r.token_ids for r in responses],
             step=step,
-            row_ids=[row_ids[r.index] for r in responses],
+            row_ids=[r.index for r in responses],
             truncated=[r.truncated for r in responses],
             policy_version=self.policy_version,
             by_response_token={"log_probs": [r.log_probs for r in responses]},
         )
 
+    # Sharing a GPU: the memory of an engine that sleeps is free for others.
+
     def sleep(self) -> bool:
         """Free the GPU of weights and cache; both are lost, so the next sync must bring all weights.
 
         Returns:
-            False if the engine keeps its memory.
+            False if the engine keeps its memory: it was not started to sleep. Then nothing has happened.
         """
-        return False
+        return self.backend.sleep()
 
-    def wake(self, part: str) -> None:
-        """Take the memory of a part again: `weights` before the sync, and `cache` before the next `generate`."""
+    def wake(self, part: Part) -> None:
+        """Take the memory of a part again. `weights` comes before the sync, and `cache` before the next `generate`."""
+        self.backend.wake(part)
 
     # The phases of a weight sync, called by the learner.
 
@@ -111,7 +126,7 @@ class RolloutEngine(Actor):
 
 
 def make_backend(
-    config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int, loads_weights: bool = True
+    config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int, loads_weights: bool = True, sleeps: bool = False
 ) -> RolloutBackend:
     """The backend that `rollout.backend` names.
 
@@ -120,11 +135,12 @@ def make_backend(
         transport: how new weights will arrive: `object_store`, `nccl` or `ipc`.
         max_sequence_tokens: longest prompt and response together.
         loads_weights: take the weights of the checkpoint; transformers always does.
+        sleeps: `sleep` is to free the GPU; transformers' never does.
     """
     if config.rollout.backend == "vllm":
         from dvpo_ray.actors.vllm_backend import VLLMBackend
 
-        return VLLMBackend(config, stop_token_ids, transport, max_sequence_tokens, loads_weights)
+        return VLLMBackend(config, stop_token_ids, transport, max_sequence_tokens, loads_weights, sleeps)
     from dvpo_ray.actors.transformers_backend import TransformersBackend
 
     return TransformersBackend(config, stop_token_ids)

@@ -6,24 +6,49 @@ from collections.abc import Iterator, Sequence
 
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from dvpo_ray.actors.rollout_backend import Response
-from dvpo_ray.config.schema import Config
+from dvpo_ray.actors.rollout_backend import Part, Response, RolloutBackend
+from dvpo_ray.config.schema import Config, RolloutConfig
+from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.compiling import require_compiler
 
-WeightTransferEngineFactory.register_engine("object_store", "dvpo_ray.sync.vllm_receiver", "ObjectStoreWeightTransferEngine")
+GIB = 2**30
+_LARGEST_GRAPH = 512
+"""Sequences up to which vLLM captures CUDA graphs unasked."""
+_TAGS: dict[Part, str] = {"weights": "weights", "cache": "kv_cache"}
 
 
-class VLLMBackend:
-    """One vLLM engine in this process (and in its tensor-parallel workers)."""
+class VLLMBackend(RolloutBackend):
+    """One vLLM engine in this process (and in its tensor-parallel workers).
 
-    def __init__(self, config: Config, stop_token_ids: frozenset[int], transport: str, max_sequence_tokens: int, loads_weights: bool = True) -> None:
+    Args:
+        stop_token_ids: tokens that end a response.
+        transport: how new weights arrive.
+        max_sequence_tokens: longest prompt and response together.
+        loads_weights: take the weights of the checkpoint.
+        sleeps: `sleep` is to free the GPU.
+
+    Raises:
+        ResourceError: the node has no compiler for what the config asks for, or its device can't sleep.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stop_token_ids: frozenset[int],
+        transport: str,
+        max_sequence_tokens: int,
+        loads_weights: bool = True,
+        sleeps: bool = False,
+    ) -> None:
         rollout = config.rollout
-        on_gpu = rollout.gpus_per_actor > 0
-        if not rollout.enforce_eager:
+        if not rollout.is_eager:
             require_compiler("rollout.enforce_eager: false")
+        if sleeps and not current_platform.is_sleep_mode_available():
+            raise ResourceError(f"rollout: an engine on a {current_platform.device_name} can't sleep; vLLM's sleep mode needs a GPU")
+        self.sleeps = sleeps
         self.llm = LLM(
             model=config.model.path,
             dtype=config.model.dtype,
@@ -34,12 +59,18 @@ class VLLMBackend:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after temperature and minimum length
             max_model_len=max_sequence_tokens,
             max_num_seqs=rollout.max_concurrent_sequences,
+            max_num_batched_tokens=rollout.max_batched_tokens,
             tensor_parallel_size=rollout.tensor_parallel_size,
-            enforce_eager=rollout.enforce_eager,
+            # Inside a placement group vLLM would choose Ray's executor, which needs a bundle for each GPU.
+            distributed_executor_backend="uni" if rollout.tensor_parallel_size == 1 else "mp",
+            worker_extension_cls="dvpo_ray.sync.vllm_receiver.WorkerExtension",
+            enforce_eager=rollout.is_eager,
+            enable_sleep_mode=sleeps,
             seed=config.seed,
             weight_transfer_config=WeightTransferConfig(backend=transport),
             disable_log_stats=True,
-            **({"gpu_memory_utilization": rollout.gpu_memory_utilization} if on_gpu else {}),
+            **_memory(rollout),
+            **_graphs(rollout),
         )
         self.params = SamplingParams(
             temperature=rollout.temperature,
@@ -54,15 +85,23 @@ class VLLMBackend:
         self.greedy_params = self.params.clone()
         self.greedy_params.temperature = 0.0
 
-    def generate(self, prompts: Sequence[Sequence[int]], seed: int, greedy: bool = False) -> Iterator[Response]:
-        self.llm.collective_rpc(_seed_worker, args=(seed,))
-        engine, params = self.llm.llm_engine, self.greedy_params if greedy else self.params
-        for index, prompt in enumerate(prompts):
-            engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    yield _response(output)
+    @property
+    def unfinished(self) -> int:
+        return self.llm.llm_engine.get_num_unfinished_requests()
+
+    def add(self, indices: Sequence[int], prompts: Sequence[Sequence[int]], seed: int | Sequence[int], greedy: bool = False) -> None:
+        params = self.greedy_params if greedy else self.params
+        if isinstance(seed, int):
+            self.llm.collective_rpc("seed_sampling", args=(seed,))
+        for i, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
+            own = params
+            if not isinstance(seed, int):
+                own = params.clone()
+                own.seed = seed[i]
+            self.llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, own)
+
+    def step(self) -> Iterator[Response]:
+        return (_response(output) for output in self.llm.llm_engine.step() if output.finished)
 
     def init_weight_transfer(self, init_info: dict) -> None:
         self.llm.collective_rpc("init_weight_transfer_engine", args=(init_info,))
@@ -75,13 +114,34 @@ class VLLMBackend:
 
     def finish_weight_update(self) -> None:
         self.llm.collective_rpc("finish_weight_update")
-        self.llm.reset_prefix_cache()  # cached keys and values were computed with the old weights
+        if not self.llm.reset_prefix_cache():  # cached keys and values were computed with the old weights
+            raise RuntimeError("vLLM kept keys and values of the old weights: a response was unfinished when new weights came")
+
+    def sleep(self) -> bool:
+        if self.sleeps:
+            self.llm.sleep(level=2)
+        return self.sleeps
+
+    def wake(self, part: Part) -> None:
+        if self.sleeps:
+            self.llm.wake_up(tags=[_TAGS[part]])
 
 
-def _seed_worker(_worker, seed: int) -> None:
-    from vllm.utils.torch_utils import set_random_seed
+def _memory(rollout: RolloutConfig) -> dict:
+    """vLLM's settings for the size of its cache."""
+    if rollout.given_cache_gib is None:
+        return {"gpu_memory_utilization": rollout.gpu_memory_utilization}
+    given = {"kv_cache_memory_bytes": round(rollout.given_cache_gib * GIB)}
+    # With a given cache the share only says how much must be free at the start, and the others on the GPU may be there first.
+    return given | ({"gpu_memory_utilization": 0.01} if rollout.gpus_per_actor > 0 else {})
 
-    set_random_seed(seed)
+
+def _graphs(rollout: RolloutConfig) -> dict:
+    """vLLM's settings for CUDA graphs: one for every number of sequences that can be decoded together."""
+    sequences = rollout.max_concurrent_sequences
+    if rollout.gpus_per_actor == 0 or rollout.is_eager or sequences <= _LARGEST_GRAPH:
+        return {}
+    return {"compilation_config": {"max_cudagraph_capture_size": -(-sequences // 16) * 16}}  # vLLM captures every sixteenth size
 
 
 def _response(output) -> Response:

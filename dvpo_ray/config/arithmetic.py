@@ -22,7 +22,7 @@ class BatchPlan:
 
     Attributes:
         samples_per_step: rows sampled and trained on in one step.
-        max_samples_per_engine: rows of the busiest rollout engine in one step.
+        max_samples_per_engine: rows that a rollout engine gets when a step begins, at most.
         samples_per_worker: rows of each learner worker in one step, on average, rounded up: workers share rows by tokens.
         rows_per_minibatch: rows of one optimizer step, over all workers.
         max_tokens_per_row: longest prompt plus longest response.
@@ -67,9 +67,10 @@ def derive_batch(config: Config) -> BatchPlan:
             f"set more than {shortest_horizon(samples):g}"
         )
     optimizer_steps_per_step = batch.update_epochs * batch.minibatches_per_epoch
+    together = batch.samples_per_prompt if batch.prompts_per_step >= config.rollout.num_actors else 1  # one engine has a prompt's samples
     return BatchPlan(
         samples_per_step=samples,
-        max_samples_per_engine=math.ceil(samples / config.rollout.num_actors),
+        max_samples_per_engine=together * math.ceil(samples / config.rollout.num_actors / together),
         samples_per_worker=math.ceil(samples / workers),
         rows_per_minibatch=samples // batch.minibatches_per_epoch,
         max_tokens_per_row=config.data.max_prompt_tokens + config.rollout.max_response_tokens,

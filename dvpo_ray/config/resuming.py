@@ -59,7 +59,7 @@ MAY_CHANGE: tuple[str, ...] = (
     *(f"{part}.micro_batch_tokens" for part in ("batch", *_FROZEN, "critic", "gvm", "reward_model")),
     *(f"{role}.deepspeed.{name}" for role in _TRAINED for name in ("gradient_checkpointing", "compile")),
     *(f"{role}.compile" for role in _FROZEN),
-    *("rollout.enforce_eager", "rollout.kv_cache_gib", "rollout.gpu_memory_utilization"),
+    *(f"rollout.{name}" for name in ("enforce_eager", "kv_cache_gib", "gpu_memory_utilization", "max_batched_tokens")),
 )
 """Settings and whole sections that may change."""
 

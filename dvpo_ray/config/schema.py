@@ -303,23 +303,39 @@ class RolloutConfig(RoleConfig):
     )
     max_concurrent_sequences: Count = Field(256, description="Sequences that an engine decodes at the same time.")
     rollouts_per_chunk: Count = Field(16, description="Finished rollouts that an engine hands on for scoring at a time.")
+    max_batched_tokens: Count | None = Field(
+        None,
+        description="Tokens of prompts and responses that vLLM computes in one pass. null: its choice for throughput, 16384 on a GPU "
+        "with 70 GiB or more, 8192 on a smaller one and on an A100, 4096 on a CPU.",
+    )
     kv_cache_gib: Positive | None = Field(
         None,
         description="vLLM's KV cache, in each of its processes. null: 1 GiB on a CPU; on a GPU what the plan leaves where roles share it, "
         "else what `gpu_memory_utilization` leaves.",
     )
-    gpu_memory_utilization: Fraction = Field(0.85, description="Share of the GPU that vLLM may take.")
-    enforce_eager: bool = Field(
-        True,
-        description="Run vLLM without compilation and CUDA graphs. `false`: the start takes half a minute longer, decoding is faster. "
-        "On a CPU it needs a C++ compiler.",
+    gpu_memory_utilization: Fraction = Field(0.85, description="Share of the GPU that vLLM may take; with `kv_cache_gib` it means nothing.")
+    enforce_eager: bool | None = Field(
+        None,
+        description="Run vLLM without compilation and CUDA graphs. null: true on a CPU, false on a GPU. `false`: the start takes half a "
+        "minute longer, decoding is faster. On a CPU it needs a C++ compiler.",
     )
     start_timeout_seconds: Positive = Field(900.0, description="How long an engine may take to start.")
+
+    @property
+    def is_eager(self) -> bool:
+        """What `enforce_eager` means here."""
+        return self.gpus_per_actor == 0 if self.enforce_eager is None else self.enforce_eager
 
     @property
     def given_cache_gib(self) -> float | None:
         """Size of vLLM's KV cache where it is not measured; None where vLLM measures what is left of the GPU."""
         return 1.0 if self.kv_cache_gib is None and self.gpus_per_actor == 0 else self.kv_cache_gib
+
+    @model_validator(mode="after")
+    def _a_pass_has_room_for_every_sequence(self) -> RolloutConfig:
+        if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_concurrent_sequences:
+            raise ValueError(f"max_batched_tokens must be at least max_concurrent_sequences, {self.max_concurrent_sequences}")
+        return self
 
 
 class ScorerConfig(RoleConfig):
@@ -440,7 +456,11 @@ class WeightSyncConfig(Section):
         description="`auto`: CUDA IPC where each engine shares its GPU with a rank of the learner, NCCL where they share none, the Ray object "
         "store otherwise.",
     )
-    bucket_mib: Positive = Field(256.0, description="Weights travel in buckets of this size.")
+    bucket_mib: Positive = Field(
+        256.0,
+        description="Weights travel in buckets of this size, or of the largest weight's if that is larger. `ipc` takes two buckets of the "
+        "shared GPU during a sync, `nccl` two on either side.",
+    )
     timeout_seconds: Positive = Field(600.0, description="A sync that takes longer ends the run with an error.")
     checksum: bool = Field(False, description="Verify every bucket of the object-store transport with CRC-32.")
 

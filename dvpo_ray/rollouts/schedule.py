@@ -18,6 +18,6 @@ def prompt_indices(num_prompts: int, prompts_per_step: int, step: int, seed: int
     return [int(order[epoch][place]) for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]
 
 
-def sampling_seed(seed: int, step: int, engine: int, stream: int = 0) -> int:
-    """Seed of one engine's sampling in one step, below 2**31; an engine that samples twice in a step takes another stream."""
-    return int(np.random.default_rng([seed, step, engine, stream]).integers(2**31))
+def sampling_seed(seed: int, step: int, index: int, stream: int = 0) -> int:
+    """Seed of the sampling of an engine, or of a row, in one step; below 2**31. One that samples twice in a step takes another stream."""
+    return int(np.random.default_rng([seed, step, index, stream]).integers(2**31))

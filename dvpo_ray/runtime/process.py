@@ -61,8 +61,8 @@ def environment(role: RoleConfig) -> dict[str, str]:
             "VLLM_NO_USAGE_STATS": "1",
         }
         if role.gpus_per_actor == 0:
-            variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": f"{role.given_cache_gib:g}"}
-        if role.gpus_per_actor == 0 and role.enforce_eager:
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        if role.gpus_per_actor == 0 and role.is_eager:
             # Otherwise vLLM still compiles a count over the logits: that takes half a minute and needs a C++ compiler.
             variables["TORCHDYNAMO_DISABLE"] = "1"
     return variables

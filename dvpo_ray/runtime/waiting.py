@@ -117,8 +117,11 @@ def wait(refs: Iterable[ObjectRef], *, what: str, timeout_seconds: float | None 
             return
 
 
-def as_they_come(streams: Sequence, *, what: str) -> Iterator[ObjectRef]:
+def as_they_come(streams: Sequence, *, what: str, followed_by: Callable = lambda ended: None) -> Iterator[ObjectRef]:
     """The references that some streams of actors give, in the order of their coming.
+
+    Args:
+        followed_by: gives the stream that takes the place of one that has ended, or None.
 
     Raises:
         ResourceError: the time limit passed since the last one.
@@ -133,6 +136,8 @@ def as_they_come(streams: Sequence, *, what: str) -> Iterator[ObjectRef]:
             chunk = next(stream, None)
             if chunk is None:
                 open_streams.remove(stream)
+                if (another := followed_by(stream)) is not None:
+                    open_streams.append(another)
             else:
                 yield chunk
 

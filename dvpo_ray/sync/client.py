@@ -18,6 +18,8 @@ from dvpo_ray.errors import ResourceError
 
 WeightStream = Callable[[bool], Iterable[tuple[str, torch.Tensor]]]
 """The learner's weights under their checkpoint names: all of them, or (with True) those that training changes."""
+Descriptions = Callable[[bool], Iterable[tuple[str, torch.dtype, tuple[int, ...]]]]
+"""Name, dtype and shape of each weight of a `WeightStream`, in its order, without the weights."""
 
 
 class EngineClient:

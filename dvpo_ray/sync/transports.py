@@ -5,11 +5,13 @@ from __future__ import annotations
 from ray.actor import ActorHandle
 
 from dvpo_ray.config.schema import Config
-from dvpo_ray.sync.client import EngineClient, WeightSender, WeightStream
+from dvpo_ray.sync.client import Descriptions, EngineClient, WeightSender, WeightStream
 from dvpo_ray.sync.object_store import ObjectStoreSender
 
 
-def make_sender(transport: str, config: Config, engines: list[ActorHandle], weights: WeightStream, rank: int) -> WeightSender:
+def make_sender(
+    transport: str, config: Config, engines: list[ActorHandle], weights: WeightStream, descriptions: Descriptions, rank: int
+) -> WeightSender:
     """Open a transport between the learner and all rollout engines; a collective of all learner ranks."""
     sync = config.weight_sync
     client = EngineClient(engines, config.rollout.tensor_parallel_size, sync.timeout_seconds)
@@ -18,4 +20,4 @@ def make_sender(transport: str, config: Config, engines: list[ActorHandle], weig
 
     from dvpo_ray.sync.vllm_transports import VLLMSender
 
-    return VLLMSender(transport, client, weights, rank, sync)
+    return VLLMSender(transport, client, weights, descriptions, rank, sync)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
 
 from dvpo_ray.sync.object_store import unpack
 
@@ -67,3 +69,14 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
     def shutdown(self) -> None:
         pass
+
+
+WeightTransferEngineFactory.register_engine("object_store", ObjectStoreWeightTransferEngine)
+
+
+class WorkerExtension:
+    """Added to vLLM's worker. Every process that computes for an engine imports it before it loads the model, and so knows the transport."""
+
+    def seed_sampling(self, seed: int) -> None:
+        """Seed all sampling from now on that has no seed of its own."""
+        set_random_seed(seed)

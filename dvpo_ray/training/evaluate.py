@@ -132,7 +132,7 @@ def policy_sampler(
     prepare(config)
     config = config.model_copy(update={"weight_sync": config.weight_sync.model_copy(update={"transport": "object_store"})})
     with connect(config.ray), started_roles(config, str(out), stop_token_ids, longest, ENGINES, show) as roles:
-        pool = RolloutPool(roles.engines, config.seed)
+        pool = RolloutPool(roles.engines, config)
 
         def sample(prompt_ids: Sequence[list[int]], stream: int = 0) -> RaggedBatch:
             chunks = get(list(pool.sample(prompt_ids, 0, stream=stream)), what="rollouts")

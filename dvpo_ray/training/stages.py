@@ -51,7 +51,7 @@ class Stages:
         self.kl = AdaptiveKLController(config.kl.coefficient, config.kl.adaptive_target_nats, config.kl.adaptive_horizon)
         self.policy_version = 0
         self.start_is_checked = False
-        self.pool = RolloutPool(roles.engines, config.seed)
+        self.pool = RolloutPool(roles.engines, config)
         self.turns = Turns(roles, config.offload != "never")
         self.samples_per_step = derive_batch(config).samples_per_step
         self._turns = itertools.count()
