@@ -22,6 +22,8 @@ HELP = "measure training steps: against the bare libraries, the algorithms again
 EXAMPLE = "dvpo bench step cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final --repeats 3"
 
 STEP_HELP = "measure a training step against the bare libraries that it uses"
+SYNC_HELP = "measure how fast all weights travel from the learner to the rollout engines"
+SYNC_EXAMPLE = "dvpo bench sync cluster_configs/local-cpu.yaml weight_sync.bucket_mib=64 --repeats 5"
 LEDGER_HELP = "measure memory and time of a step of each algorithm, by role, and their ratios to PPO"
 LEDGER_EXAMPLE = "dvpo bench ledger cluster_configs/local-cpu.yaml gvm.path=runs/gvm/final reward_model.path=runs/rm/final --repeats 3"
 DEFAULT_ALGORITHMS = ("ppo", "grpo", "dvpo")
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(metavar="BENCHMARK", required=True)
     step = _add(benchmarks, "step", STEP_HELP, EXAMPLE, _step)
     _add_number(step, "--repeats", "measured rounds after one that warms up", 5)
+
+    sync = _add(benchmarks, "sync", SYNC_HELP, SYNC_EXAMPLE, _sync)
+    _add_number(sync, "--repeats", "measured syncs after one that warms up", 5)
 
     ledger = _add(benchmarks, "ledger", LEDGER_HELP, LEDGER_EXAMPLE, _ledger, kind="ledger", files="ledger.json, ledger.md")
     ledger.add_argument(
@@ -112,6 +117,13 @@ def _step(args: argparse.Namespace, config: Config, out: Path) -> Results:
         from dvpo_ray.bench.step import bench_step
 
     return bench_step(config, out, args.repeats), None
+
+
+def _sync(args: argparse.Namespace, config: Config, out: Path) -> Results:
+    with loading():
+        from dvpo_ray.bench.sync import bench_sync
+
+    return bench_sync(config, out, args.repeats), None
 
 
 def _trl(args: argparse.Namespace, config: Config, out: Path) -> Results:

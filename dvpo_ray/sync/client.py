@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Protocol
 
 import ray
 import torch
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
 from dvpo_ray.errors import ResourceError
@@ -36,7 +38,14 @@ class EngineClient:
         self._deadline = time.monotonic() + self.timeout_seconds
 
     def _all(self, phase: str, arguments: list[tuple]) -> None:
+        self._start(phase, arguments)()
+
+    def _start(self, phase: str, arguments: list[tuple]) -> Callable[[], None]:
+        """Begin a phase on all engines; what it returns waits for them."""
         pending = {getattr(e, phase).remote(*args): i for i, (e, args) in enumerate(zip(self.engines, arguments, strict=True))}
+        return partial(self._finish, phase, pending)
+
+    def _finish(self, phase: str, pending: dict[ObjectRef, int]) -> None:
         ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=max(0.0, self._deadline - time.monotonic()))
         if late:
             index = pending[late[0]]
@@ -60,7 +69,11 @@ class EngineClient:
 
     def update_weights(self, update_info: Any) -> None:
         """Send one bucket: a dict, or an object reference to one (then it travels through the object store)."""
-        self._all("update_weights", [(update_info,)] * len(self.engines))
+        self.start_bucket(update_info)()
+
+    def start_bucket(self, update_info: Any) -> Callable[[], None]:
+        """Begin what `update_weights` does; what it returns waits for the engines."""
+        return self._start("update_weights", [(update_info,)] * len(self.engines))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all("finish_weight_update", [()] * len(self.engines))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import ray
@@ -31,8 +31,12 @@ class ObjectStoreSender:
             return
         self.client.begin()
         self.client.start_weight_update()
+        loaded: Callable[[], None] = lambda: None  # noqa: E731
         for bucket in pack(self.weights(changing_only), self.bucket_bytes, self.checksum):
-            self.client.update_weights(ray.put(bucket))
+            stored = ray.put(bucket)  # while the engines load the bucket before it
+            loaded()
+            loaded = self.client.start_bucket(stored)
+        loaded()
         self.client.finish_weight_update()
         self.client.set_policy_version(version)
 
@@ -41,25 +45,33 @@ def pack(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, checksu
     """Cut a stream of weights into buckets of at most `bucket_bytes`. A larger tensor gets a bucket of its own.
 
     A tensor that is contiguous and on the CPU is not copied here. The object store copies each array once, into shared memory.
+    Tensors on a GPU come through one page-locked buffer, so the data of a bucket are lost when the next one is asked for.
 
     Yields:
         `names`, `dtypes`, `shapes` of the tensors, `data` uint8 arrays with their bytes, and `crc32` of all bytes (None without
         `checksum`): the arguments of `unpack`.
     """
     names, dtypes, shapes, data, size = [], [], [], [], 0
+    staging = torch.empty(0, dtype=torch.uint8)
 
     def bucket() -> dict:
+        if staging.numel():
+            torch.cuda.synchronize()
         return {"names": names, "dtypes": dtypes, "shapes": shapes, "data": data, "crc32": _crc32(data) if checksum else None}
 
     for name, tensor in weights:
-        raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         if names and size + len(raw) > bucket_bytes:
             yield bucket()
             names, dtypes, shapes, data, size = [], [], [], [], 0
         names.append(name)
         dtypes.append(str(tensor.dtype).removeprefix("torch."))
         shapes.append(tuple(tensor.shape))
-        data.append(raw)
+        if raw.is_cuda:
+            if size + len(raw) > staging.numel():  # the first weight of a bucket, so the buffer holds nothing
+                staging = torch.empty(max(bucket_bytes, len(raw)), dtype=torch.uint8, pin_memory=True)
+            raw = staging[size : size + len(raw)].copy_(raw, non_blocking=True)
+        data.append(raw.numpy())
         size += len(raw)
     if names:
         yield bucket()

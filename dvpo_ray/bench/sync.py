@@ -1,0 +1,51 @@
+"""`dvpo bench sync`: how fast all weights travel from the learner to the engines."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from dvpo_ray.actors.policy_learner import PolicyLearner
+from dvpo_ray.actors.roles import started_roles
+from dvpo_ray.bench.measure import Spread, describe_measurement
+from dvpo_ray.config.schema import Config
+from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.planning.placement import choose_transport
+from dvpo_ray.runtime.cluster import connect
+from dvpo_ray.runtime.waiting import get
+
+
+def bench_sync(config: Config, run_folder: Path, repeats: int) -> dict:
+    """Measure syncs of all weights with the config's own engines, learner and transport, and print the result.
+
+    Args:
+        run_folder: gets the actors' logs.
+        repeats: measured syncs after one that warms up.
+
+    Returns:
+        `seconds` and `gb_per_second` (10^9 bytes, each engine gets all of them) of each sync, ready for JSON.
+
+    Raises:
+        InputError, ResourceError: in one line.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    with RunConsole() as console, console.entering("start of Ray", connect(config.ray, console.say), quiet=True):
+        roles = started_roles(config, str(run_folder.resolve()), frozenset({0}), longest, ("rollout", "learner"), console.starting)
+        with console.entering("start of the actors", roles) as roles:
+            size = get(roles.learners[0].observe.remote(_bytes), what="the size of the weights")
+            seconds = []
+            for version in range(repeats + 1):
+                started = time.perf_counter()
+                get([learner.sync_weights.remote(version, True) for learner in roles.learners], what="weight sync")
+                seconds.append(time.perf_counter() - started)
+        speeds = [size / one / 1e9 for one in seconds[1:]]
+        transport = choose_transport(config)
+        console.say(f"{size / 1e9:.3f} GB to {len(roles.engines)} engines by {transport}: {Spread.of(speeds):.2f} GB/s, first sync {seconds[0]:.2f} s")
+    results = {"transport": transport, "bytes": size, "first_seconds": seconds[0], "seconds": seconds[1:], "gb_per_second": speeds}
+    return {"benchmark": "sync", **describe_measurement(config), **results, "config": config.model_dump(mode="json")}
+
+
+def _bytes(learner: PolicyLearner) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in learner._descriptions(False))
