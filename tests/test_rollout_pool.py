@@ -76,6 +76,11 @@ class _Backend(RolloutBackend):
 
     def finish_weight_update(self) -> None: ...
 
+    def sleep(self) -> bool:
+        return False
+
+    def wake(self, part: str) -> None: ...
+
 
 class _Engine(RolloutEngine):
     def __init__(self, seconds_per_step: float) -> None:

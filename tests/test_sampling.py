@@ -115,9 +115,9 @@ def test_equal_weights_agree_within_the_bounds_of_the_dtype(dtype):
 
 @pytest.mark.slow
 def test_vllm_agrees_before_and_after_a_sync(tiny_model):
-    """Experts; test_loop.py has a model without."""
+    """Experts, and an engine of two processes; test_loop.py has a model without."""
     pytest.importorskip("vllm")
-    architectures = ["qwen3_moe"]
+    architectures = ["qwen3_moe", "llama:2"]
     script = [sys.executable, str(Path(__file__).parent / "vllm_agreement.py"), str(tiny_model), *architectures]
     ended = subprocess.run(script, capture_output=True, text=True, timeout=600)
     results = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
@@ -125,3 +125,4 @@ def test_vllm_agrees_before_and_after_a_sync(tiny_model):
     for result in results:
         assert "error" not in result, result
         assert result["checkpoint"] < 1e-3 and result["synced"] < 1e-3 and result["moved"] > 0.1, result
+        assert result["own_seeds"], result

@@ -3,9 +3,10 @@
     python tests/vllm_agreement.py FOLDER llama qwen3_moe llama:2 …
     python tests/vllm_agreement.py FOLDER
 
-FOLDER holds a tokenizer; a number after an architecture is the engine's tensor-parallel size. For each architecture the script prints a JSON line: the largest difference of a sampled token's log-prob in nats,
-with the checkpoint's weights and after a sync that changed all of them, and how far that sync moved the log-probs. Without architectures
-FOLDER is a checkpoint, and each line has the mean and the largest difference in one dtype.
+FOLDER holds a tokenizer; a number after an architecture is the engine's tensor-parallel size. For each architecture the script prints a
+JSON line: the largest difference of a sampled token's log-prob in nats, with the checkpoint's weights and after a sync that changed all of
+them, how far that sync moved the log-probs, and whether a row with its own seed has one sample whatever it is sampled with. Without
+architectures FOLDER is a checkpoint, and each line has the mean and the largest difference in one dtype.
 """
 
 from __future__ import annotations
@@ -63,8 +64,17 @@ def measure(named: str, tokenizer_folder: str) -> dict:
         engine.update_weights(bucket)
     engine.finish_weight_update()
     after = sample()
+    own = {"own_seeds": _with_own_seeds(engine, [0, 1, 2, 3]) == _with_own_seeds(engine, [3, 1]) | _with_own_seeds(engine, [2, 0])}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:  # vLLM alters some classes of transformers in its process
-        return {"architecture": named} | other.submit(largest_differences, settings, before, after).result()
+        return {"architecture": named} | own | other.submit(largest_differences, settings, before, after).result()
+
+
+def _with_own_seeds(engine, rows: list[int]) -> dict[int, list[int]]:
+    engine.add(rows, [PROMPTS[row] for row in rows], [7 + row for row in rows])
+    sampled = {}
+    while engine.unfinished:
+        sampled |= {response.index: response.token_ids for response in engine.step()}
+    return sampled
 
 
 def config(folder: str, **rollout):

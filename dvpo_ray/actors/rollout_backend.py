@@ -72,9 +72,10 @@ class RolloutBackend(ABC):
     def finish_weight_update(self) -> None:
         """The new weights are whole: drop everything computed from the old ones."""
 
+    @abstractmethod
     def sleep(self) -> bool:
         """Free the GPU of weights and cache, whose content is lost. False: this engine holds them for good, and nothing has happened."""
-        return False
 
-    def wake(self, part: Part) -> None:  # noqa: B027 (a backend that never sleeps has nothing to do)
+    @abstractmethod
+    def wake(self, part: Part) -> None:
         """Take the memory of the weights or of the cache again, without content."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import GenerationConfig
 
-from dvpo_ray.actors.rollout_backend import Response, RolloutBackend
+from dvpo_ray.actors.rollout_backend import Part, Response, RolloutBackend
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import diverged
 from dvpo_ray.models.loading import default_device, load_policy
@@ -88,3 +88,9 @@ class TransformersBackend(RolloutBackend):
 
     def finish_weight_update(self) -> None:
         """Nothing is cached between generations."""
+
+    def sleep(self) -> bool:
+        return False
+
+    def wake(self, part: Part) -> None:
+        """Nothing sleeps."""

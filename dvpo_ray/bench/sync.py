@@ -42,7 +42,8 @@ def bench_sync(config: Config, run_folder: Path, repeats: int) -> dict:
                 seconds.append(time.perf_counter() - started)
         speeds = [size / one / 1e9 for one in seconds[1:]]
         transport = choose_transport(config)
-        console.say(f"{size / 1e9:.3f} GB to {len(roles.engines)} engines by {transport}: {Spread.of(speeds):.2f} GB/s, first sync {seconds[0]:.2f} s")
+        told = f"{size / 1e9:.3f} GB to {len(roles.engines)} engines by {transport}, first in {seconds[0]:.2f} s"
+        console.say(f"{told}: {Spread.of(speeds):.2f} GB/s, median (range)")
     results = {"transport": transport, "bytes": size, "first_seconds": seconds[0], "seconds": seconds[1:], "gb_per_second": speeds}
     return {"benchmark": "sync", **describe_measurement(config), **results, "config": config.model_dump(mode="json")}
 

@@ -20,8 +20,10 @@ from dvpo_ray.errors import ResourceError
 
 WeightStream = Callable[[bool], Iterable[tuple[str, torch.Tensor]]]
 """The learner's weights under their checkpoint names: all of them, or (with True) those that training changes."""
-Descriptions = Callable[[bool], Iterable[tuple[str, torch.dtype, tuple[int, ...]]]]
-"""Name, dtype and shape of each weight of a `WeightStream`, in its order, without the weights."""
+Description = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a weight."""
+Descriptions = Callable[[bool], Iterable[Description]]
+"""What a `WeightStream` yields, in its order, without the weights."""
 
 
 class EngineClient:
