@@ -79,6 +79,7 @@ class VLLMBackend(RolloutBackend):
             min_tokens=rollout.min_response_tokens,
             stop_token_ids=sorted(stop_token_ids),
             logprobs=0,
+            flat_logprobs=True,  # otherwise vLLM makes two Python objects for each token
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -146,6 +147,4 @@ def _graphs(rollout: RolloutConfig) -> dict:
 
 def _response(output) -> Response:
     completion = output.outputs[0]
-    token_ids = list(completion.token_ids)
-    log_probs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
-    return Response(int(output.request_id), token_ids, log_probs, completion.finish_reason == "length")
+    return Response(int(output.request_id), list(completion.token_ids), list(completion.logprobs.logprobs), completion.finish_reason == "length")
