@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_config, tiny_language_model
+from transformers import AutoModelForCausalLM
 
 from dvpo_ray.config.schema import LoraConfig, WeightSyncConfig
 from dvpo_ray.errors import ResourceError
@@ -174,3 +175,13 @@ def test_phases_reach_every_engine_in_order_and_a_hang_is_named(ray_session):
     stuck.start_weight_update()
     with pytest.raises(ResourceError, match=r"rollout engine 1 did not answer finish_weight_update within weight_sync.timeout_seconds=5"):
         stuck.finish_weight_update()
+
+
+@pytest.mark.slow
+def test_bench_sync_counts_every_weight(loop_settings, tmp_path):
+    from dvpo_ray.bench.sync import bench_sync
+
+    results = bench_sync(Config.model_validate(loop_settings), tmp_path / "bench", repeats=2)
+    parameters = AutoModelForCausalLM.from_pretrained(loop_settings["model"]["path"]).parameters()
+    assert results["bytes"] == 4 * sum(parameter.numel() for parameter in parameters) and results["transport"] == "object_store"
+    assert results["gb_per_second"] == [results["bytes"] / seconds / 1e9 for seconds in results["seconds"]] and len(results["seconds"]) == 2
