@@ -19,7 +19,7 @@ from dvpo_ray.config.schema import LoraConfig, WeightSyncConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.trainable import apply_lora, describe_weights, full_weights, train_last_layers
 from dvpo_ray.sync.client import EngineClient
-from dvpo_ray.sync.object_store import pack, unpack
+from dvpo_ray.sync.object_store import ObjectStoreSender, pack, unpack
 
 shapes = st.lists(st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=8)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -35,6 +35,24 @@ def test_buckets_carry_every_weight_unchanged(sizes, kinds, bucket_bytes, checks
     for (_, sent), (_, got) in zip(weights, arrived, strict=True):
         assert got.dtype == sent.dtype and got.shape == sent.shape and torch.equal(got, sent)
     assert all(len(bucket["names"]) == 1 or sum(map(len, bucket["data"])) <= bucket_bytes for bucket in buckets)
+
+
+def test_a_bucket_is_stored_while_the_engines_load_the_one_before_it(monkeypatch):
+    done = []
+    monkeypatch.setattr(ray, "put", lambda bucket: done.append(f"store {bucket['names'][0]}") or bucket["names"][0])
+
+    class Client:
+        def start_bucket(self, name: str):
+            done.append(f"send {name}")
+            return lambda: done.append(f"loaded {name}")
+
+        def __getattr__(self, phase: str):
+            return lambda *_: done.append(phase)
+
+    weights = [(name, torch.ones(100)) for name in "abc"]
+    ObjectStoreSender(Client(), lambda changing_only: weights, True, WeightSyncConfig(bucket_mib=0.0004)).send(1, changing_only=False)
+    buckets = ["store a", "send a", "store b", "loaded a", "send b", "store c", "loaded b", "send c", "loaded c"]
+    assert done == ["init_weight_transfer_engine", "begin", "start_weight_update", *buckets, "finish_weight_update", "set_policy_version"]
 
 
 def test_a_damaged_bucket_is_refused():
