@@ -43,12 +43,8 @@ class BareRollout(Actor):
         """Sample one response to each prompt; counts response tokens, stop tokens included."""
         torch.manual_seed(seed)
         started = time.perf_counter()
-        tokens = self._by_vllm(prompts) if hasattr(self.backend, "llm") else self._by_transformers(prompts)
+        tokens = generate_by_vllm(self, prompts) if hasattr(self.backend, "llm") else self._by_transformers(prompts)
         return Sample(tokens, time.perf_counter() - started)
-
-    def _by_vllm(self, prompts: Sequence[Sequence[int]]) -> int:
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return sum(len(output.outputs[0].token_ids) for output in self.backend.llm.generate(requests, self.backend.params, use_tqdm=False))
 
     def _by_transformers(self, prompts: Sequence[Sequence[int]]) -> int:
         model, size = self.backend.model, self.backend.batch_size
@@ -64,6 +60,12 @@ class BareRollout(Actor):
             stopped = torch.isin(sampled, stop).long().cumsum(-1)
             tokens += int((stopped.cumsum(-1) <= 1).sum())
         return tokens
+
+
+def generate_by_vllm(actor, prompts: Sequence[Sequence[int]]) -> int:
+    """Response tokens that vLLM's own `generate` makes on the engine of an actor, `RolloutEngine` or `BareRollout`."""
+    requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    return sum(len(output.outputs[0].token_ids) for output in actor.backend.llm.generate(requests, actor.backend.params, use_tqdm=False))
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts

@@ -154,7 +154,7 @@ def compare_learner(bench: Bench) -> list[dict]:
     recomputes = bench.config.policy.old_log_probs == "recompute" and derive_batch(bench.config).optimizer_steps_per_step > 1
     bench = replace(bench, config=override_config(bench.config, ["policy.old_log_probs=rollout"]))
     config = bench.config
-    shard = _with_learner_fields(bench.rollouts().select(np.arange(bench.learner_rows)), config.seed)
+    shard = with_learner_fields(bench.rollouts().select(np.arange(bench.learner_rows)), config.seed)
     reference = ray.put(shard)
     packed = packs_rows(config.model, config.model.path, on_gpu=config.policy.gpus_per_actor > 0)
     kl_coefficient = config.kl.coefficient if config.kl.placement == "loss" else 0.0
@@ -187,7 +187,7 @@ def compare_learner(bench: Bench) -> list[dict]:
     return comparisons
 
 
-def _with_learner_fields(batch: RaggedBatch, seed: int) -> RaggedBatch:
+def with_learner_fields(batch: RaggedBatch, seed: int) -> RaggedBatch:
     """The fields that a shard has, with random advantages: the cost of an update does not depend on them."""
     mask = batch.response_mask.astype(np.float32)
     advantages = np.random.default_rng(seed).standard_normal(batch.num_tokens).astype(np.float32) * mask

@@ -52,7 +52,7 @@ def bench_ledger(
     memory: dict[str, dict[str, ActorMemory]] = {algorithm: {} for algorithm in algorithms}
 
     def profile(algorithm: str, folder: Path, after_step: Callable[[], None]) -> StepProfile:
-        return profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, after_step, partial(_memory_by_role, memory[algorithm]))
+        return profile_steps(configs[algorithm], inputs[algorithm], folder, repeats, after_step, partial(memory_by_role, memory[algorithm]))
 
     contestants = {algorithm: partial(profile, algorithm) for algorithm in algorithms}
     with RunConsole() as console, console.entering("start of Ray", connect(config.ray, console.say), quiet=True):
@@ -103,7 +103,7 @@ def config_for(config: Config, algorithm: str, group_size: int) -> Config:
 
 
 @contextmanager
-def _memory_by_role(memory: dict[str, ActorMemory], roles: Roles) -> Iterator[None]:
+def memory_by_role(memory: dict[str, ActorMemory], roles: Roles) -> Iterator[None]:
     """Put the memory of the step inside a `with` block into a dictionary by role, summed over the role's actors."""
     handles = {role: actors for role, actors in roles.by_role.items() if role != "experience"}  # which holds no model
     get([actor.observe.remote(start_ledger) for actors in handles.values() for actor in actors], what="the start of the memory ledger")

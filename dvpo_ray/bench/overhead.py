@@ -107,7 +107,6 @@ def profile_steps(
     """
     config = override_config(config, [f"train.steps={repeats + 1}"])
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    steps = []
     with (
         PeakMemory() as memory,
         started_roles(config, str(run_folder), inputs.stop_token_ids, longest) as roles,
@@ -116,14 +115,27 @@ def profile_steps(
         memory.add_pids(roles.local_pids)
         loop = PolicyLoop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
         loop.sync(0)
-        for step in range(1, config.train.steps + 1):
-            with around_last_step(roles) if step == config.train.steps else nullcontext():
-                started = time.perf_counter()
-                metrics = loop.step(step)
-                log.write(step, metrics)
-                steps.append(StepTime.of(metrics, time.perf_counter() - started))
-            after_step()
-    return StepProfile(steps[1:], memory.peak_gib)
+        steps = profile_loop(loop, log, range(1, config.train.steps + 1), after_step, around_last_step)
+    return StepProfile(steps, memory.peak_gib)
+
+
+def profile_loop(
+    loop: PolicyLoop,
+    log: MetricsLog,
+    numbers: Sequence[int],
+    after_step: Callable[[], None] = lambda: None,
+    around_last_step: Callable[[Roles], AbstractContextManager] = lambda _roles: nullcontext(),
+) -> list[StepTime]:
+    """The steps of these numbers on a loop whose engines have their weights, but for the first, which warms up."""
+    steps = []
+    for step in numbers:
+        with around_last_step(loop.roles) if step == numbers[-1] else nullcontext():
+            started = time.perf_counter()
+            metrics = loop.step(step)
+            log.write(step, metrics)
+            steps.append(StepTime.of(metrics, time.perf_counter() - started))
+        after_step()
+    return steps[1:]
 
 
 # ------------------------------------------------------------------------------------------------ contestants in rounds

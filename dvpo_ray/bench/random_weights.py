@@ -30,7 +30,7 @@ from dvpo_ray.gvm.artifact import (
     tokenizer_hash,
 )
 from dvpo_ray.gvm.model import head_parameters, new_value_model
-from dvpo_ray.models.loading import first_line, load_tokenizer, torch_dtype
+from dvpo_ray.models.loading import default_device, first_line, load_tokenizer, torch_dtype
 
 _HEAD_STD = 0.02
 
@@ -86,7 +86,8 @@ def with_random_weights(config: Config, architecture: Path, folder: Path, tokeni
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         setattr(model_config, name, getattr(chosen, name))
     torch.manual_seed(config.seed)
-    policy = AutoModelForCausalLM.from_config(model_config, dtype=torch_dtype(config.model.dtype))
+    with torch.device(default_device()):  # billions of weights take minutes on a CPU
+        policy = AutoModelForCausalLM.from_config(model_config, dtype=torch_dtype(config.model.dtype))
     with whole_folder(folder / "policy") as draft:
         policy.save_pretrained(draft)
         chosen.save_pretrained(draft)

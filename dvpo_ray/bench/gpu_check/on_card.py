@@ -1,0 +1,241 @@
+"""What is proven and measured on the roles of a card."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from dvpo_ray.actors.policy_learner import PolicyLearner
+from dvpo_ray.actors.rollout_engine import RolloutEngine
+from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.bench.bare import generate_by_vllm
+from dvpo_ray.bench.gpu_check.card import TEMPERATURE, Card, beside, connected, started_card
+from dvpo_ray.bench.gpu_check.figures import Report
+from dvpo_ray.bench.ledger import memory_by_role
+from dvpo_ray.bench.ledger_results import algorithm_results, ledger_results
+from dvpo_ray.bench.measure import Sample, compare, take_turns
+from dvpo_ray.bench.overhead import StepProfile, profile_loop
+from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.monitoring.metrics import MetricsLog
+from dvpo_ray.planning.memory import GIB, ActorMemory, predict_roles
+from dvpo_ray.planning.placement import choose_transport
+from dvpo_ray.policy.mismatch import START_BOUNDS
+from dvpo_ray.rollouts.schedule import sampling_seed
+from dvpo_ray.runtime.room import stop
+from dvpo_ray.runtime.waiting import get
+from dvpo_ray.training.policy import PolicyLoop
+
+START_SECONDS, ENGINE_RATIO, OVERHEAD, PLAN_ERROR = 40.0, 0.95, 0.03, 0.15
+SYNC_TARGETS = {"ipc": 50.0, "object_store": 1.5}
+"""GB/s of all weights, after the first time."""
+FREED = 0.9
+"""Share of an engine's weights and cache that its sleep must free."""
+SYNCS, ENGINE_ROUNDS, STEPS = 3, 1, 3
+
+
+def loops(report: Report) -> None:
+    """Every algorithm, LoRA, another temperature, transports, sleep, checkpoints: on a tiny model, with one start."""
+    with started_card(report, "tiny", adapters=True) as card:
+        for name, proof in PROOFS.items():
+            with report.part(name):
+                proof(card)
+
+
+def costs_1b(report: Report) -> None:
+    """A step at the shape 1B: the engine against bare vLLM, sync, memory by role, and DVPO against PPO."""
+    # Both trained models are on one card: without checkpointing there would be no room for their activations.
+    more = ["rollout.enforce_eager=false"] if report.on_gpu else []
+    checkpointing = [f"{role}.deepspeed.gradient_checkpointing=true" for role in ("policy", "critic")]
+    with started_card(report, "1b", *more, *checkpointing, adapters=False) as card:
+        for what, measure in MEASUREMENTS.items():
+            with report.part(what):
+                measure(card)
+
+
+# --------------------------------------------------------------------------------------------------------- proofs
+
+
+def first_rollouts(card: Card) -> None:
+    """The first weights arrive: engine and reference model agree on the first rollouts."""
+    report, loop = card.report, card.loop("dvpo")
+    started = time.perf_counter()
+    loop.sync(0)
+    report.figure("first weights to the engine", time.perf_counter() - started, "s")
+    chunks = loop.rollout(card.prompts(0), 0, loop.roles.frozen)
+    report.figure("first rollouts, from the command", time.time() - card.began, "s", at_most=START_SECONDS if card.is_measured else None)
+    loop.check_start(chunks)
+    report.check("engine and reference model agree at the start", True, "yes")
+
+
+def algorithms(card: Card) -> None:
+    """Two steps of each."""
+    for name in ALGORITHMS:
+        with card.report.part(name):
+            loop = card.loop(name)
+            _check_steps(card.report, f"{name}, {card.config.model.dtype}", [card.step(loop) for _ in range(2)])
+
+
+def adapters(card: Card) -> None:
+    """Two steps of a LoRA learner at a temperature, whose engine gets its weights through the object store."""
+    loop = PolicyLoop(card.other_config, card.others, card.inputs.prompts, [])
+    loop.sync(0)
+    _check_steps(card.report, f"LoRA, temperature {TEMPERATURE:g}", [loop.step(number) for number in (1, 2)])
+
+
+def _check_steps(report: Report, name: str, steps: Sequence[dict[str, float]]) -> None:
+    """The steps themselves refuse numbers that are not finite; here the engine must still agree with the learner after the first update."""
+    last = steps[-1]
+    apart, norm = last["mismatch/log_prob_abs_mean"], last["policy/grad_norm"]
+    found = f"gradient {norm:.2g}, engine apart {apart:.2g} nats, {last['time/step_seconds']:.2f} s"
+    report.check(name, norm > 0 and apart <= max(bound for bound, _ in START_BOUNDS.values()), found)
+
+
+def transports(card: Card) -> None:
+    """All weights, by the transport of the card and through the object store; the engines' tokens show that they arrive."""
+    ways = {choose_transport(card.config): None, "object_store": card.others.engines}
+    for transport, engines in ways.items():
+        with card.report.part(f"sync, {transport}"):
+            seconds, size = card.sync(engines, transport, SYNCS)
+            card.report.figure(f"sync, {transport}: first", size / 1e9 / seconds[0], "GB/s")
+            target = SYNC_TARGETS.get(transport) if card.is_measured else None
+            card.report.figure(f"sync, {transport}: later", size / 1e9 / min(seconds[1:]), "GB/s", at_least=target)
+            card.report.figure(f"sync, {transport}: later", min(seconds[1:]), "s")
+
+
+def sleep(card: Card) -> None:
+    """Sleep frees the card; after waking and a sync the engine says the same. Without a GPU there is only the sync."""
+    before = card.greedy()
+    if card.report.on_gpu:
+        held = get(card.engine.observe.remote(engine_bytes), what="the engine's memory")
+        used = _used_bytes()
+        get(card.engine.sleep.remote(), what="the engine's sleep")
+        freed = used - _used_bytes()
+        card.report.check("sleep frees the card", freed >= FREED * held, f"{freed / GIB:.2f} GiB of {held / GIB:.2f} GiB")
+        get(card.engine.wake.remote("weights"), what="waking the engine")
+        card.sync()
+        get(card.engine.wake.remote("cache"), what="waking the engine")
+    else:
+        card.sync()
+    card.report.check("the same greedy tokens after a whole sync", np.array_equal(before, card.greedy()), f"{len(before)} tokens")
+
+
+def engine_bytes(engine: RolloutEngine) -> int:
+    """Inside an engine: bytes of its weights and of its cache."""
+    from dvpo_ray.bench.memory import model_state
+
+    return sum(part.total for part in model_state(engine).values())
+
+
+def _used_bytes() -> int:
+    """Of the card, by all processes."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def checkpoint(card: Card) -> None:
+    """Save, train on, kill the learner, start another and load: the weights are those that were saved, in learner and engine."""
+    loop, folder = card.loop("dvpo"), card.report.folder / "checkpoint"
+    chunks = loop.rollout(card.prompts(0), card.version, scored_by=())
+    batch = RaggedBatch.concatenate(ray.get([chunk.rollouts for chunk in chunks])).sorted_by_id()
+    loop.save(folder)
+    state = {"step": card.version, **loop.state_dict()}
+    saved, tokens = _log_probs(card.learner, batch), card.greedy()
+    card.step(loop)
+    trained = _log_probs(card.learner, batch)
+    stop([card.learner])
+    again = beside(card.report, PolicyLearner, "policy", card.config, str(card.report.folder / "again"), card.inputs.stop_token_ids)
+    connected(again, [card.engine], choose_transport(card.config))
+    card.roles.by_role["learner"] = loop.roles.by_role["learner"] = [again]
+    loop.load(folder, state)
+    card.version = loop.policy_version
+    moved, apart = (float(np.abs(one - saved).max()) for one in (trained, _log_probs(again, batch)))
+    card.report.check("checkpoint, kill, resume: the learner", apart < 0.01 * moved, f"{apart:.2g} from the saved log-probs, {moved:.2g} before")
+    card.report.check("checkpoint, kill, resume: the engine", np.array_equal(tokens, card.greedy()), f"{len(tokens)} greedy tokens")
+    _check_steps(card.report, "a step after it", [card.step(loop)])
+
+
+def _log_probs(learner: ActorHandle, batch: RaggedBatch) -> np.ndarray:
+    return get(learner.log_probs.remote(batch), what="log-probs")
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def engine_speed(card: Card) -> None:
+    """Generated tokens a second of the engine's stream, as the driver sees it, against vLLM's own `generate` on the same engine."""
+    engine, seed = card.engine, card.config.seed
+
+    def stream(round_: int) -> Sample:
+        prompts = card.prompts(round_)
+        get(engine.observe.remote(forget_prompts), what="the engine")
+        started = time.perf_counter()
+        chunks = list(engine.generate.remote(prompts, round_, list(range(len(prompts))), sampling_seed(seed, round_, 0)))
+        seconds = time.perf_counter() - started
+        return Sample(sum(int(chunk.response_lengths.sum()) for chunk in ray.get(chunks)), seconds)
+
+    def bare(round_: int) -> Sample:
+        return get(engine.observe.remote(bare_sample, card.prompts(round_)), what="vLLM's generate")
+
+    result = compare("engine", ENGINE_RATIO, take_turns({"product": stream, "bare vLLM": bare}, ENGINE_ROUNDS))
+    card.report.figure("engine", result["product"]["median"], "tokens/s")
+    card.report.figure("bare vLLM", result["bare"]["bare vLLM"]["median"], "tokens/s")
+    card.report.figure("engine / bare vLLM", result["ratio"], at_least=ENGINE_RATIO)
+
+
+def forget_prompts(engine: RolloutEngine) -> None:
+    """Inside an engine: no prompt is cached from an earlier round."""
+    engine.backend.llm.reset_prefix_cache()
+
+
+def bare_sample(engine: RolloutEngine, prompts: Sequence[Sequence[int]]) -> Sample:
+    """Inside an engine: a response to each prompt by vLLM alone."""
+    forget_prompts(engine)
+    started = time.perf_counter()
+    tokens = generate_by_vllm(engine, prompts)
+    return Sample(tokens, time.perf_counter() - started)
+
+
+def against_ppo(card: Card) -> None:
+    """Steps of PPO and of DVPO: stages, what is outside of them, memory by role against the plan, and the ratios of the two."""
+    report, measured = card.report, {}
+    for algorithm in ("ppo", "dvpo"):
+        loop, memory = card.loop(algorithm), dict[str, ActorMemory]()
+        numbers = range(card.version + 1, card.version + 1 + STEPS)
+        with MetricsLog(report.folder / algorithm, [], config={}) as log:
+            steps = profile_loop(loop, log, numbers, around_last_step=partial(memory_by_role, memory))
+        card.version = numbers[-1]
+        planned = {role: plan.memory for role, plan in predict_roles(loop.config).items()}
+        one = measured[algorithm] = algorithm_results(derive_batch(loop.config).samples_per_step, [StepProfile(steps, 0.0)], memory, planned)
+        report.figure(f"{algorithm}: a step", one["step_seconds"]["median"], "s")
+        for stage, seconds in one["stage_seconds"].items():
+            report.figure(f"{algorithm}: {stage}", seconds, "s")
+        overhead = statistics.median(step.overhead for step in steps)
+        report.figure(f"{algorithm}: outside of the stages", overhead, "of a step", at_most=OVERHEAD if card.is_measured else None)
+        for role, found in memory.items():
+            error = planned[role].peak / found.peak - 1 if found.peak else math.nan
+            bounds = {"at_least": -PLAN_ERROR, "at_most": PLAN_ERROR} if card.is_measured else {}
+            report.figure(f"{algorithm}: {role}, peak without cache", found.peak / GIB, "GiB")
+            report.figure(f"{algorithm}: {role}, error of `dvpo plan`", error, **bounds)
+    for target in ledger_results(measured, {}, on_gpu=True)["targets"]:
+        name = {"step": "step", "peak": "peak without cache"}[target["quantity"]]
+        report.figure(f"dvpo / ppo: {name}", target["ratio"], at_most=target["limit"] if card.is_measured else None)
+
+
+PROOFS = {
+    "first rollouts": first_rollouts,
+    "algorithms": algorithms,
+    "adapters": adapters,
+    "transports": transports,
+    "sleep": sleep,
+    "checkpoint": checkpoint,
+}
+MEASUREMENTS = {"first rollouts": first_rollouts, "transports": transports, "engine": engine_speed, "dvpo against ppo": against_ppo}

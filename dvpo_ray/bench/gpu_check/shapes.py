@@ -1,0 +1,157 @@
+"""The shapes that the check measures, their configs, and checkpoints of them with random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dvpo_ray.bench.gpu_check.figures import Report
+from dvpo_ray.bench.random_weights import with_random_weights
+from dvpo_ray.config import override_config
+from dvpo_ray.config.schema import Config
+from dvpo_ray.files import whole_file
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "initializer_range": 0.02,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and the rows that it works on.
+
+    Attributes:
+        layers, hidden, mlp, heads, kv_heads, head_size, vocabulary: of a Llama.
+        tied: the output projection is the embedding.
+        prompt_tokens, response_tokens: of every row.
+        rows: in a batch.
+        micro_batch_tokens: of the trained models; of the frozen ones it is twice as many.
+    """
+
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    prompt_tokens: int
+    response_tokens: int
+    rows: int
+    micro_batch_tokens: int
+
+    def as_json(self) -> dict:
+        """The config.json."""
+        return _LLAMA | {
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+        }
+
+
+SHAPES = {
+    # Llama 3.2 1B and 3B.
+    "1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, True, 512, 512, 64, 8192),
+    "3b": Shape(28, 3072, 8192, 24, 8, 128, 128256, True, 512, 512, 32, 4096),
+    "tiny": Shape(6, 512, 1536, 8, 4, 64, 2048, False, 64, 32, 16, 1024),
+    "cpu": Shape(2, 64, 128, 2, 2, 32, 320, True, 12, 8, 8, 64),
+}
+
+
+def on_card(device: str) -> dict:
+    """Settings that put every role on one GPU, or on the CPU."""
+    if device == "cpu":
+        return {role: {"threads": 1} for role in ("rollout", "scorer", "reference", "policy", "critic", "gvm", "reward_model")}
+    shares = {"rollout": 0.3, "scorer": 0.1, "reference": 0.1, "policy": 0.25, "critic": 0.25, "gvm": 1, "reward_model": 1}
+    return {role: {"gpus_per_actor": share, "threads": 2} for role, share in shares.items()}
+
+
+def base_config(shape: Shape, device: str) -> Config:
+    """A config of a shape on one device, with small optimizer steps and nothing that judges, so that every step is like the others."""
+    settings = {
+        "model": {"path": "made", "dtype": "bfloat16" if device == "cuda" else "float32", "chat_template": "plain"},
+        "data": {
+            "prompts": {"path": "made", "heldout_fraction": 0.1},
+            "max_prompt_tokens": shape.prompt_tokens,
+            "max_response_tokens": shape.response_tokens,
+            "long_prompt": "truncate_left",
+        },
+        "rollout": {
+            "max_response_tokens": shape.response_tokens,
+            "min_response_tokens": shape.response_tokens,
+            "max_concurrent_sequences": shape.rows,
+            "rollouts_per_chunk": max(1, shape.rows // 4),
+            "kv_cache_gib": 4 if device == "cuda" else 1,
+            "gpu_memory_utilization": 0.15,
+        },
+        "scorer": {"micro_batch_tokens": 2 * shape.micro_batch_tokens},
+        "reference": {"micro_batch_tokens": 2 * shape.micro_batch_tokens},
+        "policy": {"learning_rate": 1e-6, "schedule": "constant", "deepspeed": {"zero_stage": 1}},
+        "critic": {
+            "learning_rate": 1e-6,
+            "schedule": "constant",
+            "micro_batch_tokens": shape.micro_batch_tokens,
+            "deepspeed": {"zero_stage": 1},
+        },
+        "gvm": {"micro_batch_tokens": shape.micro_batch_tokens, "pairs_per_step": max(1, shape.rows // 2), "deepspeed": {"zero_stage": 1}},
+        "advantage": {"truncated": "bootstrap"},
+        "batch": {"prompts_per_step": shape.rows, "micro_batch_tokens": shape.micro_batch_tokens},
+        "evaluation": {"judge": "none"},
+        "train": {"save_rollouts_every_steps": 0, "trackers": []},
+        "health": {"max_cut_off_fraction": None},
+        "ray": {"num_cpus": 8, "num_gpus": 0 if device == "cpu" else 1, "object_store_gib": 0.2 if device == "cpu" else 4},
+    }
+    for role, more in on_card(device).items():
+        settings[role] = settings.get(role, {}) | more
+    return Config.model_validate(settings)
+
+
+def models_of(report: Report, name: str) -> tuple[Shape, Config]:
+    """A shape and its config, with policy, value model, reward model and prompts, which the first step that needs them makes.
+
+    Args:
+        name: of a shape. On a CPU all have the one shape that it can take.
+    """
+    name = name if report.on_gpu else "cpu"
+    shape, folder = SHAPES[name], report.models / name
+    made = folder / "config.json"
+    if not made.is_file():
+        architecture = folder / "architecture" / "config.json"
+        architecture.parent.mkdir(parents=True, exist_ok=True)
+        architecture.write_text(json.dumps(shape.as_json()), encoding="utf-8")
+        config = with_random_weights(base_config(shape, report.device), architecture, folder)
+        if report.on_gpu:
+            torch.cuda.empty_cache()  # the other processes on the card need it
+        with whole_file(made) as file:
+            file.write(config.model_dump_json())
+    return shape, Config.model_validate_json(made.read_text(encoding="utf-8"))
+
+
+def changed(config: Config, *overrides: str) -> Config:
+    """A config with `key=value` overrides."""
+    return override_config(config, list(overrides))
+
+
+def config_file(config: Config, folder: Path) -> Path:
+    """A config as a file that `dvpo` takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "check.yaml"
+    file.write_text(config.model_dump_json(), encoding="utf-8")  # JSON is YAML
+    return file
