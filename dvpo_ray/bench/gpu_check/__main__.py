@@ -36,11 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem is not None:
         print(f"{PROGRAM}: {problem}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_when_told()
     chosen = [step for step in STEPS if not args.steps or step.name in args.steps]
     ended = run_steps(chosen, args.out.resolve(), args.device, args.seconds, gpus)
     print(args.out / "table.md")
     return int(any(one.failed for one in ended))
+
+
+def end_when_told() -> None:
+    """SIGTERM ends this process as an exception does: what it has is written, and its steps are ended."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def _problem(out: Path, names: Sequence[str], device: str, gpus: int, steps: Sequence[Step] = STEPS) -> str | None:
