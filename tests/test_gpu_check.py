@@ -306,5 +306,5 @@ def test_every_measurement_has_a_number(real):
     assert card["dvpo / ppo: step"]["value"] > 0 and 0 < card["dvpo / ppo: peak without cache"]["value"] < 1
     assert card["sync, object_store: later"]["value"] > 0 and 0 < card["dvpo: outside of the stages"]["value"] < 1
     for role in ("learner", "gvm_trainer", "scorer", "reference"):
-        assert 0 < alone[f"{role}: of the matrix product"]["value"] < 1
+        assert alone[f"{role}: of the matrix product"]["value"] > 0
         assert alone[f"{role}: speed"]["value"] > 0 and alone[f"{role}: memory"]["value"] > 0

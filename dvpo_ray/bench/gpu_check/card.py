@@ -150,7 +150,8 @@ def started_card(report: Report, name: str, *overrides: str, adapters: bool) -> 
     began += time.time() - making
     base = changed(made, *overrides)
     config, dvpo = (config_for(base, algorithm, GROUP_SIZE) for algorithm in ("ppo", "dvpo"))
-    other = changed(dvpo, "weight_sync.transport=object_store", f"rollout.temperature={TEMPERATURE}", "rollout.kv_cache_gib=1", ADAPTERS)
+    differs = ["weight_sync.transport=object_store", f"rollout.temperature={TEMPERATURE}", "rollout.kv_cache_gib=1", "rollout.enforce_eager=true"]
+    other = changed(dvpo, *differs, ADAPTERS)
     prepare(config)
     inputs = load_inputs(config)
     stops, longest = inputs.stop_token_ids, config.data.max_prompt_tokens + config.rollout.max_response_tokens
