@@ -32,7 +32,7 @@ out, seconds, *steps = sys.argv[1:]
 end_when_told()
 pairs = [text.split("=") for text in steps]
 steps = [Step(name, f"gpu_check_steps:{name.partition('-')[0]}", float(limit), "", gpus=int("gpu" in name)) for name, limit in pairs]
-run_steps(steps, Path(out), "cpu", float(seconds), 0)
+run_steps(steps, Path(out), "cpu", float(seconds), [])
 """
 
 
@@ -154,7 +154,7 @@ def test_the_chosen_steps_run_in_their_order(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "end_when_told", lambda: None)
     assert command.main([str(tmp_path), "zero", "imports", "--seconds", "99"]) == 1
     (steps, out, device, seconds, gpus) = calls[0]
-    assert ([step.name for step in steps], out, device, seconds, gpus) == (["imports", "zero"], tmp_path, "cuda", 99, 1)
+    assert ([step.name for step in steps], out, device, seconds, gpus) == (["imports", "zero"], tmp_path, "cuda", 99, ["GPU 0"])
 
 
 def test_help_names_every_step(capsys):

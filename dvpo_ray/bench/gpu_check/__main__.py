@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same steps with tiny shapes (default: cuda)")
     parser.add_argument("--seconds", metavar="N", type=float, default=470.0, help="for all steps together (default: 470)")
     args = parser.parse_args(arguments)
-    gpus = len(listed_gpus()) if args.device == "cuda" else 0
+    gpus = listed_gpus() if args.device == "cuda" else []
     problem = _problem(args.out, args.steps, args.device, gpus)
     if problem is not None:
         print(f"{PROGRAM}: {problem}", file=sys.stderr)
@@ -48,7 +48,7 @@ def end_when_told() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def _problem(out: Path, names: Sequence[str], device: str, gpus: int, steps: Sequence[Step] = STEPS) -> str | None:
+def _problem(out: Path, names: Sequence[str], device: str, gpus: Sequence[str], steps: Sequence[Step] = STEPS) -> str | None:
     known = [step.name for step in steps]
     unknown = next((name for name in names if name not in known), None)
     if unknown is not None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -72,7 +73,7 @@ class Ended:
         return self.state.startswith(("failed", "killed")) or any(figure.verdict == "FAILED" for figure in self.figures)
 
 
-def run_steps(steps: Sequence[Step], out: Path, device: str, seconds: float, gpus: int) -> list[Ended]:
+def run_steps(steps: Sequence[Step], out: Path, device: str, seconds: float, gpus: Sequence[str]) -> list[Ended]:
     """Run steps until the time is over; `table.md` and `results.json` in `out` are written anew after each.
 
     A step that fails or hangs does not stop the others. This process adopts and ends what a step leaves behind, so it must have no other
@@ -82,20 +83,26 @@ def run_steps(steps: Sequence[Step], out: Path, device: str, seconds: float, gpu
         out: gets the table, `<step>.log` of each step, and the ends of its actors' logs under `logs/<step>/`.
         device: `cuda` or `cpu`.
         seconds: for all steps together.
-        gpus: of this machine.
+        gpus: of this machine, as `nvidia-smi -L` lists them.
     """
-    began, started = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
-    ended: list[Ended] = []
+    names = Counter(line.partition(": ")[2].partition(" (")[0] for line in gpus)
+    facts = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": ", ".join(f"{count} x {name}" for name, count in names.items()) or device,
+        "dvpo_ray": __version__,
+        "python": platform.python_version(),
+    }
+    started, ended = time.monotonic(), list[Ended]()
     out.mkdir(parents=True, exist_ok=True)
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     work = Path(tempfile.mkdtemp(prefix="dvpo-gpu-check-", dir="/tmp"))  # sockets need short paths
     try:
         for step in steps:
             left = seconds - (time.monotonic() - started)
-            skipped = _why_not(step, device, gpus, left)
+            skipped = _why_not(step, device, len(gpus), left)
             now = Ended(step, f"skipped: {skipped}") if skipped else Ended(step, "killed: the script was ended")
             ended.append(now)
-            with _written(ended, out, device, began):
+            with _written(ended, out, facts):
                 if not skipped:
                     _run(now, out, work, device, min(step.seconds, left))
             _show(now, out)
@@ -173,12 +180,11 @@ def _keep_logs(folder: Path, kept: Path) -> None:
 
 
 @contextmanager
-def _written(ended: list[Ended], out: Path, device: str, began: str) -> Iterator[None]:
+def _written(ended: list[Ended], out: Path, facts: Mapping[str, str]) -> Iterator[None]:
     """However the block ends, the results of all steps so far are on disk after it."""
     try:
         yield
     finally:
-        facts = {"date": began, "device": device, "dvpo_ray": __version__, "python": platform.python_version()}
         with whole_file(out / "results.json") as file:
             json.dump({**facts, "steps": [_as_json(one) for one in ended]}, file, indent=1)
         with whole_file(out / "table.md") as file:
@@ -207,7 +213,9 @@ def _short(text: str) -> str:
 
 
 def _show(one: Ended, out: Path) -> None:
-    lines = [f"{figure.name}: {_short(figure.measured)} {figure.target} {figure.verdict}".rstrip() for figure in one.figures]
+    """Print the figures of a step, what failed and what has a target first."""
+    shown = sorted(one.figures, key=lambda figure: (figure.verdict not in ("FAILED", "MISSED"), not figure.target))
+    lines = [f"{figure.name}: {_short(figure.measured)} {figure.target} {figure.verdict}".rstrip() for figure in shown]
     text = "\n".join(f"  {line}" for line in lines)
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}\n  … the rest is in {out / 'table.md'}"
