@@ -22,8 +22,8 @@ def gvm(report: Report) -> None:
     """Train a value model, kill the run after its first checkpoint, and resume it."""
     _, config = models_of(report, "tiny")
     pairs = _write_pairs(report.folder / "pairs.jsonl")
-    rows = [f"data.preferences.path={pairs}", "data.long_response=truncate"]
-    config = changed(config, *rows, f"gvm.pairs_per_step={_PAIRS_PER_STEP}", "gvm.checkpoint_every_steps=2")
+    data = [f"data.preferences.path={pairs}", "data.long_response=truncate"]
+    config = changed(config, *data, f"gvm.pairs_per_step={_PAIRS_PER_STEP}", "gvm.checkpoint_every_steps=2")
     file, out = config_file(config, report.folder), report.folder / "gvm"
     started = time.perf_counter()
     run = _start(report, "gvm", "train", str(file), "--out", str(out))
