@@ -264,8 +264,8 @@ def test_the_control_is_one(tiny_model, tmp_path, monkeypatch):
         return [figure.verdict for figure in read_figures(file)]
 
     assert verdicts("right") == ["ok"] * 4
-    swapped = dict(zip(layouts.LAYOUTS, [layouts._padded, layouts._mixed, layouts._packed], strict=True))
-    monkeypatch.setattr(layouts, "LAYOUTS", swapped)
+    monkeypatch.setattr(layouts, "as_it_is", layouts.as_one_row)
+    monkeypatch.setattr(layouts, "LAYOUTS", {"packed": layouts.as_one_row, "control": layouts.LAYOUTS["packed"]})
     assert verdicts("wrong") == ["FAILED"] * 4
 
 

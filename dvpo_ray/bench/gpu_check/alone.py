@@ -18,6 +18,7 @@ from dvpo_ray.actors import policy_learner
 from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
 from dvpo_ray.actors.gvm_trainer import GVMTrainer
 from dvpo_ray.actors.policy_learner import PolicyLearner
+from dvpo_ray.actors.update_plan import Update, plan_update
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.comparisons import with_learner_fields
 from dvpo_ray.bench.gpu_check.figures import Report
@@ -26,7 +27,7 @@ from dvpo_ray.bench.memory import read_ledger, start_ledger
 from dvpo_ray.bench.random_weights import byte_tokenizer
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.pairs import PairBatch
-from dvpo_ray.models.loading import default_device
+from dvpo_ray.models.loading import default_device, packs_rows
 from dvpo_ray.planning.architecture import Architecture, policy_plan, value_plan
 from dvpo_ray.planning.memory import GIB, ActorMemory, predict_roles
 from dvpo_ray.planning.times import forward_flops, logit_flops
@@ -95,9 +96,10 @@ def random_pairs(shape: Shape) -> PairBatch:
     return PairBatch(batch.with_row_fields(outcome=np.tile(np.array([1.0, -1.0], np.float32), shape.rows // 2)))
 
 
-def update(learner: PolicyLearner, batch: RaggedBatch, step: int) -> dict[str, float]:
-    """An update on all rows of a batch."""
-    return learner.update(batch, step, 0.0)
+def planned(config: Config, batch: RaggedBatch, step: int = 1) -> Update:
+    """The update of one rank on all rows of a batch."""
+    packed = packs_rows(config.model, config.model.path, on_gpu=config.policy.gpus_per_actor > 0)
+    return plan_update(batch, config.batch, 1, config.batch.micro_batch_tokens, packed=packed, seed=config.seed, step=step)
 
 
 # --------------------------------------------------------------------------------------------------------- speed
@@ -139,13 +141,13 @@ def model_flops(model: Architecture, batch: RaggedBatch, *, trained: bool) -> fl
 
 @dataclass(frozen=True)
 class _Role:
-    """A role to be measured: `make` builds it from a config, `work` does its number of a round."""
+    """A role to be measured: `make` builds it from a config, `work` is a round."""
 
     name: str
     model: Architecture
     trained: bool
     make: Callable[[Config], process.Actor]
-    work: Callable[[process.Actor, int], object]
+    work: Callable[[process.Actor], object]
 
 
 def speed_1b(report: Report) -> None:
@@ -166,10 +168,10 @@ def speed(report: Report, name: str) -> None:
     batch, pairs, folder = random_batch(shape), random_pairs(shape), report.folder
     policy, value = policy_plan(config, trained=True).architecture(), value_plan(config, "gvm").architecture()
     roles = (
-        _Role("learner", policy, True, lambda c: learner_of(c, folder), lambda actor, number: update(actor, batch, number)),
-        _Role("gvm_trainer", value, True, lambda c: trainer_of(c, folder, pairs), lambda actor, _: actor.step(np.arange(pairs.num_pairs))),
-        _Role("scorer", value, False, lambda c: ValueScorer(c, 0, str(folder)), lambda actor, _: actor.score(batch)),
-        _Role("reference", policy, False, lambda c: ReferenceModel(c, 0, str(folder), STOP), lambda actor, _: actor.score(batch)),
+        _Role("learner", policy, True, lambda c: learner_of(c, folder), lambda actor: actor.update(planned(actor.config, batch), 0.0)),
+        _Role("gvm_trainer", value, True, lambda c: trainer_of(c, folder, pairs), lambda actor: actor.step(np.arange(pairs.num_pairs))),
+        _Role("scorer", value, False, lambda c: ValueScorer(c, 0, str(folder)), lambda actor: actor.score(batch)),
+        _Role("reference", policy, False, lambda c: ReferenceModel(c, 0, str(folder), STOP), lambda actor: actor.score(batch)),
     )
     with in_this_process():
         for role in roles:
@@ -200,13 +202,13 @@ def _measure(report: Report, role: _Role, config: Config, batch: RaggedBatch, pe
 def _rounds(role: _Role, config: Config) -> tuple[float, ActorMemory]:
     """Seconds of the fastest round after one that warms up, and the memory of the rounds."""
     actor = role.make(config)
-    role.work(actor, 1)
+    role.work(actor)
     actor.observe(start_ledger)
     seconds = []
-    for number in range(2, 2 + REPEATS):
+    for _ in range(REPEATS):
         _synchronize()
         started = time.perf_counter()
-        role.work(actor, number)
+        role.work(actor)
         _synchronize()
         seconds.append(time.perf_counter() - started)
     return min(seconds), actor.observe(read_ledger)
@@ -226,10 +228,11 @@ def zero(report: Report) -> None:
         for name, overrides in ways.items():
             with report.part(name):
                 learner = learner_of(changed(config, "policy.learning_rate=1e-4", *overrides), report.folder)
-                before = learner.log_probs(batch)
-                for number in (1, 2):
-                    update(learner, batch, number)
-                after = learner.log_probs(batch)
+                work = planned(learner.config, batch)
+                before = learner.old_log_probs(work)
+                for _ in range(2):
+                    learner.update(work, 0.0)
+                after = learner.old_log_probs(work)
                 first = after if first is None else first
                 moved, apart = (float(np.abs(after - other)[batch.response_mask].mean()) for other in (before, first))
                 report.check(name, apart <= min(bound, moved / 2) and moved > 0, f"moved by {moved:.2g}, {apart:.2g} from ZeRO 0, nats")

@@ -15,8 +15,11 @@ from ray.actor import ActorHandle
 
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.rollout_engine import RolloutEngine
+from dvpo_ray.actors.update_plan import Update
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.bare import generate_by_vllm
+from dvpo_ray.bench.comparisons import with_learner_fields
+from dvpo_ray.bench.gpu_check.alone import planned
 from dvpo_ray.bench.gpu_check.card import TEMPERATURE, Card, beside, connected, started_card
 from dvpo_ray.bench.gpu_check.figures import Report
 from dvpo_ray.bench.ledger import memory_by_role
@@ -146,25 +149,26 @@ def checkpoint(card: Card) -> None:
     loop, folder = card.loop("dvpo"), card.report.folder / "checkpoint"
     chunks = loop.rollout(card.prompts(0), card.version, scored_by=())
     batch = RaggedBatch.concatenate(ray.get([chunk.rollouts for chunk in chunks])).sorted_by_id()
+    work = planned(card.config, with_learner_fields(batch, card.config.seed))
     loop.save(folder)
     state = {"step": card.version, **loop.state_dict()}
-    saved, tokens = _log_probs(card.learner, batch), card.greedy()
+    saved, tokens = _log_probs(card.learner, work), card.greedy()
     card.step(loop)
-    trained = _log_probs(card.learner, batch)
+    trained = _log_probs(card.learner, work)
     stop([card.learner])
     again = beside(card.report, PolicyLearner, "policy", card.config, str(card.report.folder / "again"), card.inputs.stop_token_ids)
     connected(again, [card.engine], choose_transport(card.config))
     card.roles.by_role["learner"] = loop.roles.by_role["learner"] = [again]
     loop.load(folder, state)
     card.version = loop.policy_version
-    moved, apart = (float(np.abs(one - saved).max()) for one in (trained, _log_probs(again, batch)))
+    moved, apart = (float(np.abs(one - saved).max()) for one in (trained, _log_probs(again, work)))
     card.report.check("checkpoint, kill, resume: the learner", apart < 0.01 * moved, f"{apart:.2g} from the saved log-probs, {moved:.2g} before")
     card.report.check("checkpoint, kill, resume: the engine", np.array_equal(tokens, card.greedy()), f"{len(tokens)} greedy tokens")
     _check_steps(card.report, "a step after it", [card.step(loop)])
 
 
-def _log_probs(learner: ActorHandle, batch: RaggedBatch) -> np.ndarray:
-    return get(learner.log_probs.remote(batch), what="log-probs")
+def _log_probs(learner: ActorHandle, work: Update) -> np.ndarray:
+    return get(learner.old_log_probs.remote(work), what="log-probs")
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
