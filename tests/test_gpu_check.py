@@ -105,6 +105,19 @@ def test_the_results_are_written_after_each_step(out):
     assert seen["lines"] < (out / "table.md").read_text().count("\n")
 
 
+def test_steps_that_measure_no_speed_run_beside_each_other_on_a_gpu(tmp_path):
+    text = SCRIPT.replace('int("gpu" in name))', 'int("gpu" in name), beside="beside" in name)').replace('"cpu"', '"cuda"')
+    steps = ["waits-beside=60", "answers-beside=60", "hangs-beside=4", "works=60"]
+    words = [sys.executable, "-c", text, str(tmp_path), "600", *steps]
+    done = subprocess.run(words, env=os.environ | {OUT: str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    # The first waits for what the second does, and the end of the second leaves the third alone; the fourth begins after them.
+    ends = [(name, step["state"]) for name, step in results(tmp_path).items()]
+    assert ends == [("waits-beside", "done"), ("answers-beside", "done"), ("hangs-beside", "killed: it was not done after 4 s"), ("works", "done")]
+    assert results(tmp_path)["waits-beside"]["figures"][0]["value"] == 0
+    assert not is_alive(int((tmp_path / "left").read_text()))
+
+
 def test_what_is_printed_fits_on_a_page(out):
     printed = (out / "printed").read_text()
     assert "raises: failed: RuntimeError: of the step, " in printed and "  a part: error: ValueError: of a part  FAILED\n" in printed

@@ -27,6 +27,7 @@ from dvpo_ray.bench.memory import read_ledger, start_ledger
 from dvpo_ray.bench.random_weights import byte_tokenizer
 from dvpo_ray.config.schema import Config
 from dvpo_ray.gvm.pairs import PairBatch
+from dvpo_ray.models.compiling import STEPS_THAT_PAY, compiles
 from dvpo_ray.models.loading import default_device, packs_rows
 from dvpo_ray.planning.architecture import Architecture, policy_plan, value_plan
 from dvpo_ray.planning.memory import GIB, ActorMemory, predict_roles
@@ -39,6 +40,8 @@ TARGETS = {"1b": {"learner": 0.3, "gvm_trainer": 0.3}, "3b": {"learner": 0.4, "g
 """Shares of the matrix peak, by shape and role."""
 PLAN_ERROR = 0.15
 STOP = frozenset({byte_tokenizer().eos_token_id})
+COMPILED = {"policy.deepspeed": "learner", "gvm.deepspeed": "gvm_trainer", "scorer": "scorer", "reference": "reference"}
+"""The role of each section of the config that can compile layers."""
 REPEATS = 2
 SAME = {"float32": 1e-4, "bfloat16": 0.02}
 """Largest mean difference of log-probs, in nats, after the same two updates by two ways of sharding, by dtype."""
@@ -161,8 +164,14 @@ def speed_3b(report: Report) -> None:
 
 
 def speed(report: Report, name: str) -> None:
-    """Tokens a second, share of the matrix peak and memory of each role that runs a model, alone on the device, at a shape."""
+    """Tokens a second, share of the matrix peak and memory of each role that runs a model, alone on the device, at a shape.
+
+    Layers are compiled where a long run would compile them; those of the frozen models only for the shape that has a target for them.
+    """
     shape, config = models_of(report, name)
+    compiled = [section for section, role in COMPILED.items() if role in TARGETS[name] and compiles(None, STEPS_THAT_PAY)]
+    config = changed(config, *(f"{section}.compile=true" for section in compiled))
+    report.figure("compiled layers", ", ".join(compiled) or "none")
     peak = matrix_peak()
     report.figure("matrix product", peak / 1e12, "TFLOP/s")
     batch, pairs, folder = random_batch(shape), random_pairs(shape), report.folder
@@ -176,7 +185,7 @@ def speed(report: Report, name: str) -> None:
     with in_this_process():
         for role in roles:
             with report.part(role.name):
-                _measure(report, role, config, batch, peak, TARGETS.get(name, {}).get(role.name))
+                _measure(report, role, config, batch, peak, TARGETS[name].get(role.name))
             clear_card()
 
 

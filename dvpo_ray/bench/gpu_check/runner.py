@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,10 @@ LOG_END_BYTES = 16384
 SHOWN_CHARACTERS = 1500
 """Of the figures and errors of a step that are printed; the rest is in the files."""
 ERROR_CHARACTERS = 160
+_MARK = "DVPO_GPU_CHECK_STEP"
+"""Environment variable of all processes of a step, with its name."""
 _SET_CHILD_SUBREAPER = 36
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Step:
         seconds: its time limit.
         about: what it proves or measures, for the help and for the table.
         gpus: how many it needs; 0 for a step that also runs on a CPU.
+        beside: it measures no speed, so on a GPU it runs at the same time as its neighbours that measure none.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Step:
     seconds: float
     about: str
     gpus: int = 0
+    beside: bool = False
 
 
 @dataclass
@@ -85,30 +90,31 @@ def run_steps(steps: Sequence[Step], out: Path, device: str, seconds: float, gpu
         seconds: for all steps together.
         gpus: of this machine, as `nvidia-smi -L` lists them.
     """
-    names = Counter(line.partition(": ")[2].partition(" (")[0] for line in gpus)
-    facts = {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": ", ".join(f"{count} x {name}" for name, count in names.items()) or device,
-        "dvpo_ray": __version__,
-        "python": platform.python_version(),
-    }
-    started, ended = time.monotonic(), list[Ended]()
     out.mkdir(parents=True, exist_ok=True)
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     work = Path(tempfile.mkdtemp(prefix="dvpo-gpu-check-", dir="/tmp"))  # sockets need short paths
+    check, deadline = _Check(out, work, device, gpus), time.monotonic() + seconds
     try:
-        for step in steps:
-            left = seconds - (time.monotonic() - started)
-            skipped = _why_not(step, device, len(gpus), left)
-            now = Ended(step, f"skipped: {skipped}") if skipped else Ended(step, "killed: the script was ended")
-            ended.append(now)
-            with _written(ended, out, facts):
-                if not skipped:
-                    _run(now, out, work, device, min(step.seconds, left))
-            _show(now, out)
+        for group in _groups(steps, device):
+            left = deadline - time.monotonic()
+            for step in group:
+                check.begin(step, left)
+            check.wait()
     finally:
+        check.end()
         shutil.rmtree(work, ignore_errors=True)
-    return ended
+    return check.ended
+
+
+def _groups(steps: Sequence[Step], device: str) -> list[list[Step]]:
+    """Steps that run at the same time. A machine without a GPU has few cores: there each runs alone."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and device == "cuda" and step.beside and groups[-1][-1].beside:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
 
 
 def _why_not(step: Step, device: str, gpus: int, left: float) -> str | None:
@@ -122,26 +128,89 @@ def _why_not(step: Step, device: str, gpus: int, left: float) -> str | None:
     return None
 
 
-def _run(now: Ended, out: Path, work: Path, device: str, limit: float) -> None:
-    step, started = now.step, time.monotonic()
-    folder, log = work / step.name, out / f"{step.name}.log"
-    folder.mkdir()
-    figures = work / f"{step.name}.jsonl"
-    words = [sys.executable, "-m", "dvpo_ray.bench.gpu_check.inside", step.function, device, str(figures), str(folder), str(work / "models")]
-    try:
-        with log.open("wb") as output:
-            process = subprocess.Popen([*words, str(limit)], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
-            try:
-                status = process.wait(timeout=limit)
-                now.state = "done" if status == 0 else _how_it_ended(status, log)
-            except subprocess.TimeoutExpired:
-                now.state = f"killed: it was not done after {limit:.0f} s"
-    finally:
+@dataclass
+class _Running:
+    """A step's process."""
+
+    ended: Ended
+    process: subprocess.Popen
+    started: float
+    limit: float
+
+
+class _Check:
+    """The steps that run and those that are over, and their results on disk."""
+
+    def __init__(self, out: Path, work: Path, device: str, gpus: Sequence[str]) -> None:
+        self.out, self.work, self.device, self.gpus = out, work, device, gpus
+        self.ended: list[Ended] = []
+        self._running: list[_Running] = []
+        names = Counter(line.partition(": ")[2].partition(" (")[0] for line in gpus)
+        self.facts = {
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "device": ", ".join(f"{count} x {name}" for name, count in names.items()) or device,
+            "dvpo_ray": __version__,
+            "python": platform.python_version(),
+        }
+
+    def begin(self, step: Step, left: float) -> None:
+        """Start a step, if `left` seconds are enough for it."""
+        skipped = _why_not(step, self.device, len(self.gpus), left)
+        self.ended.append(Ended(step, f"skipped: {skipped}" if skipped else "killed: the script was ended"))
+        if skipped:
+            self._write()
+            _show(self.ended[-1], self.out)
+            return
+        folder, limit = self.work / step.name, min(step.seconds, left)
+        folder.mkdir()
+        files = [self._figures(step), folder, self.work / "models"]
+        words = [sys.executable, "-m", "dvpo_ray.bench.gpu_check.inside", step.function, self.device, *map(str, files), str(limit)]
+        with (self.out / f"{step.name}.log").open("wb") as output:
+            environment = os.environ | {_MARK: step.name}
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment)
+        self._running.append(_Running(self.ended[-1], process, time.monotonic(), limit))
+
+    def wait(self) -> None:
+        """Wait until all steps that run are over."""
+        while self._running:
+            for one in list(self._running):
+                status, passed = one.process.poll(), time.monotonic() - one.started
+                if status is None and passed < one.limit:
+                    continue
+                if status is None:
+                    one.ended.state = f"killed: it was not done after {one.limit:.0f} s"
+                else:
+                    one.ended.state = "done" if status == 0 else _how_it_ended(status, self.out / f"{one.ended.step.name}.log")
+                self._running.remove(one)
+                end_descendants(one.ended.step.name)
+                self._collect(one)
+            time.sleep(_POLL_SECONDS)
+
+    def end(self) -> None:
+        """End everything, and keep what the steps that ran have measured."""
         end_descendants()
-        now.seconds = time.monotonic() - started
-        now.figures = read_figures(figures)
-        _keep_logs(folder, out / "logs" / step.name)
+        while self._running:
+            self._collect(self._running.pop(0))
+
+    def _collect(self, one: _Running) -> None:
+        step, folder = one.ended.step, self.work / one.ended.step.name
+        one.ended.seconds = time.monotonic() - one.started
+        one.ended.figures = read_figures(self._figures(step))
+        _keep_logs(folder, self.out / "logs" / step.name)
         shutil.rmtree(folder, ignore_errors=True)
+        self._write()
+        _show(one.ended, self.out)
+
+    def _figures(self, step: Step) -> Path:
+        return self.work / f"{step.name}.jsonl"
+
+    def _write(self) -> None:
+        running = {id(one.ended) for one in self._running}
+        over = [one for one in self.ended if id(one) not in running]
+        with whole_file(self.out / "results.json") as file:
+            json.dump({**self.facts, "steps": [_as_json(one) for one in over]}, file, indent=1)
+        with whole_file(self.out / "table.md") as file:
+            file.write(table(over, self.facts))
 
 
 def _how_it_ended(status: int, log: Path) -> str:
@@ -151,20 +220,24 @@ def _how_it_ended(status: int, log: Path) -> str:
     return f"failed: {next((line.strip() for line in reversed(lines) if line.strip()), f'status {status}')}"
 
 
-def end_descendants() -> None:
-    """Kill all children of this process and all of theirs, whatever group or session they are in, until none is left."""
-    while descendants := psutil.Process().children(recursive=True):
-        for process in descendants:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(descendants, timeout=5)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:  # adopted ones
-                pass
-        except ChildProcessError:
+def end_descendants(step: str | None = None) -> None:
+    """Kill the processes that a step has started, whatever group or session they are in; without a name those of all steps."""
+    while descendants := [one for one in psutil.Process().children(recursive=True) if step is None or _step_of(one) == step]:
+        alive = [process for process in descendants if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
             return
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=5)
+
+
+def _step_of(process: psutil.Process) -> str | None:
+    """The step that a process belongs to. All of a step's descendants inherit its environment."""
+    try:
+        return process.environ().get(_MARK)
+    except psutil.Error:  # it has ended
+        return None
 
 
 def _keep_logs(folder: Path, kept: Path) -> None:
@@ -177,18 +250,6 @@ def _keep_logs(folder: Path, kept: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- results
-
-
-@contextmanager
-def _written(ended: list[Ended], out: Path, facts: Mapping[str, str]) -> Iterator[None]:
-    """However the block ends, the results of all steps so far are on disk after it."""
-    try:
-        yield
-    finally:
-        with whole_file(out / "results.json") as file:
-            json.dump({**facts, "steps": [_as_json(one) for one in ended]}, file, indent=1)
-        with whole_file(out / "table.md") as file:
-            file.write(table(ended, facts))
 
 
 def _as_json(one: Ended) -> dict:

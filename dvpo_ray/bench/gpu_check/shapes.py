@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def base_config(shape: Shape, device: str) -> Config:
         "advantage": {"truncated": "bootstrap"},
         "batch": {"prompts_per_step": shape.rows, "micro_batch_tokens": shape.micro_batch_tokens},
         "evaluation": {"judge": "none"},
-        "train": {"save_rollouts_every_steps": 0, "trackers": []},
+        "train": {"steps": 10, "save_rollouts_every_steps": 0, "trackers": []},
         "health": {"max_cut_off_fraction": None},
         "ray": {"num_cpus": 8, "num_gpus": 0 if device == "cpu" else 1, "object_store_gib": 0.2 if device == "cpu" else 4},
     }
@@ -131,17 +132,24 @@ def models_of(report: Report, name: str) -> tuple[Shape, Config]:
     """
     name = name if report.on_gpu else "cpu"
     shape, folder = SHAPES[name], report.models / name
+    folder.mkdir(parents=True, exist_ok=True)
     made = folder / "config.json"
-    if not made.is_file():
-        architecture = folder / "architecture" / "config.json"
-        architecture.parent.mkdir(parents=True, exist_ok=True)
-        architecture.write_text(json.dumps(shape.as_json()), encoding="utf-8")
-        config = with_random_weights(base_config(shape, report.device), architecture, folder)
-        if report.on_gpu:
-            torch.cuda.empty_cache()  # the other processes on the card need it
-        with whole_file(made) as file:
-            file.write(config.model_dump_json())
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.is_file():
+            _make(base_config(shape, report.device), shape, folder, made)
     return shape, Config.model_validate_json(made.read_text(encoding="utf-8"))
+
+
+def _make(config: Config, shape: Shape, folder: Path, made: Path) -> None:
+    architecture = folder / "architecture" / "config.json"
+    architecture.parent.mkdir()
+    architecture.write_text(json.dumps(shape.as_json()), encoding="utf-8")
+    config = with_random_weights(config, architecture, folder)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the other processes on the card need it
+    with whole_file(made) as file:
+        file.write(config.model_dump_json())
 
 
 def changed(config: Config, *overrides: str) -> Config:
