@@ -280,4 +280,5 @@ def _show(one: Ended, out: Path) -> None:
     text = "\n".join(f"  {line}" for line in lines)
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}\n  … the rest is in {out / 'table.md'}"
-    print(f"{one.step.name}: {_short(one.state)}, {one.seconds:.0f} s\n{text}".rstrip(), flush=True)
+    with suppress(BrokenPipeError):  # whoever reads may be gone, and the results are in the files
+        print(f"{one.step.name}: {_short(one.state)}, {one.seconds:.0f} s\n{text}".rstrip(), flush=True)
