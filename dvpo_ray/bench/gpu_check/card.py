@@ -164,9 +164,11 @@ def started_card(report: Report, name: str, *overrides: str, adapters: bool) -> 
             others["learner"] = [beside(report, PolicyLearner, "policy", other, second, stops)]
             others["experience"] = [beside(report, ExperienceBuilder, None, other, second)]
         with started_roles(config, folder, stops, longest) as roles:
-            wait_until_ready({"scorer": scorer, **others}, config.rollout.start_timeout_seconds)
-            for learner in others.get("learner", []):
-                connected(learner, others["rollout"], "object_store")
+            wait_until_ready({"scorer": scorer}, config.rollout.start_timeout_seconds)
+            with report.part("the other roles"):
+                wait_until_ready(others, config.rollout.start_timeout_seconds)
+                for learner in others.get("learner", []):
+                    connected(learner, others["rollout"], "object_store")
             report.figure("start of the actors, from the command", time.time() - began, "s")
             all_roles = (replace(roles, by_role={**by_role, "scorer": scorer}) for by_role in (roles.by_role, others))
             yield Card(report, config, other, inputs, *all_roles, began, is_measured=name != "tiny")

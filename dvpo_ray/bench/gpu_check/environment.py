@@ -32,8 +32,8 @@ def imports(report: Report) -> None:
         if found is not None:
             report.figure(library, found)
     if report.on_gpu:
-        free, total = torch.cuda.mem_get_info()
-        report.figure("GPU", f"{torch.cuda.get_device_name()}, {total / GIB:.1f} GiB, {free / GIB:.1f} free, {torch.cuda.device_count()} of them")
+        properties = torch.cuda.get_device_properties(0)
+        report.figure("GPU", f"{properties.name}, {properties.total_memory / GIB:.1f} GiB, {torch.cuda.device_count()} of them")
         report.figure("CUDA", str(torch.version.cuda))
     own = [f"dvpo_ray.{'.'.join(file.relative_to(_PACKAGE).with_suffix('').parts)}" for file in sorted(_PACKAGE.rglob("*.py"))]
     started, count = time.perf_counter(), 0

@@ -13,7 +13,7 @@ STEPS = (
     Step("zero", f"{_HERE}.alone:zero", 80, "ZeRO 0 to 3, one rank", beside=True),
     Step("gvm", f"{_HERE}.runs:gvm", 120, "training of a value model, killed and resumed", beside=True),
     Step("speed-1b", f"{_HERE}.alone:speed_1b", 110, "each role alone, 1B"),
-    Step("costs-1b", f"{_HERE}.on_card:costs_1b", 210, "sync, engine, memory, DVPO against PPO, 1B"),
+    Step("costs-1b", f"{_HERE}.on_card:costs_1b", 220, "sync, engine, memory, DVPO against PPO, 1B"),
     Step("speed-3b", f"{_HERE}.alone:speed_3b", 150, "each role alone, 3B"),
     Step("nccl", f"{_HERE}.runs:nccl", 100, "weights by NCCL", gpus=2),
     Step("tensor-parallel", f"{_HERE}.runs:tensor_parallel", 100, "an engine over two GPUs", gpus=2),
