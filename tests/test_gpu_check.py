@@ -149,11 +149,11 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "listed_gpus", list)
+    monkeypatch.setattr(command, "_gpus", list)
     known = ", ".join(step.name for step in STEPS)
     assert refused(capsys, str(tmp_path), "loop", "--device", "cpu") == f"unknown step loop, did you mean loops? known: {known}"
     assert refused(capsys, str(tmp_path), "xyzzy") == f"unknown step xyzzy; known: {known}"
-    assert refused(capsys, str(tmp_path)).startswith("this machine has no NVIDIA GPU that nvidia-smi lists; --device cpu runs")
+    assert refused(capsys, str(tmp_path)).startswith("this machine has no NVIDIA GPU; --device cpu runs")
     (tmp_path / "table.md").touch()
     there = f"{tmp_path}: has the results of another check (table.md); give another folder"
     assert refused(capsys, str(tmp_path), "--device", "cpu") == there
@@ -163,7 +163,7 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys, monkeypatch):
 def test_the_chosen_steps_run_in_their_order(tmp_path, capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(command, "run_steps", lambda *arguments: calls.append(arguments) or [Ended(STEPS[0], "failed: why")])
-    monkeypatch.setattr(command, "listed_gpus", lambda: ["GPU 0"])
+    monkeypatch.setattr(command, "_gpus", lambda: ["GPU 0"])
     monkeypatch.setattr(command, "end_when_told", lambda: None)
     assert command.main([str(tmp_path), "zero", "imports", "--seconds", "99"]) == 1
     (steps, out, device, seconds, gpus) = calls[0]

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same steps with tiny shapes (default: cuda)")
     parser.add_argument("--seconds", metavar="N", type=float, default=470.0, help="for all steps together (default: 470)")
     args = parser.parse_args(arguments)
-    gpus = listed_gpus() if args.device == "cuda" else []
+    gpus = _gpus() if args.device == "cuda" else []
     problem = _problem(args.out, args.steps, args.device, gpus)
     if problem is not None:
         print(f"{PROGRAM}: {problem}", file=sys.stderr)
@@ -48,6 +48,11 @@ def end_when_told() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
+def _gpus() -> list[str]:
+    """The GPUs of this machine; without `nvidia-smi`, as in some containers, their devices."""
+    return listed_gpus() or [f"GPU: {device.name}" for device in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+
+
 def _problem(out: Path, names: Sequence[str], device: str, gpus: Sequence[str], steps: Sequence[Step] = STEPS) -> str | None:
     known = [step.name for step in steps]
     unknown = next((name for name in names if name not in known), None)
@@ -60,7 +65,7 @@ def _problem(out: Path, names: Sequence[str], device: str, gpus: Sequence[str], 
     if there is not None:
         return f"{out}: has the results of another check ({there}); give another folder"
     if device == "cuda" and not gpus:
-        return "this machine has no NVIDIA GPU that nvidia-smi lists; --device cpu runs the same steps with tiny shapes"
+        return "this machine has no NVIDIA GPU; --device cpu runs the same steps with tiny shapes"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import time
 from importlib.metadata import PackageNotFoundError, version

@@ -164,7 +164,7 @@ class _Check:
         folder, limit = self.work / step.name, min(step.seconds, left)
         folder.mkdir()
         files = [self._figures(step), folder, self.work / "models"]
-        words = [sys.executable, "-m", "dvpo_ray.bench.gpu_check.inside", step.function, self.device, *map(str, files), str(limit)]
+        words = [sys.executable, "-P", "-m", "dvpo_ray.bench.gpu_check.inside", step.function, self.device, *map(str, files), str(limit)]
         with (self.out / f"{step.name}.log").open("wb") as output:
             environment = os.environ | {_MARK: step.name}
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environment)
