@@ -14,7 +14,6 @@ from unittest import mock
 import numpy as np
 import torch
 
-from dvpo_ray.actors import policy_learner
 from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
 from dvpo_ray.actors.gvm_trainer import GVMTrainer
 from dvpo_ray.actors.policy_learner import PolicyLearner
@@ -52,8 +51,8 @@ SAME = {"float32": 1e-4, "bfloat16": 0.02}
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """Within this context actors can be made without Ray: their output stays here, and a learner has no engines to send weights to."""
-    with mock.patch.object(process, "redirect_process_output"), mock.patch.object(policy_learner, "make_sender"):
+    """Within this context actors can be made without Ray: their output stays here."""
+    with mock.patch.object(process, "redirect_process_output"):
         yield
     clear_card()
 
@@ -68,7 +67,7 @@ def clear_card() -> None:
 def learner_of(config: Config, folder: Path) -> PolicyLearner:
     """A learner of one rank."""
     learner = PolicyLearner(config, 0, str(folder), STOP)
-    learner.connect("127.0.0.1", _free_port(), [], "object_store")
+    learner.connect(("127.0.0.1", _free_port()))
     return learner
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ray.actor import ActorHandle
 from dvpo_ray.actors.experience_builder import ExperienceBuilder
 from dvpo_ray.actors.frozen import ReferenceModel, ValueScorer
 from dvpo_ray.actors.policy_learner import PolicyLearner
-from dvpo_ray.actors.roles import Roles, started_roles
+from dvpo_ray.actors.roles import Roles, plan_memory, started_roles
 from dvpo_ray.actors.rollout_engine import RolloutEngine
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.gpu_check.figures import Report
@@ -25,13 +26,11 @@ from dvpo_ray.bench.ledger import config_for
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config, RoleConfig
-from dvpo_ray.planning.placement import Bundle
 from dvpo_ray.runtime.cluster import connect
-from dvpo_ray.runtime.fork_server import prepare
-from dvpo_ray.runtime.process import Actor, environment
-from dvpo_ray.runtime.room import Room, spawn, wait_until_ready
-from dvpo_ray.runtime.waiting import get, patience
-from dvpo_ray.sync.transports import make_sender
+from dvpo_ray.runtime.fork_server import prepare, runtime_env
+from dvpo_ray.runtime.process import Actor, driver_folders, environment
+from dvpo_ray.runtime.room import wait_until_ready
+from dvpo_ray.runtime.waiting import get, introduce, patience
 from dvpo_ray.training.policy import PolicyLoop
 from dvpo_ray.training.policy_inputs import Inputs, load_inputs
 
@@ -75,7 +74,12 @@ class Card:
         config, facts = config_for(self.config, algorithm, GROUP_SIZE), ALGORITHMS[algorithm]
         get(self.roles.builder.observe.remote(_begin_again, config), what="the experience builder")
         wanted = ("rollout", facts.scorer, "reference", "learner", *(["critic"] if facts.has_critic else []), "experience")
-        loop = PolicyLoop(config, replace(self.roles, by_role={role: self.roles.by_role[role] for role in wanted}), self.inputs.prompts, [])
+        # The scorer of a GVM has no seat; it takes that of the reward model.
+        seats = [replace(seat, role=facts.scorer) if seat.role == "reward_model" else seat for seat in self.roles.room.seats]
+        room = replace(self.roles.room, seats=[seat for seat in seats if seat.role in wanted])
+        by_role = {role: self.roles.by_role[role] for role in wanted}
+        roles = replace(self.roles, by_role=by_role, room=room, slots=plan_memory(config, room))
+        loop = PolicyLoop(config, roles, self.inputs.prompts, [])
         loop.policy_version, loop.start_is_checked = self.version, self.version > 0
         return loop
 
@@ -86,7 +90,18 @@ class Card:
 
     def sync(self, engines: list[ActorHandle] | None = None, transport: str = "", times: int = 1) -> tuple[list[float], int]:
         """Bring all weights to the engines; see `timed_syncs`."""
-        return get(self.learner.observe.remote(timed_syncs, engines, transport, self.version, times), what="weight sync")
+        with self.learner_here():
+            return get(self.learner.observe.remote(timed_syncs, engines, transport, self.version, times), what="weight sync")
+
+    @contextmanager
+    def learner_here(self) -> Iterator[None]:
+        """For the time of a `with` block between two steps the learner is on the card, also where it is in host memory then."""
+        away = self.roles.slots is not None and self.roles.slots.offloads_trained
+        if away:
+            get(self.learner.reload.remote(), what="the learner")
+        yield
+        if away:
+            get(self.learner.offload.remote(), what="the learner")
 
     def prompts(self, round_: int) -> list[list[int]]:
         """The prompts of a batch, others in every round."""
@@ -107,33 +122,39 @@ def _begin_again(builder: ExperienceBuilder, config: Config) -> None:
 
 def timed_syncs(learner: PolicyLearner, engines: list[ActorHandle] | None, transport: str, version: int, times: int) -> tuple[list[float], int]:
     """Inside a learner: bring all its weights to its engines, or over a new channel to others; seconds of each time, and bytes."""
-    sender = learner.sender if engines is None else make_sender(transport, learner.config, engines, learner._weights, learner.index)
-    seconds = []
+    own, seconds = learner.sender, []
+    if engines is not None:
+        learner.open_channel(engines, transport)
     for _ in range(times):
         started = time.perf_counter()
-        sender.send(version, changing_only=False)
+        learner.sender.send(version, changing_only=False)
         seconds.append(time.perf_counter() - started)
+    learner.sender = own
     return seconds, sum(tensor.numel() * tensor.element_size() for _, tensor in learner._weights(False))
 
 
 def beside(report: Report, cls: type[Actor], section: str | None, config: Config, folder: str, *more) -> ActorHandle:
-    """An actor on the same card as the others, without a reservation.
+    """An actor on the same card as the others, without a seat.
 
     Args:
         section: of the config, with the settings of the role; None for a role without.
         more: arguments of its constructor after config, index and folder.
     """
-    variables = environment(getattr(config, section) if section else RoleConfig())
+    variables = environment(getattr(config, section) if section else RoleConfig()) | driver_folders()
     if report.on_gpu:
-        variables |= {"CUDA_VISIBLE_DEVICES": "0", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    name = f"{Path(folder).name}-{cls.role}"
-    return spawn(cls, Bundle(cls.role, 0, 0.0, 0.0), Room(None, [], []), variables, config, 0, folder, *more, run_folder=folder, role=name)
+        card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        variables |= {"CUDA_VISIBLE_DEVICES": card, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    name, log = f"{Path(folder).name}-{cls.role}", Path(folder) / "logs" / f"{cls.role}-0.log"
+    options = {"name": name, "num_cpus": 0, "num_gpus": 0, "runtime_env": runtime_env(variables)}
+    handle = ray.remote(cls).options(**options).remote(config, 0, folder, *more)
+    introduce(handle, name, log)
+    return handle
 
 
 def connected(learner: ActorHandle, engines: list[ActorHandle], transport: str) -> ActorHandle:
     """A learner of one rank with its model, and its channel to some engines."""
-    address = get(learner.rendezvous.remote(), what="the start of the learner")
-    get(learner.connect.remote(*address, engines, transport), what="the start of the learner")
+    get(learner.connect.remote(learner.rendezvous.remote()), what="the start of the learner")
+    get(learner.open_channel.remote(engines, transport), what="the channel to the engines")
     return learner
 
 
@@ -170,5 +191,6 @@ def started_card(report: Report, name: str, *overrides: str, adapters: bool) -> 
                 for learner in others.get("learner", []):
                     connected(learner, others["rollout"], "object_store")
             report.figure("start of the actors, from the command", time.time() - began, "s")
-            all_roles = (replace(roles, by_role={**by_role, "scorer": scorer}) for by_role in (roles.by_role, others))
-            yield Card(report, config, other, inputs, *all_roles, began, is_measured=name != "tiny")
+            own = replace(roles, by_role={**roles.by_role, "scorer": scorer})
+            apart = Roles({**others, "scorer": scorer}, [], replace(roles.room, seats=[]), second)  # nobody of them takes turns
+            yield Card(report, config, other, inputs, own, apart, began, is_measured=name != "tiny")

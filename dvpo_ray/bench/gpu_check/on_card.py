@@ -11,7 +11,6 @@ from functools import partial
 import numpy as np
 import ray
 import torch
-from ray.actor import ActorHandle
 
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.rollout_engine import RolloutEngine
@@ -152,23 +151,24 @@ def checkpoint(card: Card) -> None:
     work = planned(card.config, with_learner_fields(batch, card.config.seed))
     loop.save(folder)
     state = {"step": card.version, **loop.state_dict()}
-    saved, tokens = _log_probs(card.learner, work), card.greedy()
+    saved, tokens = _log_probs(card, work), card.greedy()
     card.step(loop)
-    trained = _log_probs(card.learner, work)
+    trained = _log_probs(card, work)
     stop([card.learner])
     again = beside(card.report, PolicyLearner, "policy", card.config, str(card.report.folder / "again"), card.inputs.stop_token_ids)
     connected(again, [card.engine], choose_transport(card.config))
     card.roles.by_role["learner"] = loop.roles.by_role["learner"] = [again]
     loop.load(folder, state)
     card.version = loop.policy_version
-    moved, apart = (float(np.abs(one - saved).max()) for one in (trained, _log_probs(again, work)))
+    moved, apart = (float(np.abs(one - saved).max()) for one in (trained, _log_probs(card, work)))
     card.report.check("checkpoint, kill, resume: the learner", apart < 0.01 * moved, f"{apart:.2g} from the saved log-probs, {moved:.2g} before")
     card.report.check("checkpoint, kill, resume: the engine", np.array_equal(tokens, card.greedy()), f"{len(tokens)} greedy tokens")
     _check_steps(card.report, "a step after it", [card.step(loop)])
 
 
-def _log_probs(learner: ActorHandle, work: Update) -> np.ndarray:
-    return get(learner.old_log_probs.remote(work), what="log-probs")
+def _log_probs(card: Card, work: Update) -> np.ndarray:
+    with card.learner_here():
+        return get(card.learner.old_log_probs.remote(work), what="log-probs")
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -211,7 +211,10 @@ def bare_sample(engine: RolloutEngine, prompts: Sequence[Sequence[int]]) -> Samp
 def against_ppo(card: Card) -> None:
     """Steps of PPO and of DVPO: stages, what is outside of them, memory by role against the plan, and the ratios of the two."""
     report, measured = card.report, {}
+    stop(card.others.engines)
     for algorithm in ("ppo", "dvpo"):
+        if algorithm == "dvpo":
+            stop([*card.roles.by_role["critic"], *card.roles.by_role["reward_model"]])
         loop, memory = card.loop(algorithm), dict[str, ActorMemory]()
         numbers = range(card.version + 1, card.version + 1 + STEPS)
         with MetricsLog(report.folder / algorithm, [], config={}) as log:

@@ -50,20 +50,19 @@ def _write_pairs(file: Path) -> Path:
 
 
 def nccl(report: Report) -> None:
-    """Engine and learner on a GPU each."""
-    _train(report, "NCCL", "weight_sync.transport=nccl", "rollout.gpus_per_actor=1", "policy.gpus_per_actor=0.8")
+    """Engine and learner on a GPU each, the frozen models on the CPU."""
+    _train(report, "NCCL", "placement=separate", "weight_sync.transport=nccl", "scorer.gpus_per_actor=0", "reference.gpus_per_actor=0")
 
 
 def two_ranks(report: Report) -> None:
-    """Two ranks of the learner, for each stage of ZeRO."""
+    """Two ranks of the learner and two engines on the same GPUs, for each stage of ZeRO."""
     for stage in (1, 2, 3):
-        shares = ["rollout.gpus_per_actor=0.3", "scorer.gpus_per_actor=0.1", "policy.gpus_per_actor=0.8"]
-        _train(report, f"ZeRO {stage}, two ranks", "policy.num_actors=2", f"policy.deepspeed.zero_stage={stage}", *shares)
+        _train(report, f"ZeRO {stage}, two ranks", "policy.num_actors=2", "rollout.num_actors=2", f"policy.deepspeed.zero_stage={stage}")
 
 
 def tensor_parallel(report: Report) -> None:
-    """An engine over two GPUs."""
-    _train(report, "tensor parallel", "rollout.tensor_parallel_size=2", "rollout.gpus_per_actor=1", "weight_sync.transport=object_store")
+    """An engine over two GPUs, on which two ranks of the learner sit."""
+    _train(report, "tensor parallel", "rollout.tensor_parallel_size=2", "policy.num_actors=2")
 
 
 def _train(report: Report, name: str, *overrides: str) -> None:

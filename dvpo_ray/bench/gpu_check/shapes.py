@@ -76,14 +76,6 @@ SHAPES = {
 }
 
 
-def on_card(device: str) -> dict:
-    """Settings that put every role on one GPU, or on the CPU."""
-    if device == "cpu":
-        return {role: {"threads": 1} for role in ("rollout", "scorer", "reference", "policy", "critic", "gvm", "reward_model")}
-    shares = {"rollout": 0.3, "scorer": 0.1, "reference": 0.1, "policy": 0.25, "critic": 0.25, "gvm": 1, "reward_model": 1}
-    return {role: {"gpus_per_actor": share, "threads": 2} for role, share in shares.items()}
-
-
 def base_config(shape: Shape, device: str) -> Config:
     """A config of a shape on one device, with small optimizer steps and nothing that judges, so that every step is like the others."""
     settings = {
@@ -114,8 +106,9 @@ def base_config(shape: Shape, device: str) -> Config:
         "health": {"max_cut_off_fraction": None},
         "ray": {"num_cpus": 8, "num_gpus": 0 if device == "cpu" else 1, "object_store_gib": 0.2 if device == "cpu" else 4},
     }
-    for role, more in on_card(device).items():
-        settings[role] = settings.get(role, {}) | more
+    for role in ("rollout", "scorer", "reference", "policy", "critic", "gvm", "reward_model"):
+        settings.setdefault(role, {})
+        settings[role] |= {"threads": 1} if device == "cpu" else {"gpus_per_actor": 1, "threads": 2}
     return Config.model_validate(settings)
 
 
