@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -16,11 +17,11 @@ import pytest
 from cli_runs import LOCAL_CPU, ROOT, refusal, without_loading
 
 from dvpo_ray import cli
-from dvpo_ray.config import load_config
+from dvpo_ray.config import dump_config, load_config
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.experiments.registry import STUDIES
+from dvpo_ray.monitoring.run_files import write_summary
 from dvpo_ray.runtime.termination import keeps_termination
-from dvpo_ray.training.run_folder import RunIsFinished
 
 GVM_COMMANDS = ("train", "eval", "score")
 NESTED = [
@@ -169,18 +170,32 @@ def test_defects_keep_their_traceback(failing, error):
         cli.main(failing(error))
 
 
-def test_resuming_a_finished_run_is_a_success(backend, monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def finished_run(tmp_path):
+    """A finished run of `dvpo train` in `run`, and the command that resumes it."""
+    settings = ["gvm.path=g", "train.steps=4"]
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config(LOCAL_CPU, settings)), encoding="utf-8")
+    write_summary(tmp_path / "run", {"stage": "train", "state": "finished", "steps": 4})
+    return ["train", LOCAL_CPU, *settings, "--out", "run", "--resume"]
+
+
+def test_resuming_a_finished_run_is_a_success(finished_run, capsys):
     """A job that is put into its queue again after its end is not a failure."""
+    assert cli.main(finished_run) == 0
+    told = "run: the run is finished and its result is in final/; give a larger train.steps to go on\n"
+    assert capsys.readouterr() == (told, "")
+    assert cli.main([*finished_run, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
 
-    def finished(*args, **kwargs):
-        raise RunIsFinished("run: the run is finished and its result is in final/")
 
-    backend("dvpo_ray.training.policy", "train")
-    monkeypatch.setattr(sys.modules["dvpo_ray.training.policy"], "train", finished)
-    (tmp_path / "run").mkdir()
-    assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "run", "--resume"]) == 0
-    out, error = capsys.readouterr()
-    assert (without_loading(out), error) == ("run: the run is finished and its result is in final/\n", "")
+def test_resuming_as_another_run_is_refused_before_the_libraries_are_loaded(finished_run, capsys):
+    """Ray, vLLM and torch take seconds."""
+    argv = [*finished_run, "seed=7"]
+    code = f"import sys; from dvpo_ray.cli import main; status = main({argv!r}); print(*sys.modules); sys.exit(status)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "seed was 0 and is 7 now" in done.stderr
+    assert not {"torch", "ray", "transformers", "vllm"} & set(done.stdout.split())
 
 
 SAYS_ONE_LINE = "cli.COMMANDS['report'].run = lambda args: RunConsole().say('a line')"

@@ -13,14 +13,15 @@ import pytest
 from cli_runs import LOCAL_CPU, ROOT, refusal, without_loading
 
 from dvpo_ray import cli
-from dvpo_ray.config import load_config
+from dvpo_ray.config import dump_config, load_config
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
 
 def test_train_calls_the_run(backend, capsys, tmp_path):
     calls = backend("dvpo_ray.training.policy", "train", Path("done"))
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step_000010").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config(LOCAL_CPU, ["gvm.path=g"])), encoding="utf-8")
     assert cli.main(["train", LOCAL_CPU, "gvm.path=g", "--out", "run", "--resume"]) == 0
     ((config,), options) = calls[0]
     assert (config.out, config.gvm.path, options) == ("run", "g", {"resume": True})

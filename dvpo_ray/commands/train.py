@@ -37,7 +37,7 @@ from dvpo_ray.monitoring.ending import ending
 from dvpo_ray.monitoring.run_files import SUMMARY
 from dvpo_ray.planning.placement import Seat, check_local_cluster, choose_transport, plan_placement, plan_training_placement
 from dvpo_ray.runtime.fork_server import prepare
-from dvpo_ray.training.run_folder import RunIsFinished, check_new
+from dvpo_ray.training.run_folder import RunIsFinished, check_new, check_resume
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Training:
     """What differs between the commands that train.
 
     Attributes:
-        suffix: of the default run folder, `runs/<name><suffix>-<time>`.
+        stage: key of `config.resuming.STAGES`. The default run folder is `runs/<name>-<stage>-<time>`, without the stage for `train`.
         missing: the settings that the config lacks, one line each with what to give.
         inputs: what it reads.
         notes: what else the dry run should mention, one line each.
@@ -54,13 +54,17 @@ class Training:
         placement: of the actors; empty when the command trains in its own process.
     """
 
-    suffix: str
+    stage: str
     missing: Callable[[Config], list[str]]
     inputs: Callable[[Config], Iterable[Needed]]
     notes: Callable[[Config], list[str]]
     arithmetic: Callable[[Config], dict[str, str]]
     train: Callable[[Config, Path, bool], Path]
     placement: Callable[[Config], list[Seat]] = lambda config: []
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.stage == "train" else f"-{self.stage}"
 
     def command(self, help: str, example: str) -> Command:
         """The command, with its options and its dry run."""
@@ -102,15 +106,17 @@ class Training:
             return
         self.check(args.config, config)
         folder = choose_run_folder(args.out, config, self.suffix, args.resume)
-        with only_json(args.json):
-            refuse_unreachable(*self.inputs(config))
-            if self.placement(config):
-                prepare(config)
-            try:
+        try:
+            if args.resume:
+                check_resume(folder, self.stage, config)
+            with only_json(args.json):
+                refuse_unreachable(*self.inputs(config))
+                if self.placement(config):
+                    prepare(config)
                 result = self.train(config, folder, args.resume)
                 tell(ending(folder))
-            except RunIsFinished as finished:
-                result = finished
+        except RunIsFinished as finished:
+            result = finished
         # The last line is for scripts.
         print((folder / SUMMARY).read_text(encoding="utf-8").rstrip() if args.json else result)
 
@@ -172,7 +178,7 @@ def _train_dpo(config: Config, out: Path, resume: bool) -> Path:
 
 
 SFT = Training(
-    suffix="-sft",
+    stage="sft",
     missing=lambda config: [] if config.data.sft else ["data.sft is not set; give the instruction-answer rows to train on"],
     inputs=sft_inputs,
     notes=lambda config: [],
@@ -184,7 +190,7 @@ SFT = Training(
 )
 
 DPO = Training(
-    suffix="-dpo",
+    stage="dpo",
     missing=missing_pairs,
     inputs=partial(preference_inputs, section="dpo"),
     notes=lambda config: [],
@@ -201,7 +207,7 @@ DPO = Training(
 # --------------------------------------------------------------------------------------------- value and reward model
 
 
-def _value_model_training(section: str, suffix: str) -> Training:
+def _value_model_training(section: str, stage: str) -> Training:
     """The training of `config.gvm` or `config.reward_model`, whichever section is named."""
 
     def arithmetic(config: Config) -> dict[str, str]:
@@ -223,7 +229,7 @@ def _value_model_training(section: str, suffix: str) -> Training:
         return train_value_model(config, getattr(config, section), out, resume)
 
     return Training(
-        suffix=suffix,
+        stage=stage,
         missing=missing_pairs,
         inputs=partial(preference_inputs, section=section),
         notes=partial(value_model_misfits, section=section),
@@ -233,11 +239,11 @@ def _value_model_training(section: str, suffix: str) -> Training:
     )
 
 
-GVM = _value_model_training("gvm", "-gvm").command(
+GVM = _value_model_training("gvm", "gvm").command(
     "train a value model on preference pairs",
     "dvpo gvm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/gvm",
 )
-REWARD_MODEL = _value_model_training("reward_model", "-rm").command(
+REWARD_MODEL = _value_model_training("reward_model", "rm").command(
     "train a reward model on preference pairs",
     "dvpo rm train cluster_configs/local-cpu.yaml data.preferences.path=pairs.jsonl --out runs/rm",
 )
@@ -287,7 +293,7 @@ def _train_policy(config: Config, out: Path, resume: bool) -> Path:
 
 
 POLICY = Training(
-    suffix="",
+    stage="train",
     missing=_missing_for_policy,
     inputs=policy_inputs,
     notes=lambda config: [*policy_misfits(config), *training_notes(config)],
