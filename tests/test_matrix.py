@@ -16,6 +16,7 @@ from loop_runs import rollouts, run, values_by_hand
 
 from dvpo_ray.gvm.artifact import ObjectiveSpec
 from dvpo_ray.policy.mismatch import START_BOUNDS
+from dvpo_ray.runtime import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,9 @@ def models(loop_settings, tiny_model, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize(("algorithm", "dtype", "trained", "zero_stage", "attention"), CASES, ids=lambda part: str(part).replace(" ", "-"))
-def test_two_steps(models, tmp_path, algorithm, dtype, trained, zero_stage, attention):
+def test_two_steps(models, tmp_path, monkeypatch, algorithm, dtype, trained, zero_stage, attention):
+    expected = []
+    monkeypatch.setattr(checkpoints, "check_room", lambda folder, size, *what: expected.append(size))
     deepspeed = {"deepspeed": {"zero_stage": zero_stage}}
     two_ranks = {"num_actors": 2} if zero_stage == 3 else {}
     settings = models | {"algorithm": algorithm, "model": models["model"] | {"dtype": dtype, "attention": attention}}
@@ -58,6 +61,8 @@ def test_two_steps(models, tmp_path, algorithm, dtype, trained, zero_stage, atte
     assert abs(metrics[0]["kl/reference_mean"]) < START_BOUNDS[dtype][1]
     assert abs(metrics[1]["kl/reference_mean"] - metrics[0]["kl/reference_mean"]) > 1e-4  # the engine has other weights than before
     check_roles(tmp_path / "run", metrics, settings)
+    size = sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints" / "step_000002").rglob("*.pt"))
+    assert expected[0] == expected[1] and 0 < size - expected[0] < 0.02 * size + 500_000  # names and settings of DeepSpeed
     check_values(tmp_path / "run", settings, VALUE_BOUNDS[dtype])
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config import Config
 from dvpo_ray.errors import DiskFull, InputError
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
 from dvpo_ray.runtime import checkpoints
+from dvpo_ray.training.run import Run
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 5))
@@ -95,6 +99,33 @@ def test_room_for_a_checkpoint_is_checked_before_it_is_written(tmp_path, monkeyp
     told = r"the checkpoint of step 10 needs 0\.0 MiB, and the disk has 0\.0 MiB free; .* or lower checkpoint\.keep"
     with pytest.raises(DiskFull, match=told), checkpoints.draft(tmp_path, 10):
         pytest.fail("nothing may be written")
+
+
+def test_room_for_the_first_checkpoint_is_checked_by_what_it_is_going_to_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50 * 2**20))
+    told = r"the checkpoint of step 2 needs 60\.0 MiB, and the disk has 50\.0 MiB free; .* or give an --out on another disk"
+    with pytest.raises(DiskFull, match=told), checkpoints.draft(tmp_path, 2, 60 * 2**20):
+        pytest.fail("nothing may be written")
+    with checkpoints.draft(tmp_path, 2, 40 * 2**20):
+        pass
+
+
+@pytest.mark.parametrize(("last_step", "is_refused"), [(1, False), (3, True)])
+def test_a_run_without_room_for_its_first_checkpoint_does_not_begin(tmp_path, monkeypatch, last_step, is_refused):
+    """Where no checkpoint is due before the end there is no reason to refuse."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=50))
+    run = Run("gvm", Config.model_validate({"model": {"path": "m"}}), tmp_path)
+    with pytest.raises(DiskFull, match="a checkpoint of this run needs") if is_refused else nullcontext():
+        run.expect_checkpoints(60, every_steps=2, last_step=last_step)
+
+
+@pytest.mark.parametrize(("dtype", "stage", "bytes_of_a_weight"), [("float32", 0, 12), ("bfloat16", 0, 14), ("bfloat16", 2, 14), ("float32", 3, 12)])
+def test_a_checkpoint_has_the_trained_weights_with_their_moments_and_masters(dtype, stage, bytes_of_a_weight):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5, bias=False), torch.nn.Linear(5, 6, bias=False)).to(getattr(torch, dtype))
+    model[0].requires_grad_(False)
+    rank = SimpleNamespace(model=model, engine=SimpleNamespace(zero_optimization_stage=lambda: stage))
+    assert checkpoints.trainer_bytes(rank) == 30 * bytes_of_a_weight
+    assert checkpoints.trainer_bytes(rank, with_policy=True) == 30 * bytes_of_a_weight + 50 * model[0].weight.element_size()
 
 
 def test_no_whole_checkpoint_is_one_line(tmp_path):

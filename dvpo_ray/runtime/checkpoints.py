@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dvpo_ray.errors import DiskFull, InputError
 from dvpo_ray.files import clear_when_full, file_sha256
+from dvpo_ray.planning.memory import FULL, MASTER, MOMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +22,18 @@ _STATE = "state.json"
 
 
 @contextmanager
-def draft(run_folder: Path, step: int) -> Iterator[Path]:
+def draft(run_folder: Path, step: int, expected: int = 0) -> Iterator[Path]:
     """An empty folder for the checkpoint of a step; every worker writes its part into it. It is removed when the block fails.
 
+    Args:
+        expected: bytes of the run's first checkpoint.
+
     Raises:
-        DiskFull: the disk has less room than the last checkpoint took, or is full.
+        DiskFull: the disk has less room than the checkpoint needs (see `check_room`), or is full.
     """
     folder = run_folder / "checkpoints" / f".step_{step:06d}.draft"
     shutil.rmtree(folder, ignore_errors=True)
-    _check_room(run_folder, step)
+    check_room(run_folder, expected, f"the checkpoint of step {step}")
     try:
         with clear_when_full(folder):
             folder.mkdir(parents=True)
@@ -108,22 +112,49 @@ def _hashes(folder: Path, names) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- room
 
 
-def _check_room(run_folder: Path, step: int) -> None:
-    """Refuse to begin a checkpoint that the disk has no room for, by the size of the last one."""
+def check_room(run_folder: Path, expected: int, what: str = "a checkpoint of this run") -> None:
+    """Refuse to begin a checkpoint that the disk has no room for.
+
+    Args:
+        expected: its bytes, where the run has none yet. Otherwise it needs as much as the last one.
+        what: is to be written, for the error.
+
+    Raises:
+        DiskFull: says how much is needed, how much is free, and what the run folder holds.
+    """
     earlier = _all(run_folder / "checkpoints")
-    if not earlier:
-        return
-    needed, free = _bytes(earlier[-1]), shutil.disk_usage(run_folder).free
+    needed, free = _bytes(earlier[-1]) if earlier else expected, shutil.disk_usage(run_folder).free
     if free < needed:
+        remedy = "free some, or lower checkpoint.keep" if earlier else "free some, or give an --out on another disk"
         raise DiskFull(
-            f"{run_folder}: the checkpoint of step {step} needs {_size(needed)}, and the disk has {_size(free)} free; the run folder holds "
-            f"{_fillers(run_folder)}; free some, or lower checkpoint.keep"
+            f"{run_folder}: {what} needs {_size(needed)}, and the disk has {_size(free)} free; the run folder holds {_fillers(run_folder)}; {remedy}"
         )
+
+
+def trainer_bytes(rank, *, with_policy: bool = False) -> int:
+    """Bytes that all ranks of a trained role write into a checkpoint, from what one rank knows of its model.
+
+    Trained weights, Adam's two moments, and master weights where DeepSpeed keeps some: in lower precision and with ZeRO. ZeRO 3 writes
+    the weights as masters only.
+
+    Args:
+        rank: a `DeepSpeedRank`; its `observe` calls this.
+        with_policy: the whole model is written too, as a Hugging Face checkpoint.
+    """
+    stage = rank.engine.zero_optimization_stage()
+    total = 0
+    for parameter in rank.model.parameters():
+        elements, size = getattr(parameter, "ds_numel", parameter.numel()), parameter.element_size()
+        if parameter.requires_grad:
+            master = MASTER if stage or size < FULL else 0
+            total += elements * ((0 if stage == 3 else size) + master + MOMENTS)
+        total += elements * size * with_policy
+    return total
 
 
 def _fillers(run_folder: Path) -> str:
     """The largest parts of a run folder, with their sizes."""
-    sizes = sorted(((_bytes(path), path.name) for path in run_folder.iterdir()), reverse=True)
+    sizes = sorted(((_bytes(path), path.name) for path in run_folder.iterdir() if not path.name.startswith(".")), reverse=True)
     return ", ".join(f"{name} {_size(size)}" for size, name in sizes[:3])
 
 

@@ -63,6 +63,7 @@ def train(config: Config, resume: bool = False, console: RunConsole | None = Non
 def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole) -> None:
     """All steps from the checkpoint or the start on, and what comes after them."""
     config = run.config
+    run.expect_checkpoints(loop.checkpoint_bytes(), config.checkpoint.every_steps, config.train.steps)
     if run.checkpoint is None:
         with console.stage("first weights to the engines", quiet=True):
             loop.sync(0)  # engines start without weights

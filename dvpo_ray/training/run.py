@@ -63,6 +63,7 @@ class Run:
         self.memory = PeakMemory()
         self._earlier: dict[str, Any] = {}
         self._saved_step = 0
+        self._checkpoint_bytes = 0
         self._is_whole = True
         self._say: Callable[[str], None] = tell
         self._writes_metrics = False
@@ -164,6 +165,21 @@ class Run:
         self.last_step = self._saved_step = self.checkpoint[1]["step"]
         return self.checkpoint[1]
 
+    def expect_checkpoints(self, size: int, every_steps: int, last_step: int) -> None:
+        """Make known how large a checkpoint is going to be. Call it before the first step.
+
+        Args:
+            size: bytes.
+            every_steps: steps between checkpoints.
+            last_step: of the run.
+
+        Raises:
+            DiskFull: a checkpoint is due before the end, and the disk has no room for it.
+        """
+        self._checkpoint_bytes = size
+        if last_step // every_steps > self.last_step // every_steps:
+            checkpoints.check_room(self.folder, size)
+
     def save_checkpoint(self, write: Callable[[Path], None], state: Mapping[str, Any]) -> None:
         """Save a checkpoint of `last_step`.
 
@@ -174,7 +190,7 @@ class Run:
         Raises:
             DiskFull: the disk has no room for it.
         """
-        with checkpoints.draft(self.folder, self.last_step) as draft:
+        with checkpoints.draft(self.folder, self.last_step, self._checkpoint_bytes) as draft:
             write(draft)
             checkpoints.commit(draft, {"step": self.last_step, **state}, self.config.checkpoint.keep)
         self._saved_step = self.last_step

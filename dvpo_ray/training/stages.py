@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ray import ObjectRef
@@ -18,6 +19,7 @@ from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.policy.kl import AdaptiveKLController
 from dvpo_ray.rollouts.pool import RolloutPool
 from dvpo_ray.rollouts.schedule import prompt_indices
+from dvpo_ray.runtime.checkpoints import trainer_bytes
 from dvpo_ray.runtime.waiting import get
 from dvpo_ray.training.turns import Turns
 
@@ -187,6 +189,13 @@ class Stages:
         get([rank.save_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="saving a checkpoint")
         if self.config.checkpoint.save_pretrained:
             self.save_policy(folder / "policy")
+
+    def checkpoint_bytes(self) -> int:
+        """What `save` is going to write."""
+        with_policy = self.config.checkpoint.save_pretrained
+        firsts = [(role, ranks[0]) for role, ranks in self.roles.trained.items()]
+        sizes = [rank.observe.remote(partial(trainer_bytes, with_policy=with_policy and role == "learner")) for role, rank in firsts]
+        return sum(get(sizes, what="the size of a checkpoint"))
 
     def state_dict(self) -> dict:
         """What the driver's part of a checkpoint keeps of the loop."""

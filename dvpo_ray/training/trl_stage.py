@@ -20,7 +20,8 @@ from dvpo_ray.models.loading import load_policy, rehearse_saving, save_policy, t
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.logs import LibraryOutput, library_output
 from dvpo_ray.monitoring.metrics import MetricsLog
-from dvpo_ray.runtime.checkpoints import problem, write_manifest
+from dvpo_ray.planning.memory import FULL, MOMENTS
+from dvpo_ray.runtime.checkpoints import check_room, problem, write_manifest
 from dvpo_ray.runtime.termination import held
 from dvpo_ray.training.run import Run, check_finite
 
@@ -108,6 +109,8 @@ def run_stage(
 
     with run.started(stage.upper(), facts, notes, summary, console):
         output.keep(run.folder / "logs" / f"{stage}.log")
+        # The trainer saves after the last step too: weights and Adam's moments, all in float32.
+        check_room(run.folder, (FULL + MOMENTS) * sum(parameter.numel() for parameter in trainer.model.parameters()))
         with console.stage("rehearsing the saving", quiet=True):
             rehearse_saving(partial(save_policy, trainer.model, {}, tokenizer, source), run.folder, source.path)
         with run.metrics_log() as log, held(run.config.termination.grace_seconds) as signals:

@@ -23,6 +23,7 @@ from dvpo_ray.gvm.views import HeldoutValues
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.ending import accuracy_words
 from dvpo_ray.planning.placement import plan_training_placement
+from dvpo_ray.runtime.checkpoints import trainer_bytes
 from dvpo_ray.runtime.cluster import check_gpus, connect
 from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.runtime.process import environment
@@ -129,6 +130,8 @@ class ValueModelTraining:
             pairs = ray.put(self.data.train)
             connected = [trainer.connect.remote(*address, pairs, self.total_steps) for trainer in trainers]
             head, num_layers = get(connected, what=f"the start of the {self.called} trainers")[0]
+            size = get(trainers[0].observe.remote(trainer_bytes), what="the size of a checkpoint")
+            self.run.expect_checkpoints(size, self.settings.checkpoint_every_steps, self.total_steps)
             if self.run.checkpoint is not None:
                 folder = str(self.run.checkpoint[0] / "trainer")
                 get([trainer.load_checkpoint.remote(folder) for trainer in trainers], what="loading a checkpoint")
