@@ -13,7 +13,8 @@ from cli_runs import LOCAL_CPU, ROOT
 from dvpo_ray import cli
 from dvpo_ray.config import load_config
 from dvpo_ray.data.encoding import Encoder
-from dvpo_ray.data.preview import preview
+from dvpo_ray.data.preferences import load_preferences
+from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.data.prompts import load_prompts
 from dvpo_ray.models.loading import load_tokenizer
 
@@ -41,22 +42,54 @@ def test_the_dry_run_counts_the_tokens_that_the_run_counts(chat, tiny_model, tin
     for prompt in load_prompts(settings.data.prompts, "error").train + load_prompts(settings.data.prompts, "error").heldout:
         encoder.encode_prompt(prompt)
     [said] = encoder.notes("prompts")
-    [foreseen] = preview(settings, "data.prompts")
+    [foreseen] = preview(settings, "data.prompts").notes
     assert said.startswith("shortened 2 of 3 prompts: the prompt is over data.max_prompt_tokens 30; the longest has ")
     assert foreseen.startswith(f"{tmp_path}/p.jsonl: data.long_prompt truncate_left shortens 2 of 3 prompts: ")
     assert said.partition("prompts: ")[2].partition("; the first")[0] == foreseen.partition("prompts: ")[2].partition("; the first")[0]
     assert (f"the chat template alone takes {encoder.template_tokens}; " in said) is chat
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_longest_response_is_the_run_s(chat, tiny_model, tiny_chat_model, tmp_path):
+    model = tiny_chat_model if chat else tiny_model
+    rows = [{"prompt": f"{WORDS} {i}", "chosen": f" {WORDS}" * i, "rejected": " No."} for i in range(1, 21)]
+    settings = config(model, write(tmp_path / "p.jsonl", rows), "data.max_response_tokens=200", "data.max_prompt_tokens=99", section="preferences")
+    encoder = Encoder(load_tokenizer(str(model)), settings.data, "auto", 4096)
+    sets = load_preferences(settings.data.preferences, "error")
+    encoder.data = encoder.data.model_copy(update={"max_response_tokens": 4000})
+    pairs = sorted((encoder.encode_pair(pair) for pair in [*sets.train, *sets.heldout]), key=lambda pair: len(pair.chosen))
+    over = sum(len(pair.chosen) > 200 for pair in pairs)
+    found = preview(settings, "data.preferences")
+    assert found.facts == {
+        "preferences": f"20 pairs on 20 distinct prompts: {len(sets.train)} for training, {len(sets.heldout)} held out",
+        "longest prompt": f"{max(len(pair.prompt) for pair in pairs)} tokens, data.max_prompt_tokens is 99",
+        "longest response": f"{len(pairs[-1].chosen)} tokens, data.max_response_tokens is 200; {over} pairs are over it",
+    }
+    assert over and found.notes[0].startswith(f"{tmp_path}/p.jsonl: data.long_response error stops at {over} of 20 pairs: the response is over")
+    assert found.train == len(sets.train)
+
+
+def test_the_dry_run_counts_steps_and_prompts(tiny_model, tmp_path, capsys):
+    rows = [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b"} for i in range(60)]
+    path, own = write(tmp_path / "p.jsonl", rows), [f"model.path={tiny_model}", "gvm.path=g", "data.max_prompt_tokens=99"]
+    sections = [f"data.{name}.{key}" for name in ("preferences", "prompts") for key in (f"path={path}", "heldout_path=null")]
+    for command, told in (
+        (["gvm", "train"], "optimizer steps          2.5 epochs x {} training pairs / 10 = {} steps"),
+        (["train"], "samples in the run       3200, 3200 prompts with repeats, {} distinct ones about {:.2g} times each"),
+    ):
+        assert cli.main([*command, LOCAL_CPU, *own, *sections, "gvm.epochs=2.5", "gvm.pairs_per_step=10", "--dry-run"]) == 0
+        train = preview(load_config(LOCAL_CPU, [*own, *sections]), "data.prompts").train
+        number = round(2.5 * -(-train // 10)) if command[0] == "gvm" else 3200 / train
+        assert told.format(train, number) in capsys.readouterr().out
+
+
 def test_a_template_that_fills_the_limit_is_said_with_the_remedy(tiny_chat_model, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b"} for i in range(60)])
     settings = config(tiny_chat_model, path, "data.max_prompt_tokens=21", "data.long_prompt=drop", section="preferences")
-    [line] = preview(settings, "data.preferences")
-    assert line.startswith(
-        f"{path}: data.long_prompt drop leaves out 60 of 60 prompts: the prompt is over data.max_prompt_tokens 21; the longest has "
-    )
+    [line] = preview(settings, "data.preferences").notes
+    assert line.startswith(f"{path}: data.long_prompt drop leaves out 60 of 60 pairs: the prompt is over data.max_prompt_tokens 21; the longest has ")
     assert "and the chat template alone takes " in line and " would keep all whole; the first is " in line
-    assert preview(config(tiny_chat_model, path, "data.max_prompt_tokens=400", section="preferences"), "data.preferences") == []
+    assert preview(config(tiny_chat_model, path, "data.max_prompt_tokens=400", section="preferences"), "data.preferences").notes == []
 
 
 def test_a_bad_row_is_found_by_the_dry_run(tiny_model, tmp_path, capsys, monkeypatch):
@@ -67,30 +100,46 @@ def test_a_bad_row_is_found_by_the_dry_run(tiny_model, tmp_path, capsys, monkeyp
 
 
 def test_what_cannot_be_counted_in_a_moment_is_left_to_the_run(tiny_model, tmp_path):
-    path = write(tmp_path / "p.jsonl", [{"prompt": WORDS}])
-    assert preview(config(Path("org/name"), path, "data.max_prompt_tokens=1"), "data.prompts") == []
+    path = write(tmp_path / "p.jsonl", [{"prompt": WORDS}, {"prompt": "Hi"}])
+    found = preview(config(Path("org/name"), path, "data.max_prompt_tokens=1"), "data.prompts")
+    assert (found.notes, found.facts, found.train) == ([], {"prompts": "2 distinct prompts: 1 for training, 1 held out"}, 1)
     (tmp_path / "folder").mkdir()
     for elsewhere in ("org/name", tmp_path / "folder", tmp_path / "absent.jsonl"):
-        assert preview(config(tiny_model, elsewhere, "data.max_prompt_tokens=1"), "data.prompts") == []
+        assert preview(config(tiny_model, elsewhere, "data.max_prompt_tokens=1"), "data.prompts") == Preview()
 
 
 @pytest.mark.parametrize("section", ["preferences", "prompts"])
 def test_data_of_ones_own_beside_the_shipped_heldout_file(section, tiny_model, tmp_path):
-    path = write(tmp_path / "p.jsonl", [{"prompt": "Hi", "chosen": " a", "rejected": " b"}])
+    path = write(tmp_path / "p.jsonl", [{"prompt": prompt, "chosen": " a", "rejected": " b"} for prompt in ("Hi", "Ho")])
     shipped, key = SHIPPED / f"{section}.heldout.jsonl", f"data.{section}"
-    settings = config(tiny_model, path, f"{key}.heldout_path={shipped}", section=section)
-    [line] = preview(settings, key)
+    settings = config(tiny_model, path, f"{key}.heldout_path={shipped}", "data.max_response_tokens=200", section=section)
+    [line] = preview(settings, key).notes
     assert line.startswith(f"{key}.heldout_path is still {shipped}, which belongs to the quickstart's data and not to {path}: held-out results will")
     assert f"set {key}.heldout_path=null to hold out a share of it" in line
-    assert preview(config(tiny_model, SHIPPED / f"{section}.train.jsonl", f"{key}.heldout_path={shipped}", section=section), key) == []
-    assert preview(config(tiny_model, path, section=section), key) == []
+    assert (
+        preview(
+            config(tiny_model, SHIPPED / f"{section}.train.jsonl", f"{key}.heldout_path={shipped}", "data.max_response_tokens=200", section=section),
+            key,
+        ).notes
+        == []
+    )
+    assert preview(config(tiny_model, path, section=section), key).notes == []
     if section == "prompts":
         assert load_prompts(settings.data.prompts, "error").notes[0] == line  # the run says it too
 
 
 def test_the_dry_run_stays_without_torch(tiny_chat_model, tmp_path):
-    path = write(tmp_path / "p.jsonl", [{"prompt": WORDS, "chosen": " a", "rejected": " b"}] * 3)
-    argv = ["gvm", "train", LOCAL_CPU, "model.chat_template=auto", f"model.path={tiny_chat_model}", f"data.preferences.path={path}", "--dry-run"]
+    path = write(tmp_path / "p.jsonl", [{"prompt": WORDS * n, "chosen": " a", "rejected": " b"} for n in (1, 2, 3)])
+    argv = [
+        "gvm",
+        "train",
+        LOCAL_CPU,
+        "model.chat_template=auto",
+        f"model.path={tiny_chat_model}",
+        f"data.preferences.path={path}",
+        "data.preferences.heldout_path=null",
+        "--dry-run",
+    ]
     code = f"import sys; from dvpo_ray import cli; cli.main({argv!r}); sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "data.long_prompt truncate_left shortens 3 of 3 prompts" in done.stdout, done.stderr
+    assert done.returncode == 0 and "data.long_prompt truncate_left shortens 3 of 3 pairs" in done.stdout, done.stderr

@@ -51,7 +51,9 @@ def overrides(replaced: str) -> Argument:
 
 
 CONFIG = (argument("config", metavar="CONFIG", help="YAML file, for example cluster_configs/local-cpu.yaml"), overrides("the file"))
-DRY_RUN = argument("--dry-run", action="store_true", help="print the resolved config, the batch arithmetic and the placement; start nothing")
+DRY_RUN = argument(
+    "--dry-run", action="store_true", help="print the resolved config, the rows, the batch arithmetic and the placement; start nothing"
+)
 JSON = argument("--json", action="store_true", help="print the numbers as JSON on standard output, and everything else on standard error")
 
 
@@ -173,10 +175,12 @@ def tell(lines: Iterable[str]) -> None:
 # -------------------------------------------------------------------------------------------------------------- plan
 
 
-def print_plan(config: Config, arithmetic: Mapping[str, str], seats: Sequence[Seat], notes: Iterable[str]) -> None:
+def print_plan(config: Config, data: Mapping[str, str], arithmetic: Mapping[str, str], seats: Sequence[Seat], notes: Iterable[str]) -> None:
     """Print a plan that is itself a config file: the resolved YAML, then the rest as comments."""
     print(dump_config(config))
-    print("# batch arithmetic", *(f"{name:<25}{numbers}" for name, numbers in arithmetic.items()), sep="\n#   ")
+    for title, facts in (("data", data), ("batch arithmetic", arithmetic)):
+        if facts:
+            print(f"# {title}", *(f"{name:<25}{numbers}" for name, numbers in facts.items()), sep="\n#   ")
     print("# placement", *(placement_lines(seats) or ["this process, on its GPU if there is one"]), sep="\n#   ")
     for note in notes:
         print(f"# note: {note}")

@@ -27,11 +27,12 @@ from dvpo_ray.commands.common import (
 )
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.arithmetic import derive_batch, value_model_steps
 from dvpo_ray.config.inputs import Needed, policy_inputs, policy_misfits, preference_inputs, problems, sft_inputs, value_model_misfits
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
+from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.ending import ending
 from dvpo_ray.monitoring.run_files import SUMMARY
@@ -49,7 +50,8 @@ class Training:
         missing: the settings that the config lacks, one line each with what to give.
         inputs: what it reads.
         notes: what else the dry run should mention, one line each.
-        arithmetic: numbers of the batches by name. Raises InputError when they don't work out.
+        arithmetic: numbers of the batches by name. Its last argument is the number of pairs or prompts to train on, None if it is not
+            known yet. Raises InputError when they don't work out.
         train: trains in a run folder and returns the path of the result. Its last argument is `--resume`.
         placement: of the actors; empty when the command trains in its own process.
     """
@@ -58,7 +60,7 @@ class Training:
     missing: Callable[[Config], list[str]]
     inputs: Callable[[Config], Iterable[Needed]]
     notes: Callable[[Config], list[str]]
-    arithmetic: Callable[[Config], dict[str, str]]
+    arithmetic: Callable[[Config, int | None], dict[str, str]]
     train: Callable[[Config, Path, bool], Path]
     placement: Callable[[Config], list[Seat]] = lambda config: []
 
@@ -79,30 +81,32 @@ class Training:
         Raises:
             InputError: impossible arithmetic or placement, or a setting that the file at `path` lacks.
         """
-        self.arithmetic(config)
+        self.arithmetic(config, None)
         for problem in self.missing(config):
             raise InputError(f"{path}: {problem}")
         check_local_cluster(config, self.placement(config))
 
-    def print_plan(self, config: Config, notes: list[str]) -> None:
+    def print_plan(self, config: Config, notes: list[str], data: Preview | None = None) -> None:
         """Print what a run with this config would be.
+
+        Args:
+            data: what it trains on, as far as that is known.
 
         Raises:
             InputError: impossible arithmetic or placement.
         """
         seats = self.placement(config)
         check_local_cluster(config, seats)
-        print_plan(config, self.arithmetic(config), seats, notes)
+        print_plan(config, data.facts if data else {}, self.arithmetic(config, data.train if data else None), seats, notes)
 
     def _run(self, args: Namespace) -> None:
         config = load(args)
         if args.dry_run:
-            from dvpo_ray.data.preview import preview
-
             inputs = list(self.inputs(config))
             sections = [one.key.removesuffix(".path") for one in inputs if one.key in ("data.preferences.path", "data.prompts.path")]
-            of_data = [line for section in sections for line in preview(config, section)]
-            self.print_plan(config, [*self.missing(config), *problems(inputs), *self.notes(config), *of_data])
+            of_data = [preview(config, section) for section in sections]
+            notes = [*self.missing(config), *problems(inputs), *self.notes(config), *(line for one in of_data for line in one.notes)]
+            self.print_plan(config, notes, next(iter(of_data), None))  # the first section is what it trains on
             return
         self.check(args.config, config)
         folder = choose_run_folder(args.out, config, self.suffix, args.resume)
@@ -182,7 +186,7 @@ SFT = Training(
     missing=lambda config: [] if config.data.sft else ["data.sft is not set; give the instruction-answer rows to train on"],
     inputs=sft_inputs,
     notes=lambda config: [],
-    arithmetic=lambda config: _optimizer_steps(config.sft, "row") | {"longest row": f"{config.sft.max_tokens} tokens"},
+    arithmetic=lambda config, rows: _optimizer_steps(config.sft, "row") | {"longest row": f"{config.sft.max_tokens} tokens"},
     train=_train_sft,
 ).command(
     "fine-tune a model on instruction-answer rows, as the start of the method",
@@ -194,7 +198,7 @@ DPO = Training(
     missing=missing_pairs,
     inputs=partial(preference_inputs, section="dpo"),
     notes=lambda config: [],
-    arithmetic=lambda config: (
+    arithmetic=lambda config, pairs: (
         _optimizer_steps(config.dpo, "pair") | {"longest row": _longest_row(config.data.max_prompt_tokens, config.data.max_response_tokens)}
     ),
     train=_train_dpo,
@@ -210,7 +214,7 @@ DPO = Training(
 def _value_model_training(section: str, stage: str) -> Training:
     """The training of `config.gvm` or `config.reward_model`, whichever section is named."""
 
-    def arithmetic(config: Config) -> dict[str, str]:
+    def arithmetic(config: Config, pairs: int | None) -> dict[str, str]:
         trained = getattr(config, section)
         lengths = [config.data.max_prompt_tokens, config.data.max_response_tokens]
         if isinstance(trained, GVMConfig):
@@ -218,7 +222,8 @@ def _value_model_training(section: str, stage: str) -> Training:
         pairs_per_worker = math.ceil(trained.pairs_per_step / trained.num_actors)
         return {
             "pairs per step": f"{trained.pairs_per_step}, at most {pairs_per_worker} on each of {trained.num_actors} workers",
-            "optimizer steps": f"{trained.epochs:g} epochs x training pairs / {trained.pairs_per_step}",
+            "optimizer steps": f"{trained.epochs:g} epochs x {'' if pairs is None else f'{pairs} '}training pairs / {trained.pairs_per_step}"
+            + ("" if pairs is None else f" = {value_model_steps(pairs, trained)[1]} steps"),
             "longest row": f"{_longest_row(*lengths)}; micro-batches of {trained.micro_batch_tokens} padded tokens",
         }
 
@@ -264,8 +269,9 @@ def _missing_for_policy(config: Config) -> list[str]:
     return missing
 
 
-def _policy_arithmetic(config: Config) -> dict[str, str]:
+def _policy_arithmetic(config: Config, prompts: int | None) -> dict[str, str]:
     plan, batch = derive_batch(config), config.batch
+    distinct = "" if prompts is None else f", {prompts} distinct ones about {plan.total_prompts / prompts:.2g} times each"
     return {
         "samples per step": f"{plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
         "samples per engine": f"{plan.max_samples_per_engine} at most, over {config.rollout.num_actors} engines",
@@ -276,7 +282,7 @@ def _policy_arithmetic(config: Config) -> dict[str, str]:
         "optimizer steps": f"{plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
         f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {config.train.steps} steps",
         "longest row": _longest_row(config.data.max_prompt_tokens, config.rollout.max_response_tokens),
-        "samples in the run": f"{plan.total_samples}, {plan.total_prompts} prompts with repeats",
+        "samples in the run": f"{plan.total_samples}, {plan.total_prompts} prompts with repeats{distinct}",
     }
 
 

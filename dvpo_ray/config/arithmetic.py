@@ -9,7 +9,7 @@ from functools import reduce
 from operator import attrgetter, mul
 
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.schema import Config
+from dvpo_ray.config.schema import Config, PreferenceTraining
 from dvpo_ray.errors import InputError
 
 MAX_KL_ERROR = 0.2
@@ -101,6 +101,16 @@ def _require_rows(config: Config, rows: int, section: str) -> None:
             f"a minibatch has {rows} samples, fewer than {section}.num_actors {workers}; raise batch.prompts_per_step, or lower "
             f"batch.minibatches_per_epoch {config.batch.minibatches_per_epoch} or {section}.num_actors"
         )
+
+
+def value_model_steps(pairs: int, training: PreferenceTraining) -> tuple[int, int]:
+    """Optimizer steps of an epoch and of the whole training of a value model.
+
+    Args:
+        pairs: to train on, at least 1.
+    """
+    in_epoch = math.ceil(pairs / training.pairs_per_step)
+    return in_epoch, max(1, round(training.epochs * in_epoch))
 
 
 def shortest_horizon(samples: int) -> float:

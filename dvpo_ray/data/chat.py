@@ -111,16 +111,17 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **TEMPLATE_ARGUMENTS)
 
 
-def over_limit(limit: int, longest: int, template: int) -> str:
-    """Why prompts are shortened or left out, and the remedy.
+def over_limit(limit: int, longest: int, template: int, part: str = "prompt") -> str:
+    """Why prompts or responses are shortened, left out or refused, and the remedy.
 
     Args:
-        limit: `data.max_prompt_tokens`.
-        longest: tokens of the longest prompt.
+        limit: `data.max_<part>_tokens`.
+        longest: tokens of the longest one.
         template: tokens of the chat template's own in a prompt of one message; 0 without a template.
+        part: `prompt` or `response`.
     """
     own = f", and the chat template alone takes {template}" if template else ""
-    return f"the prompt is over data.max_prompt_tokens {limit}; the longest has {longest} tokens{own}; {longest} would keep all whole"
+    return f"the {part} is over data.max_{part}_tokens {limit}; the longest has {longest} tokens{own}; {longest} would keep all whole"
 
 
 def writes_itself(content: str, lead: str) -> bool:

@@ -1,69 +1,142 @@
-"""What a dry run can say of the data: bad rows, prompts that are too long, held-out rows of other data. It loads neither torch nor a tokenizer of
-transformers, so it takes about a second; what is not one JSON file, or has no tokenizer.json here, is left to the run."""
+"""What a dry run can say of the data: how many rows, how long, which are bad, held-out rows of other data. It loads neither torch nor a
+tokenizer of transformers, so it takes about a second; what is not in JSON files, or has no tokenizer.json here, is left to the run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from dvpo_ray.config import Config
 from dvpo_ray.config.notes import foreign_heldout
+from dvpo_ray.config.schema import SplitData
 from dvpo_ray.data.chat import PROBE, TEMPLATE_ARGUMENTS, over_limit
-from dvpo_ray.data.preferences import parse_pair
-from dvpo_ray.data.prompts import parse_prompt
-from dvpo_ray.data.reading import JSONL_SUFFIXES, read_rows
-from dvpo_ray.data.rows import Content, content_text, count_note, parse_rows
+from dvpo_ray.data.preferences import PreferencePair, load_preferences
+from dvpo_ray.data.prompts import Prompt, load_prompts
+from dvpo_ray.data.reading import JSONL_SUFFIXES
+from dvpo_ray.data.rows import Content, content_text, count_note
+from dvpo_ray.data.splitting import Sets
 from dvpo_ray.errors import InputError
 
-ROWS = 500
-"""Rows that are read, from the first."""
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ROWS = 2000
+"""Rows whose tokens are counted, from the first."""
 
 
-def preview(config: Config, section: str) -> list[str]:
-    """Lines on the first rows of `data.preferences` or `data.prompts`.
+@dataclass(frozen=True)
+class Preview:
+    """What a dry run says of `data.preferences` or `data.prompts`.
+
+    Attributes:
+        facts: numbers by name.
+        notes: what the user should know, one line each.
+        train: how many pairs or prompts there are to train on; None where only the run finds it out.
+    """
+
+    facts: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    train: int | None = None
+
+
+def preview(config: Config, section: str) -> Preview:
+    """Read the rows that a section of the data names, and count the tokens of the first ones.
 
     Args:
         section: `data.preferences` or `data.prompts`.
     """
     data = getattr(config.data, section.removeprefix("data."))
-    heldout = foreign_heldout(section, data)
-    if Path(data.path).suffix not in (*JSONL_SUFFIXES, ".json") or not Path(data.path).is_file():
-        return heldout
-    parse = {"data.preferences": lambda *row: parse_pair(*row).prompt, "data.prompts": lambda *row: parse_prompt(*row).content}[section]
+    if not _is_at_hand(data):
+        return Preview(notes=foreign_heldout(section, data))
+    load = load_preferences if section == "data.preferences" else load_prompts
     try:
-        rows = islice(read_rows(data.path, data.split), ROWS)
-        prompts, notes = parse_rows(data.path, rows, lambda columns, where: (parse(columns, where), where), config.data.on_bad_row)
+        sets = load(data, config.data.on_bad_row)
     except InputError as error:
-        return [*heldout, str(error)]
-    return [*heldout, *notes, *_too_long(config, data.path, prompts)]
+        return Preview(notes=[*foreign_heldout(section, data), str(error)])
+    longest, notes = _lengths(config, data.path, [*sets.train, *sets.heldout])
+    return Preview({section.removeprefix("data."): _counted(sets), **longest}, [*sets.notes, *notes], len(sets.train))
 
 
-def _too_long(config: Config, path: str, prompts: Sequence[tuple[Content, str]]) -> list[str]:
-    """One line if more than half of the prompts are over the limit; nothing where their tokens cannot be counted here."""
-    count = _token_counter(Path(config.model.path), config.model.chat_template == "auto")
-    if count is None:
-        return []
-    limit = config.data.max_prompt_tokens
+def _is_at_hand(data: SplitData) -> bool:
+    """Whether all rows are in JSON files of this machine."""
+    paths = [Path(path) for path in (data.path, data.heldout_path) if path is not None]
+    return all(path.suffix in (*JSONL_SUFFIXES, ".json") and path.is_file() for path in paths)
+
+
+def _counted(sets: Sets) -> str:
+    items, what = [*sets.train, *sets.heldout], "distinct prompts"
+    if isinstance(items[0], PreferencePair):
+        what = f"pairs on {len({item.key for item in items})} distinct prompts"
+    return f"{len(items)} {what}: {len(sets.train)} for training, {len(sets.heldout)} held out"
+
+
+# -------------------------------------------------------------------------------------------------------- lengths
+
+
+def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]) -> tuple[dict[str, str], list[str]]:
+    """The longest prompt and response, and a line for each limit that does not fit; nothing where tokens cannot be counted here."""
+    counter = _token_counter(Path(config.model.path), config.model.chat_template == "auto")
+    if counter is None:
+        return {}, []
+    items, facts, notes = items[:ROWS], {}, []
+    pairs = [item for item in items if isinstance(item, PreferencePair)]
     try:
-        lengths = [count(content) for content, _ in prompts]
-        template = count(PROBE) - count(None)
+        parts = {"prompt": [counter.prompt(item.prompt if pairs else item.content) for item in items]}
+        template = counter.template_tokens
     except TemplateError:  # of some row; the run names it
-        return []
-    over = [where for (_, where), length in zip(prompts, lengths, strict=True) if length > limit]
-    if 2 * len(over) <= len(lengths):
-        return []
-    what = {"truncate_left": "shortens", "drop": "leaves out", "error": "stops at"}[config.data.long_prompt]
-    rows = "prompts" if len(prompts) < ROWS else f"prompts of the first {ROWS} rows"
-    start = f"{path}: data.long_prompt {config.data.long_prompt} {what}"
-    return count_note(start, over, len(prompts), rows, over_limit(limit, max(lengths), template))
+        return {}, []
+    if pairs:
+        parts["response"] = [max(counter.response(pair.chosen), counter.response(pair.rejected)) for pair in pairs]
+    for part, lengths in parts.items():
+        limit, setting, longest = getattr(config.data, f"max_{part}_tokens"), getattr(config.data, f"long_{part}"), max(lengths)
+        over = [item.where for item, length in zip(items, lengths, strict=True) if length > limit]
+        rows = f"{'pairs' if pairs else 'prompts'}{f' of the first {ROWS}' if len(items) == ROWS else ''}"
+        facts[f"longest {part}"] = f"{longest} tokens, data.max_{part}_tokens is {limit}" + (f"; {len(over)} {rows} are over it" if over else "")
+        if setting == "error" or 2 * len(over) > len(lengths):
+            does = {"error": "stops at", "drop": "leaves out"}.get(setting, "shortens")
+            start = f"{path}: data.long_{part} {setting} {does}"
+            notes += count_note(start, over, len(items), rows, over_limit(limit, longest, template if part == "prompt" else 0, part))
+    return facts, notes
 
 
-def _token_counter(model: Path, wants_chat: bool) -> Callable[[Content | None], int] | None:
-    """Counts the tokens of a prompt, and for None those of `PROBE` alone; None if this machine has no fast tokenizer of the model."""
+@dataclass(frozen=True)
+class _Counter:
+    """Counts tokens as the run does.
+
+    Attributes:
+        template: renders messages for a generation; None for plain text.
+    """
+
+    tokenizer: Tokenizer
+    template: Callable[[list], str] | None
+
+    def prompt(self, content: Content) -> int:
+        if self.template is None:
+            text = content if isinstance(content, str) else content_text(content) + "\n"
+            return len(self.tokenizer.encode(text).ids)
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        return self._text(self.template(messages))
+
+    def response(self, content: Content) -> int:
+        """With its end token. What a template writes before and after an answer, which is mostly nothing, is left out."""
+        return self._text(content_text(content)) + 1
+
+    @property
+    def template_tokens(self) -> int:
+        """Of the template's own in a prompt of one message."""
+        return 0 if self.template is None else self.prompt(PROBE) - self._text(PROBE)
+
+    def _text(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _token_counter(model: Path, wants_chat: bool) -> _Counter | None:
+    """None if this machine has no fast tokenizer of the model."""
     try:
         settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
         whole = (model / "tokenizer.json").read_text(encoding="utf-8")
@@ -71,17 +144,7 @@ def _token_counter(model: Path, wants_chat: bool) -> Callable[[Content | None], 
         return None
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(whole)
-    template = _chat_template(model, settings) if wants_chat else None
-
-    def count(content: Content | None) -> int:
-        if content is None or template is None:
-            text = PROBE if content is None else content if isinstance(content, str) else content_text(content) + "\n"
-            return len(tokenizer.encode(text, add_special_tokens=template is None).ids)
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        return len(tokenizer.encode(template(messages), add_special_tokens=False).ids)
-
-    return count
+    return _Counter(Tokenizer.from_str(whole), _chat_template(model, settings) if wants_chat else None)
 
 
 def _chat_template(model: Path, settings: dict) -> Callable[[list], str] | None:

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 
 from dvpo_ray.actors.gvm_trainer import SHARES, GVMTrainer
 from dvpo_ray.config import Config
+from dvpo_ray.config.arithmetic import value_model_steps
 from dvpo_ray.errors import InputError, diverged
 from dvpo_ray.gvm.artifact import GVMManifest
 from dvpo_ray.gvm.dataset import GVMData, TrainingSettings, load_gvm_data, manifest_entries
@@ -78,8 +79,7 @@ class ValueModelTraining:
         self.config = run.config
         self.settings = settings
         self.data = data
-        self.steps_per_epoch = -(-data.train.num_pairs // settings.pairs_per_step)
-        self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.steps_per_epoch, self.total_steps = value_model_steps(data.train.num_pairs, settings)
         self.accuracies: list[float] = []
         self.is_reward_model = settings.objective == "bradley_terry"
         self.title, self.called = ("Reward model", "reward model") if self.is_reward_model else ("Global Value Model", "GVM")
