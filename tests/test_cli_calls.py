@@ -14,6 +14,7 @@ from cli_runs import LOCAL_CPU, ROOT, refusal, without_loading
 
 from dvpo_ray import cli
 from dvpo_ray.config import dump_config, load_config
+from dvpo_ray.evaluation.gain import gain_of
 
 pytestmark = pytest.mark.usefixtures("in_empty_folder")
 
@@ -154,6 +155,35 @@ def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
         "there/evaluation.json",
     ]
     assert f"next, to compare with a trained policy:\ndvpo eval {LOCAL_CPU} model.path=m --policy RUN/final\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("estimate", "told"),
+    [
+        ({}, []),
+        ({"mean": 0.5, "ci95": [0.4, 0.6]}, ["value model's estimate of a response: +0.500, 95 % interval +0.400 to +0.600"]),
+        (
+            gain_of([0.1, 0.1], [0.3, 0.3]),
+            [
+                "value model's estimate of a response: +0.100, 95 % interval +0.100 to +0.100 for m; +0.300, 95 % interval +0.300 to +0.300 for p",
+                "gain: +0.200, 95 % interval +0.200 to +0.200",
+            ],
+        ),
+    ],
+    ids=["no value model", "one side", "both sides"],
+)
+def test_eval_without_a_judge_says_what_there_is(backend, capsys, estimate, told):
+    unjudged = {key: value for key, value in JUDGED.items() if key != "gold"} | {"judge": "none", "policy": "p", "beside": "m", "estimate": estimate}
+    backend("dvpo_ray.training.evaluate", "evaluate_policy", unjudged)
+    assert cli.main(["eval", LOCAL_CPU, "evaluation.judge=none", "model.path=m", "--policy", "p", "--out", "there"]) == 0
+    assert without_loading(capsys.readouterr().out).splitlines() == [
+        "note: most responses are cut off",
+        "responses of p to 3 held-out prompts, beside those of m",
+        *told,
+        "No judge scored them (evaluation.judge is none). The estimate is what a policy is optimised for, so read the responses too.",
+        "responses: there/evaluation.jsonl",
+        "there/evaluation.json",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,11 @@ def test_a_policy_ends_with_its_gain_and_the_next_command(run):
 
 def test_without_a_judge_nothing_is_claimed(run):
     lines = run({"stage": "train", "state": "finished", "steps": 3})
-    assert lines[0].startswith("no judge scored held-out prompts") and lines[-2:] == ["next, to serve it:", "vllm serve run/final"]
+    assert lines[0].startswith("no judge scored held-out prompts") and lines[0].endswith("the report shows responses before and after side by side")
+    assert lines[-2:] == [
+        "next, to read its responses to held-out prompts beside those of the model before:",
+        "dvpo eval run/config.yaml --policy run/final data.prompts.path=PROMPTS.jsonl",
+    ]
 
 
 def test_a_run_that_an_alarm_stopped_says_so_first(run):
@@ -73,8 +77,8 @@ def test_a_run_that_an_alarm_stopped_says_so_first(run):
         ("sft", "train a value model for it", "dvpo gvm train run/config.yaml model.path=run/final data.preferences.path=PAIRS.jsonl"),
         (
             "dpo",
-            "judge it on held-out prompts",
-            "dvpo eval run/config.yaml --policy run/final data.prompts.path=PROMPTS.jsonl evaluation.judge=vader",
+            "read its responses to held-out prompts beside those of the model before",
+            "dvpo eval run/config.yaml --policy run/final data.prompts.path=PROMPTS.jsonl",
         ),
     ],
 )

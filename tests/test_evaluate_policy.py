@@ -6,6 +6,8 @@ import json
 import re
 
 import pytest
+from conftest import make_tiny_model
+from gvm_artifacts import make_gvm
 
 from dvpo_ray.config import Config
 from dvpo_ray.errors import InputError
@@ -28,11 +30,14 @@ def prompts(tmp_path):
     return path
 
 
-def test_it_needs_a_judge(tiny_chat_model, prompts, tmp_path):
+def test_a_value_model_of_another_tokenizer_is_refused_before_anything_is_sampled(tiny_model, tiny_chat_model, prompts, tmp_path):
     from dvpo_ray.training.evaluate import evaluate_policy
 
-    with pytest.raises(InputError, match="evaluation.judge is none; set evaluation.judge=vader"):
-        evaluate_policy(config(prompts, judge="none"), str(tiny_chat_model), tmp_path / "out")
+    settings = config(prompts, judge="none")
+    settings.gvm.path = str(make_gvm(tmp_path / "gvm", tiny_model))
+    with pytest.raises(InputError, match="tokenizer"):
+        evaluate_policy(settings, str(tiny_chat_model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_that_are_all_too_long(tiny_chat_model, prompts, tmp_path):
@@ -73,3 +78,21 @@ def test_every_heldout_prompt_is_judged_once(ray_session, tiny_chat_model, promp
     cut_off = summary["response_length"]["truncated_fraction"]
     assert cut_off == sum(row["truncated"] for row in rows) / 9
     assert any("are cut off at rollout.max_response_tokens" in note for note in summary["notes"]) == (cut_off > 0.5)
+
+
+@pytest.mark.slow
+def test_without_a_judge_the_responses_of_both_models_are_laid_side_by_side(ray_session, tiny_model, prompts, tmp_path):
+    from dvpo_ray.training.evaluate import evaluate_policy
+
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    settings = config(prompts, judge="none", prompts=9)
+    settings.model.path, settings.gvm.path = str(tiny_model), str(make_gvm(tmp_path / "gvm", tiny_model))
+    summary = evaluate_policy(settings, str(other), tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == summary["prompts"] == 9 and summary["beside"] == str(tiny_model) and "gold" not in summary
+    assert [row["before"] for row in rows] != [row["response"] for row in rows]
+    assert summary["estimate"]["after"]["mean"] == pytest.approx(sum(row["value"] for row in rows) / 9, abs=1e-6)
+    again = evaluate_policy(settings, str(tiny_model), tmp_path / "before")
+    assert again["estimate"] == summary["estimate"]["before"] and "beside" not in again
+    kept = [json.loads(line) for line in (tmp_path / "before" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["response"] for row in kept] == [row["before"] for row in rows]

@@ -32,7 +32,7 @@ from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
 
 @command(
-    "judge a policy's responses to the held-out prompts",
+    "judge a policy's responses to the held-out prompts, or without a judge lay them beside those of model.path",
     "dvpo eval cluster_configs/local-cpu.yaml --policy runs/first/final --out runs/first-eval",
     *CONFIG,
     argument("--policy", metavar="MODEL", type=name_or_path_option, help="checkpoint folder or hub name (default: model.path of the config)"),
@@ -48,16 +48,22 @@ def evaluate(args: Namespace) -> None:
     check_local_cluster(config, (seat for seat in plan_placement(config) if seat.role == "rollout"))
     policy = args.policy or config.model.path
     with only_json(args.json):
-        refuse_unreachable(Needed("--policy" if args.policy else "model.path", policy, "policy"))
+        beside = [] if config.evaluation.judge != "none" else [Needed("model.path", config.model.path, "policy")]
+        refuse_unreachable(Needed("--policy" if args.policy else "model.path", policy, "policy"), *beside)
         with loading():
             from dvpo_ray.training.evaluate import evaluate_policy
         result = evaluate_policy(config, policy, out)
-        same = shlex.join(["dvpo", "eval", args.config, *args.overrides])
-        other = f"{same} --policy RUN/final" if policy == config.model.path else same
-        what = "a trained policy" if policy == config.model.path else config.model.path
-        tell([*_notes(result), *policy_words(result), f"responses: {out / 'evaluation.jsonl'}", f"next, to compare with {what}:", Shell(other)])
+        tell([*_notes(result), *policy_words(result), f"responses: {out / 'evaluation.jsonl'}", *_other_side(args, result, config.model.path)])
     # The last line is for scripts.
     print(json.dumps(result, indent=2) if args.json else out / "evaluation.json")
+
+
+def _other_side(args: Namespace, result: dict, start: str) -> list[str]:
+    """The command that gives what a result is to be compared with, unless that is in it already."""
+    same = shlex.join(["dvpo", "eval", args.config, *args.overrides])
+    if args.policy in (None, start):
+        return ["next, to compare with a trained policy:", Shell(f"{same} --policy RUN/final")]
+    return [] if "beside" in result else [f"next, to compare with {start}:", Shell(same)]
 
 
 def _notes(result: dict) -> list[str]:

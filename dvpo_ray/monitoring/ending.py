@@ -64,7 +64,8 @@ def _result(summary: Mapping[str, Any]) -> list[str]:
     moved = [f"KL from the reference: {kl:.2f} nats per response"] if kl is not None else []
     if "gold" in summary:
         return [*gold_words(summary["gold"]), *moved]
-    return [*moved, "no judge scored held-out prompts before and after, so nothing independent says what the run gained: see evaluation.judge"]
+    unknown = "no judge scored held-out prompts before and after (evaluation.judge is none), so nothing independent says what the run gained"
+    return [*moved, f"{unknown}; the report shows responses before and after side by side"]
 
 
 def _last_step(stage: str, metrics: Mapping[str, float | None]) -> list[str]:
@@ -89,10 +90,23 @@ def gold_words(gold: Mapping[str, Any]) -> list[str]:
 
 
 def policy_words(result: Mapping[str, Any]) -> list[str]:
-    """The result of `dvpo eval`: `policy`, `judge`, `prompts` and `gold`."""
-    gold = result["gold"]
-    score = f"{gold['mean']:+.3f}, {_interval(gold['ci95'], sign='+')}"
-    return [f"gold score of {result['policy']} by {result['judge']}: {score}, {result['prompts']} prompts"]
+    """The result of `dvpo eval`, as `evaluate_policy` returns it."""
+    if "gold" in result:
+        return [f"gold score of {result['policy']} by {result['judge']}: {_mean(result['gold'])}, {result['prompts']} prompts"]
+    responses = f"responses of {result['policy']} to {result['prompts']} held-out prompts"
+    told = [f"{responses}, beside those of {result['beside']}" if "beside" in result else responses]
+    estimate = result.get("estimate", {})
+    if "gain" in estimate:
+        before, after = (_mean(estimate[side]) for side in ("before", "after"))
+        told.append(f"value model's estimate of a response: {before} for {result['beside']}; {after} for {result['policy']}")
+        told.append(f"gain: {estimate['gain']:+.3f}, {_interval(estimate['gain_ci95'], sign='+')}")
+    elif estimate:
+        told.append(f"value model's estimate of a response: {_mean(estimate)}")
+    return [*told, "No judge scored them (evaluation.judge is none). The estimate is what a policy is optimised for, so read the responses too."]
+
+
+def _mean(score: Mapping[str, Any]) -> str:
+    return f"{score['mean']:+.3f}, {_interval(score['ci95'], sign='+')}"
 
 
 def accuracy_words(report: Mapping[str, Any], views: Sequence[str] = ("mean", "last")) -> list[str]:
@@ -133,8 +147,9 @@ def uses(folder: Path, stage: str, config: Mapping[str, Any]) -> dict[str, str]:
     final, own = shlex.quote(str(folder / "final")), shlex.quote(str(folder / "config.yaml"))
     prompts = _prompts(config)
     pairs = "" if setting(config, "data.preferences.path") else " data.preferences.path=PAIRS.jsonl"
-    judge = "" if setting(config, "evaluation.judge") not in (None, "none") else " evaluation.judge=vader"
-    judged = {"judge it on held-out prompts": f"dvpo eval {own} --policy {final}{prompts}{judge}"}
+    has_judge = setting(config, "evaluation.judge") not in (None, "none") and "evaluation.judge=none" not in prompts
+    purpose = "judge it on held-out prompts" if has_judge else "read its responses to held-out prompts beside those of the model before"
+    judged = {purpose: f"dvpo eval {own} --policy {final}{prompts}"}
     load = "\n".join(f"{name} = {loader}.from_pretrained({str(folder / 'final')!r})" for name, loader in _LOADERS.items())
     served = {"serve it": f"vllm serve {final}", "load it in Python": f"from transformers import {', '.join(_LOADERS.values())}\n{load}"}
     by_stage = {
@@ -146,6 +161,6 @@ def uses(folder: Path, stage: str, config: Mapping[str, Any]) -> dict[str, str]:
         "rm": {"optimise a policy with it": f"dvpo train {own} algorithm=ppo reward_model.path={final}{prompts}"},
         "sft": {"train a value model for it": f"dvpo gvm train {own} model.path={final}{pairs}", **judged, **served},
         "dpo": {**judged, **served},
-        "train": {**(served if judge else judged), **(judged if judge else served)},
+        "train": {**judged, **served},
     }
     return by_stage.get(stage, {})

@@ -1,24 +1,30 @@
-"""`dvpo eval`: gold scores of a checkpoint's responses to the held-out prompts, sampled by the rollout engines alone."""
+"""`dvpo eval`: a checkpoint's responses to the held-out prompts, sampled by the rollout engines alone, and judged or laid beside others."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from dvpo_ray.actors.roles import started_roles
 from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.inputs import is_made
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts, sample_prompts
 from dvpo_ray.errors import InputError
-from dvpo_ray.evaluation.gain import mean_ci
-from dvpo_ray.evaluation.judges import Judge, make_judge
+from dvpo_ray.evaluation.gain import gain_of, mean_ci
+from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.files import whole_file
-from dvpo_ray.gvm.artifact import refuse_as_policy
+from dvpo_ray.gvm.artifact import check_tokenizer, load_gvm_of_run, read_manifest, refuse_as_policy
 from dvpo_ray.health.alarms import cut_off_note
+from dvpo_ray.models.forward import batch_values
 from dvpo_ray.models.loading import context_tokens, load_tokenizer
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.planning.placement import plan_placement, wanted_gpus
@@ -32,34 +38,80 @@ ENGINES = ("rollout",)
 
 
 def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
-    """Sample one response of a policy to each held-out prompt and judge it.
+    """Sample one response of a policy to each held-out prompt, and judge it.
+
+    Without a judge, the responses of `model.path` are written beside those of the policy, for reading, and where `gvm.path` is a value
+    model, both get its estimate.
 
     Args:
-        config: `data.prompts`, `evaluation`, `rollout`, `ray` and the settings of `model` beside its path are used.
+        config: `data.prompts`, `evaluation`, `rollout`, `ray` and the settings of `model` are used; without a judge `gvm.path` and `scorer` too.
         policy: checkpoint folder or hub name.
         out: folder that gets `evaluation.json` with what is returned, `evaluation.jsonl` with one row per prompt, and the engines' logs.
 
     Returns:
-        `policy`, `judge`, `prompts` (their number), `gold.mean`, `gold.ci95`, `response_length.mean` in tokens,
-        `response_length.truncated_fraction`, and `notes`, one line for each reason why prompts are left out or shortened,
-        or most responses cut off.
+        `policy`, `judge`, `prompts` (their number), `response_length.mean` in tokens, `response_length.truncated_fraction`, and `notes`, one
+        line for each reason why prompts are left out or shortened, or most responses cut off. With a judge `gold.mean` and `gold.ci95`.
+        Without one `beside`, the other policy, if there is one, and `estimate`: `gain_of` both, or `mean` and `ci95` of the policy alone.
 
     Raises:
-        InputError: no judge, no prompts or no such checkpoint.
+        InputError: no prompts, no such checkpoint, or a value model of another tokenizer.
         ResourceError: the cluster has no room for the engines, or the disk is full.
     """
-    judge = make_judge(config.evaluation.judge)
-    if judge is None:
-        raise InputError("evaluation.judge is none; set evaluation.judge=vader")
     refuse_as_policy(policy, "--policy" if policy != config.model.path else "model.path")
     check_gpus(wanted_gpus(config, [seat for seat in plan_placement(config) if seat.role in ENGINES]), config.ray)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
+    judge = make_judge(config.evaluation.judge)
     with RunConsole() as console:
-        return _evaluate(config, judge, out, console)
+        tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
+        gvm = _estimator(config, tokenizer) if judge is None else None
+        before = _answers(config, config.model.path, out / "before", console) if judge is None and policy != config.model.path else None
+        after = _answers(config, policy, out, console)
+        rows, result = after.rows(), {"policy": policy, "judge": config.evaluation.judge, "prompts": len(after.prompts)}
+        if judge is not None:
+            with console.stage("judging", quiet=True):
+                gold = judge.score([prompt.text for prompt in after.prompts], after.responses)
+            rows = [row | {"gold": round(score, 6)} for row, score in zip(rows, gold.tolist(), strict=True)]
+            result["gold"] = _mean(gold)
+        else:
+            sides = [after] if before is None else [before, after]
+            if before is not None:
+                rows = [row | {"before": response} for row, response in zip(rows, before.responses, strict=True)]
+                result["beside"] = config.model.path
+            if gvm is not None:
+                with console.stage("values", quiet=True):
+                    values = [_last_values(config, gvm, side.batch) for side in sides]
+                rows = [row | {"value": round(float(value), 6)} for row, value in zip(rows, values[-1], strict=True)]
+                result["estimate"] = _mean(values[0]) if before is None else gain_of(*values)
+    cut_off = float(after.batch.truncated.mean())
+    result["response_length"] = {"mean": float(after.batch.response_lengths.mean()), "truncated_fraction": cut_off}
+    result["notes"] = [*after.notes, *cut_off_note(cut_off, config.health)]
+    with whole_file(out / "evaluation.jsonl") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with whole_file(out / "evaluation.json") as file:
+        json.dump(result, file, indent=2)
+    return result
 
 
-def _evaluate(config: Config, judge: Judge, out: Path, console: RunConsole) -> dict:
-    policy = config.model.path
+def _mean(scores: np.ndarray) -> dict:
+    mean, *ends = mean_ci(scores)
+    return {"mean": mean, "ci95": ends}
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """One response of a policy to each held-out prompt, in the order of the prompts; `batch` has their tokens."""
+
+    prompts: list[Prompt]
+    responses: list[str]
+    batch: RaggedBatch
+    notes: list[str]
+
+    def rows(self) -> list[dict]:
+        parts = zip(self.prompts, self.responses, self.batch.truncated.tolist(), strict=True)
+        return [{"prompt": prompt.content, "response": response, "truncated": truncated} for prompt, response, truncated in parts]
+
+
+def _answers(config: Config, policy: str, out: Path, console: RunConsole) -> _Answers:
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
     with console.stage("reading the prompts", quiet=True):
         tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
         encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
@@ -70,23 +122,28 @@ def _evaluate(config: Config, judge: Judge, out: Path, console: RunConsole) -> d
     with console.entering("start of the engines", sampler) as sample, console.stage("responses", len(prompts), unit="prompts") as progress:
         batch = sample(prompt_ids)
         progress.advance(len(prompts))
-    with console.stage("judging", quiet=True):
-        responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
-        gold = judge.score([prompt.text for prompt in prompts], responses)
-        mean, low, high = mean_ci(gold)
-    _write_rows(out / "evaluation.jsonl", prompts, responses, gold.tolist(), batch)
-    cut_off = float(batch.truncated.mean())
-    result = {
-        "policy": policy,
-        "judge": judge.name,
-        "prompts": len(prompts),
-        "gold": {"mean": mean, "ci95": [low, high]},
-        "response_length": {"mean": float(batch.response_lengths.mean()), "truncated_fraction": cut_off},
-        "notes": [*notes, *cut_off_note(cut_off, config.health)],
-    }
-    with whole_file(out / "evaluation.json") as file:
-        json.dump(result, file, indent=2)
-    return result
+    responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
+    return _Answers(prompts, responses, batch, notes)
+
+
+def _estimator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    """The value model of the config, if it is there and can score a response by itself.
+
+    Raises:
+        InputError: it has another tokenizer than the policy.
+    """
+    if not is_made(config.gvm.path):
+        return None
+    path = Path(config.gvm.path)
+    manifest = read_manifest(path)
+    check_tokenizer(path, manifest, tokenizer, config.model.chat_template)
+    return None if manifest.context.examples else path
+
+
+def _last_values(config: Config, gvm: Path, batch: RaggedBatch) -> np.ndarray:
+    """The value of each finished response, [R]. The engines are gone by now, so the device is free."""
+    model, _ = load_gvm_of_run(config.model, gvm)
+    return batch_values(model, batch, config.scorer.micro_batch_tokens)[batch.offsets[1:] - 1]
 
 
 def heldout_prompts(config: Config, encoder: Encoder) -> tuple[list[Prompt], list[list[int]], list[str]]:
@@ -139,10 +196,3 @@ def policy_sampler(
             return RaggedBatch.concatenate(chunks).sorted_by_id()
 
         yield sample
-
-
-def _write_rows(path: Path, prompts: list[Prompt], responses: list[str], gold: list[float], batch: RaggedBatch) -> None:
-    with whole_file(path) as lines:
-        for prompt, response, score, truncated in zip(prompts, responses, gold, batch.truncated.tolist(), strict=True):
-            row = {"prompt": prompt.content, "response": response, "gold": round(score, 6), "truncated": truncated}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
