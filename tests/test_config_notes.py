@@ -11,7 +11,8 @@ from gvm_artifacts import make_gvm
 from dvpo_ray import cli
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.config.inputs import is_local
-from dvpo_ray.config.notes import training_notes
+from dvpo_ray.config.notes import few_steps, training_notes
+from dvpo_ray.config.schema import GVMConfig, RewardModelConfig
 
 LOCAL_CPU = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "local-cpu.yaml")
 
@@ -26,6 +27,32 @@ def in_empty_folder(tmp_path, monkeypatch):
 def dry_run(capsys, *argv: str) -> list[str]:
     assert cli.main([*argv, "--dry-run"]) == 0
     return [line.removeprefix("# note: ") for line in capsys.readouterr().out.splitlines() if line.startswith("# note: ")]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "settings", "told"),
+    [
+        (54, {}, "2 optimizer steps are too few to learn much: take 30 or more, for example by gvm.pairs_per_step=8 gvm.epochs=5, or raise"),
+        (54, {"epochs": 0.5}, "1 optimizer step is too few"),
+        (3, {"pairs_per_step": 2}, "for example by gvm.pairs_per_step=2 gvm.epochs=15, or"),
+        (54, {"pairs_per_step": 8, "epochs": 5}, None),
+        (1103, {}, None),
+        (54, {"keep_head": True, "init_from": "g"}, None),
+    ],
+)
+def test_too_few_steps_to_learn_are_told_with_settings_that_take_enough(pairs, settings, told):
+    lines = few_steps(pairs, GVMConfig(**settings))
+    assert told in lines[0] if told else lines == []
+    reward = few_steps(pairs, RewardModelConfig(**{key: value for key, value in settings.items() if key in ("epochs", "pairs_per_step")}))
+    assert "keep_head" in settings or bool(reward) == bool(told) and "gvm.epochs" not in "".join(reward)
+
+
+def test_the_dry_run_of_a_value_model_says_that_its_steps_are_few(capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "chosen": "a", "rejected": "b"}) + "\n" for i in range(40)))
+    mine = ["data.preferences.path=p.jsonl", "data.preferences.heldout_path=null"]
+    assert "2 optimizer steps are too few to learn much" in dry_run(capsys, "gvm", "train", LOCAL_CPU, *mine)[-1]
+    assert "reward_model.epochs=" in dry_run(capsys, "rm", "train", LOCAL_CPU, *mine)[-1]
+    assert dry_run(capsys, "gvm", "train", LOCAL_CPU, *mine, "gvm.epochs=20") == []
 
 
 REFRESHED = ["gvm.refresh.source=judge"]
@@ -128,7 +155,7 @@ def test_a_dry_run_names_the_paths_that_are_missing(command, missing, capsys):
 
 
 def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):
-    Path("p.jsonl").write_text('{"prompt": "Hi"}\n', encoding="utf-8")
+    Path("p.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n', encoding="utf-8")
     gvm = make_gvm(tmp_path / "run" / "final", tiny_model)
     settings = [f"model.path={tiny_model}", "data.prompts.path=p.jsonl", "data.prompts.heldout_path=null"]
     assert dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm}") == []

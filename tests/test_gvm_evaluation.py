@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from gvm_artifacts import make_gvm
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import EncodedPair
 from dvpo_ray.errors import InputError
-from dvpo_ray.gvm.evaluation import evaluate_gvm, heldout_report, heldout_warning, length_warning
+from dvpo_ray.gvm.evaluation import chance_warning, evaluate_gvm, heldout_report, heldout_warning, length_warning, unmoved_warning
 from dvpo_ray.gvm.pairs import build_pairs
 from dvpo_ray.gvm.views import (
     HeldoutValues,
@@ -23,6 +24,7 @@ from dvpo_ray.gvm.views import (
     regression_metrics,
     response_scores,
     score_calibration,
+    value_spread,
     wilson_interval,
 )
 
@@ -243,6 +245,30 @@ def test_accuracy_that_length_does_not_explain_is_not_warned_about():
     assert length_warning(report_of(*[(20, 8, 1.0)] * 30, *[(8, 20, 1.0)] * 30)) == []  # length says nothing
     assert length_warning(report_of(*[(20, 8, 1.0)] * 4, (8, 20, 1.0))) == []  # four of five is chance
     assert length_warning(report_of(*[(20, 8, -1.0)] * 60)) == []  # nothing is learnt, which `heldout_warning` says
+
+
+def test_an_accuracy_on_few_pairs_that_may_be_chance_is_warned_about():
+    [line] = chance_warning(report_of(*[(9, 9, 1.0)] * 6, *[(9, 9, -1.0)] * 3))
+    assert line.startswith("held-out accuracy 0.67 on 9 pairs may be chance: its 95 % interval is 0.35 to 0.88; hold out more pairs")
+    assert chance_warning(report_of(*[(9, 9, 1.0)] * 60, *[(9, 9, -1.0)] * 30)) == []  # the same accuracy on 90
+    assert chance_warning(report_of(*[(9, 9, 1.0)] * 9)) == []
+    assert chance_warning(report_of(*[(9, 9, 1.0)] * 5, *[(9, 9, -1.0)] * 4)) == []  # `heldout_warning` says that this is weak
+
+
+def test_values_that_have_hardly_moved_are_warned_about_however_well_they_order():
+    barely = report_of(*[(9, 9, 0.04)] * 9)
+    assert barely["heldout_accuracy"]["mean"] == 1.0 and barely["value_spread"] == pytest.approx(0.02)
+    [line] = unmoved_warning(barely, after=" after 2 steps")
+    assert line.startswith("the values have hardly moved after 2 steps: they spread by 0.020 where outcomes spread by 1, so the model has hardly")
+    assert line.endswith("raise gvm.epochs, lower gvm.pairs_per_step, or raise gvm.learning_rate")
+    assert unmoved_warning(barely, "reward_model")[0].endswith("raise reward_model.learning_rate")
+    assert unmoved_warning(report_of(*[(9, 9, 0.2)] * 9)) == []
+
+
+def test_the_spread_is_in_units_of_the_outcomes():
+    scored = heldout(np.full(5, 3.0), np.full(5, 1.0))
+    assert value_spread(dataclasses.replace(scored, outcomes=np.float32([10, 2]))) == pytest.approx(0.25)
+    assert value_spread(dataclasses.replace(scored, outcomes=np.float32([2, 2]))) == float("inf")
 
 
 def test_evaluation_says_that_length_may_be_all(config, tiny_model, tmp_path, monkeypatch):

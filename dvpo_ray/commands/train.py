@@ -29,7 +29,7 @@ from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch, value_model_steps
 from dvpo_ray.config.inputs import Needed, policy_inputs, policy_misfits, preference_inputs, problems, sft_inputs, value_model_misfits
-from dvpo_ray.config.notes import training_notes
+from dvpo_ray.config.notes import few_steps, training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
 from dvpo_ray.data.preview import Preview, preview
@@ -49,9 +49,9 @@ class Training:
         stage: key of `config.resuming.STAGES`. The default run folder is `runs/<name>-<stage>-<time>`, without the stage for `train`.
         missing: the settings that the config lacks, one line each with what to give.
         inputs: what it reads.
-        notes: what else the dry run should mention, one line each.
-        arithmetic: numbers of the batches by name. Its last argument is the number of pairs or prompts to train on, None if it is not
-            known yet. Raises InputError when they don't work out.
+        notes: what else the dry run should mention, one line each. The last argument is the number of pairs or prompts to train on, None
+            if it is not known yet.
+        arithmetic: numbers of the batches by name, of the same arguments. Raises InputError when they don't work out.
         train: trains in a run folder and returns the path of the result. Its last argument is `--resume`.
         placement: of the actors; empty when the command trains in its own process.
     """
@@ -59,7 +59,7 @@ class Training:
     stage: str
     missing: Callable[[Config], list[str]]
     inputs: Callable[[Config], Iterable[Needed]]
-    notes: Callable[[Config], list[str]]
+    notes: Callable[[Config, int | None], list[str]]
     arithmetic: Callable[[Config, int | None], dict[str, str]]
     train: Callable[[Config, Path, bool], Path]
     placement: Callable[[Config], list[Seat]] = lambda config: []
@@ -97,7 +97,8 @@ class Training:
         """
         seats = self.placement(config)
         check_local_cluster(config, seats)
-        print_plan(config, data.facts if data else {}, self.arithmetic(config, data.train if data else None), seats, notes)
+        data = data or Preview()
+        print_plan(config, data.facts, self.arithmetic(config, data.train), seats, notes)
 
     def _run(self, args: Namespace) -> None:
         config = load(args)
@@ -105,8 +106,9 @@ class Training:
             inputs = list(self.inputs(config))
             sections = [one.key.removesuffix(".path") for one in inputs if one.key in ("data.preferences.path", "data.prompts.path")]
             of_data = [preview(config, section) for section in sections]
-            notes = [*self.missing(config), *problems(inputs), *self.notes(config), *(line for one in of_data for line in one.notes)]
-            self.print_plan(config, notes, next(iter(of_data), None))  # the first section is what it trains on
+            data = next(iter(of_data), Preview())  # the first section is what it trains on
+            settings = [*self.missing(config), *problems(inputs), *self.notes(config, data.train)]
+            self.print_plan(config, [*settings, *(line for one in of_data for line in one.notes)], data)
             return
         self.check(args.config, config)
         folder = choose_run_folder(args.out, config, self.suffix, args.resume)
@@ -185,7 +187,7 @@ SFT = Training(
     stage="sft",
     missing=lambda config: [] if config.data.sft else ["data.sft is not set; give the instruction-answer rows to train on"],
     inputs=sft_inputs,
-    notes=lambda config: [],
+    notes=lambda config, items: [],
     arithmetic=lambda config, rows: _optimizer_steps(config.sft, "row") | {"longest row": f"{config.sft.max_tokens} tokens"},
     train=_train_sft,
 ).command(
@@ -197,7 +199,7 @@ DPO = Training(
     stage="dpo",
     missing=missing_pairs,
     inputs=partial(preference_inputs, section="dpo"),
-    notes=lambda config: [],
+    notes=lambda config, items: [],
     arithmetic=lambda config, pairs: (
         _optimizer_steps(config.dpo, "pair") | {"longest row": _longest_row(config.data.max_prompt_tokens, config.data.max_response_tokens)}
     ),
@@ -227,6 +229,9 @@ def _value_model_training(section: str, stage: str) -> Training:
             "longest row": f"{_longest_row(*lengths)}; micro-batches of {trained.micro_batch_tokens} padded tokens",
         }
 
+    def notes(config: Config, pairs: int | None) -> list[str]:
+        return [*value_model_misfits(config, section), *(few_steps(pairs, getattr(config, section)) if pairs is not None else [])]
+
     def train(config: Config, out: Path, resume: bool) -> Path:
         with loading():
             from dvpo_ray.training.value_model import train_value_model
@@ -237,7 +242,7 @@ def _value_model_training(section: str, stage: str) -> Training:
         stage=stage,
         missing=missing_pairs,
         inputs=partial(preference_inputs, section=section),
-        notes=partial(value_model_misfits, section=section),
+        notes=notes,
         arithmetic=arithmetic,
         train=train,
         placement=lambda config: plan_training_placement(getattr(config, section)),
@@ -302,7 +307,7 @@ POLICY = Training(
     stage="train",
     missing=_missing_for_policy,
     inputs=policy_inputs,
-    notes=lambda config: [*policy_misfits(config), *training_notes(config)],
+    notes=lambda config, prompts: [*policy_misfits(config), *training_notes(config)],
     arithmetic=_policy_arithmetic,
     train=_train_policy,
     placement=_policy_placement,

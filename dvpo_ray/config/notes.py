@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import derive_batch
-from dvpo_ray.config.schema import Config, SplitData
+from dvpo_ray.config.arithmetic import derive_batch, value_model_steps
+from dvpo_ray.config.schema import Config, PreferenceTraining, SplitData
 
 
 def training_notes(config: Config) -> list[str]:
@@ -41,6 +42,28 @@ def foreign_prompts(config: Config) -> list[str]:
     return [
         f"data.prompts.path is still {prompts.path}, the quickstart's prompts, while data.preferences.path is {pairs.path}: the policy would learn "
         f"to continue sentences; set data.prompts.path={pairs.path} data.prompts.heldout_path=null to take the prompts of your pairs"
+    ]
+
+
+FEW_STEPS = 30
+"""Optimizer steps under which a value model has hardly begun to learn (docs/gvm.md, "How many pairs and epochs")."""
+
+
+def few_steps(pairs: int, training: PreferenceTraining) -> list[str]:
+    """One line if a training of a value model takes too few steps to learn much, with settings that take enough.
+
+    Args:
+        pairs: to train on, at least 1.
+    """
+    steps = value_model_steps(pairs, training)[1]
+    if steps >= FEW_STEPS or training.keep_head:
+        return []
+    small = training.model_copy(update={"pairs_per_step": min(training.pairs_per_step, 8), "epochs": 1.0})
+    epochs = math.ceil(FEW_STEPS / value_model_steps(pairs, small)[0])
+    return [
+        f"{steps} optimizer step{'s' * (steps > 1)} {'are' if steps > 1 else 'is'} too few to learn much: take {FEW_STEPS} or more, for example by "
+        f"{training.section}.pairs_per_step={small.pairs_per_step} {training.section}.epochs={epochs}, or raise {training.section}.learning_rate "
+        "(docs/gvm.md, How many pairs and epochs)"
     ]
 
 

@@ -23,6 +23,7 @@ from dvpo_ray.gvm.views import (
     regression_by_decile,
     regression_metrics,
     score_calibration,
+    value_spread,
     wilson_interval,
 )
 from dvpo_ray.models.forward import batch_values
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 WEAK_ACCURACY = 0.60
 """Held-out accuracy under which training has failed according to the paper (arXiv 2502.16944)."""
+UNMOVED_SPREAD = 0.05
+"""Spread of the values under which they are those of a model that has just begun to learn (docs/gvm.md, "How many pairs and epochs")."""
 FITTED_ACCURACY = 0.70
 """Training accuracy from which the model has fitted its training pairs."""
 CHOSEN, REJECTED, NEUTRAL = "#0072b2", "#d55e00", "#666666"  # distinct for colour-blind readers
@@ -60,7 +63,8 @@ def evaluate_gvm(config: Config, gvm_path: Path, out: Path) -> dict:
     flat = batch_values(model, heldout.batch, config.scorer.micro_batch_tokens)
     values = HeldoutValues.from_parts(heldout, [(np.arange(heldout.num_pairs), flat[heldout.batch.state_index])])
     report = heldout_report(values, manifest.outcome.kind) | {"objective": manifest.objective.name}
-    report["notes"] = [*notes, *length_warning(report, "last" if manifest.objective.name == "bradley_terry" else "mean")]
+    section, view = ("reward_model", "last") if manifest.objective.name == "bradley_terry" else ("gvm", "mean")
+    report["notes"] = [*notes, *unmoved_warning(report, section), *chance_warning(report, view), *length_warning(report, view)]
     write_evaluation(out, values, report)
     return report
 
@@ -73,6 +77,7 @@ def heldout_report(heldout: HeldoutValues, outcome: str) -> dict:
 
     Returns:
         `pairs` and `length_matched_pairs`: their numbers;
+        `value_spread`: standard deviation of the values of all states, in standard deviations of their outcomes;
         `heldout_accuracy`: share of pairs ranked right, by view, see `accuracies`; `accuracy_ci95`: the 95 % intervals;
         `regression`: over all states, and `by_position_decile`;
         `calibration`: over all states, see `binary_calibration` and `score_calibration`.
@@ -82,6 +87,7 @@ def heldout_report(heldout: HeldoutValues, outcome: str) -> dict:
     return {
         "pairs": heldout.num_pairs,
         "length_matched_pairs": int(length_matched(heldout).sum()),
+        "value_spread": value_spread(heldout),
         "heldout_accuracy": {name: float(pairs.mean()) for name, pairs in right.items()},
         "accuracy_ci95": {name: list(wilson_interval(pairs)) for name, pairs in right.items()},
         "regression": regression_metrics(heldout.values, heldout.state_outcomes) | {"by_position_decile": regression_by_decile(heldout)},
@@ -120,6 +126,40 @@ def heldout_warning(heldout: dict[str, float], training_accuracy: float, num_pai
         f"held-out accuracy {heldout[view]:.2f} by {view} value{other} is under {WEAK_ACCURACY:.2f}; "
         f"training accuracy was {training_accuracy:.2f}, so {advice}"
     )
+
+
+def unmoved_warning(report: dict, section: str = "gvm", after: str = "") -> list[str]:
+    """One line if the values have hardly moved from those of a model that knows nothing, which are all equal.
+
+    A few steps can order easy pairs. The accuracy does not show that so little has been learnt.
+
+    Args:
+        report: of `heldout_report`.
+        section: as in `heldout_warning`.
+        after: what was done, for the line.
+    """
+    spread = report["value_spread"]
+    if spread >= UNMOVED_SPREAD:
+        return []
+    return [
+        f"the values have hardly moved{after}: they spread by {spread:.3f} where outcomes spread by 1, so the model has hardly learnt, whatever its "
+        f"accuracy on {report['pairs']} pairs; raise {section}.epochs, lower {section}.pairs_per_step, or raise {section}.learning_rate"
+    ]
+
+
+def chance_warning(report: dict, view: str = "mean") -> list[str]:
+    """One line if the held-out pairs are too few to tell a good accuracy from chance.
+
+    Args:
+        report, view: as in `length_warning`.
+    """
+    accuracy, (low, high) = report["heldout_accuracy"][view], report["accuracy_ci95"][view]
+    if accuracy < WEAK_ACCURACY or low > 0.5:
+        return []
+    return [
+        f"held-out accuracy {accuracy:.2f} on {report['pairs']} pairs may be chance: its 95 % interval is {low:.2f} to {high:.2f}; hold out more "
+        "pairs (data.preferences.heldout_fraction or heldout_path)"
+    ]
 
 
 def length_warning(report: dict, view: str = "mean") -> list[str]:

@@ -117,6 +117,12 @@ def regression_metrics(values: np.ndarray, outcomes: np.ndarray) -> dict[str, fl
     return {"mse": float(np.mean(error**2)), "explained_variance": 1.0 - float(np.var(error)) / variance if variance > 0 else None}
 
 
+def value_spread(heldout: HeldoutValues) -> float:
+    """Standard deviation of the values of all states, in standard deviations of their outcomes; infinite if all outcomes are equal."""
+    outcomes = float(np.std(heldout.state_outcomes, dtype=np.float64))
+    return float(np.std(heldout.values, dtype=np.float64)) / outcomes if outcomes else float("inf")
+
+
 def regression_by_decile(heldout: HeldoutValues) -> list[dict]:
     """`regression_metrics` of the states in each tenth of the response; the last tenth holds the terminal states."""
     position = np.concatenate([np.linspace(0.0, 1.0, length) for length in heldout.lengths])  # t / T of every state

@@ -122,7 +122,11 @@ def accuracy_words(report: Mapping[str, Any], views: Sequence[str] = ("mean", "l
     bars = {f"chance ({CHANCE})": CHANCE, f'"the longer wins" ({longer:.3f})': longer}
     unclear = [name for name, bar in bars.items() if low <= bar]
     found = f"not clearly better than {' and '.join(unclear)}" if unclear else f"better than {' and '.join(bars)}"
-    return [f"held-out accuracy: {shown}, {report['pairs']} pairs", f"by {views[0]} value it is {found}: {_interval((low, high))}"]
+    lines = [f"held-out accuracy: {shown}, {report['pairs']} pairs", f"by {views[0]} value it is {found}: {_interval((low, high))}"]
+    if len(views) == 1:
+        return lines
+    read = "dvpo train reads the value after every token, so the mean value counts"
+    return [*lines, f"{read}; the last value is that of the finished response, which advantage.mode=gae takes for the outcome"]
 
 
 def _interval(ends: Sequence[float], sign: str = "") -> str:

@@ -18,7 +18,7 @@ from dvpo_ray.config.arithmetic import value_model_steps
 from dvpo_ray.errors import InputError, diverged
 from dvpo_ray.gvm.artifact import GVMManifest
 from dvpo_ray.gvm.dataset import GVMData, TrainingSettings, load_gvm_data, manifest_entries
-from dvpo_ray.gvm.evaluation import heldout_report, heldout_warning, length_warning, write_evaluation
+from dvpo_ray.gvm.evaluation import chance_warning, heldout_report, heldout_warning, length_warning, unmoved_warning, write_evaluation
 from dvpo_ray.gvm.pairs import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
 from dvpo_ray.monitoring.console import RunConsole
@@ -202,7 +202,8 @@ class ValueModelTraining:
             console.say(line)
         training_accuracy = float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0]))
         weak = heldout_warning(report["heldout_accuracy"], training_accuracy, self.data.train.num_pairs, self.settings.section, views[0])
-        warnings = [*([weak] if weak is not None else []), *length_warning(report, views[0])]
+        unmoved = unmoved_warning(report, self.settings.section, f" after {self.total_steps} steps")
+        warnings = [*(unmoved or ([weak] if weak is not None else [])), *chance_warning(report, views[0]), *length_warning(report, views[0])]
         for warning in warnings:
             console.warn(warning)
         if warnings:
