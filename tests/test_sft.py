@@ -62,7 +62,7 @@ def test_bad_rows_are_named(tmp_path, row, line):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, row])
     with pytest.raises(InputError) as caught:
         load_answers(path, "error")
-    assert str(caught.value) == f"{tmp_path}/{line}"
+    assert str(caught.value) == f"{tmp_path}/{line}; correct the row, or leave bad rows out with data.on_bad_row=skip"
     answers, notes = load_answers(path, "skip")
     fault = line.removeprefix("rows.jsonl:2: ")
     assert len(answers) == 1

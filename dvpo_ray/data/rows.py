@@ -65,7 +65,7 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
             left_out.setdefault(str(error), []).append(row.where)
         except BadRow as error:
             if on_bad_row == "error":
-                raise InputError(f"{row.where}: {error}") from error
+                raise InputError(f"{row.where}: {error}; correct the row, or leave bad rows out with data.on_bad_row=skip") from error
             bad.setdefault(_fault(str(error)), []).append(f"{row.where}: {error}")
     total = len(items) + sum(map(len, [*bad.values(), *left_out.values()]))
     if not total:
