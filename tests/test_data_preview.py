@@ -96,7 +96,10 @@ def test_a_bad_row_is_found_by_the_dry_run(tiny_model, tmp_path, capsys, monkeyp
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"text": "b"}])
     assert cli.main(["train", LOCAL_CPU, f"model.path={tiny_model}", f"data.prompts.path={path}", "--dry-run"]) == 0
-    assert f"# note: {path}:2: no `prompt`; the row has text; correct the row, or leave bad rows out with data.on_bad_row=skip\n" in capsys.readouterr().out
+    assert (
+        f"# note: {path}:2: no `prompt`; the row has text; correct the row, or leave bad rows out with data.on_bad_row=skip\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_cannot_be_counted_in_a_moment_is_left_to_the_run(tiny_model, tmp_path):

@@ -170,6 +170,73 @@ def probe_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
     return Turn(lead, tail[: end.start()], end.group(), tokenizer.convert_tokens_to_ids(end.group()), tail, prefill, asks_reasoning)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a tokenizer's chat template writes around answers.
+
+    Attributes:
+        turn: of `probe_turn`.
+        special: of `special_tokens`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    turn: Turn
+    special: re.Pattern
+
+    def text(self, prompt: str, messages: Messages, content: str) -> tuple[str, str, list[str]]:
+        """What follows the prompt's text up to `close`: the template's own text, then the content.
+
+        The content stays as it is, so that a response of the data and the same response sampled by the policy have the same ids.
+        The template only says what it writes before this content. Two parts are not written twice: what the generation prompt
+        has begun of the answer, and a reasoning that the content has itself.
+
+        Args:
+            prompt: rendered for a generation.
+            messages: behind the prompt.
+
+        Returns:
+            The template's text, the content after it, and what the user should know: `response`, the template changes the content;
+            `reasoning`, the content lacks the reasoning that the prompt opens.
+        """
+        turn = self.turn
+        opening = prompt.removesuffix(turn.prefill)
+        has_prefill = prompt.endswith(turn.prefill)
+        dialogue = self._dialogue(messages, content)
+        start = len(dialogue) - len(content + turn.tail)
+        is_kept = dialogue.endswith(content + turn.tail) and (start >= len(opening) or not dialogue.startswith(opening))
+        before = dialogue[len(prompt) : start] if is_kept and dialogue.startswith(prompt) else None
+        rest = turn.after_prefill(content) if has_prefill else None
+        if rest is not None:
+            lead, content = "", rest
+        elif self._is_own(content, turn.lead):
+            lead = "" if before is None or self._is_own(content, before) else before
+        elif before in (None, turn.lead):
+            lead = turn.lead
+        else:  # a lead of this prompt's own, or a content whose first characters happen to be those of the template around it
+            lead = self._lead(prompt, messages)
+            is_kept = before == lead
+        noted = [] if is_kept else ["response"]
+        if rest is None and has_prefill and turn.lacks_reasoning(content):
+            noted.append("reasoning")
+        return lead, content, noted
+
+    def _is_own(self, content: str, lead: str) -> bool:
+        """Whether a content has itself what the tags of a lead are there for. Special tokens are no tags: in a content they are text."""
+        return writes_itself(content, self.special.sub("", lead))
+
+    def _dialogue(self, messages: Messages, content: str) -> str:
+        """The prompt and an answer as the template writes them; empty if it refuses the answer."""
+        try:
+            return render(self.tokenizer, [*messages, {"role": "assistant", "content": content}], generation_prompt=False)
+        except TemplateError:
+            return ""
+
+    def _lead(self, prompt: str, messages: Messages) -> str:
+        """What the template writes between a prompt and any answer to it."""
+        before, _, tail = self._dialogue(messages, PROBE).rpartition(PROBE)
+        return before.removeprefix(prompt) if before.startswith(prompt) and tail == self.turn.tail else self.turn.lead
+
+
 def _opening_tag(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The opening tag at the end of a text, with the white space after it; empty if there is none. A special token is not a tag."""
     tag = _OPENING_TAG_AT_END.search(text)

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import DataConfig
-from dvpo_ray.data.chat import PROBE, Turn, left_out_message, over_limit, probe_turn, render, special_tokens, writes_itself
+from dvpo_ray.data.chat import PROBE, Answers, Turn, left_out_message, over_limit, probe_turn, render, special_tokens
 from dvpo_ray.data.preferences import PreferencePair
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.rows import Content, Messages, content_text, count_note
@@ -150,6 +150,7 @@ class Encoder:
         self._anchor_ids = self._ids(ANCHOR)
         self._text_prefix = self._added_before_text()
         self._turn = probe_turn(tokenizer) if self.is_chat else Turn("", "", tokenizer.eos_token, tokenizer.eos_token_id, "")
+        self._answers = Answers(tokenizer, self._turn, self._special)
         self._special_lead = self._continuation_ids(self._turn.lead) if self._special.search(self._turn.lead) else []
         self.end_token_id = self._turn.end_id
         self.stop_token_ids = {self.end_token_id, tokenizer.eos_token_id, *_generation_stop_ids(tokenizer.name_or_path)}
@@ -347,7 +348,9 @@ class Encoder:
 
     def _response(self, prompt: _PromptIds, response: Content, truncated: bool, where: str) -> _Cut:
         content = self._without_end(content_text(response))
-        lead, text = self._turn_text(prompt, content, where) if self.is_chat else ("", content)
+        lead, text, noted = self._answers.text(prompt.text, prompt.messages, content) if self.is_chat else ("", content, [])
+        for reason in noted:
+            self._marks["noted", reason] = where
         if self._special.search(text):
             self._marks["noted", "special"] = where
         ids = self._body_ids(prompt, lead, text, "" if truncated else self._turn.close)
@@ -363,52 +366,6 @@ class Encoder:
         while (stripped := content.rstrip()).endswith(ends):
             content = next(stripped.removesuffix(end) for end in ends if stripped.endswith(end))
         return content
-
-    def _turn_text(self, prompt: _PromptIds, content: str, where: str) -> tuple[str, str]:
-        """What follows the prompt's text up to `close`: the template's own text, then the content.
-
-        The content stays as it is, so that a response of the data and the same response sampled by the policy have the same ids.
-        The template only says what it writes before this content. Two parts are not written twice: what the generation prompt
-        has begun of the answer, and a reasoning that the content has itself.
-        """
-        turn = self._turn
-        opening = prompt.text.removesuffix(turn.prefill)
-        has_prefill = prompt.text.endswith(turn.prefill)
-        dialogue = self._dialogue(prompt, content)
-        start = len(dialogue) - len(content + turn.tail)
-        is_kept = dialogue.endswith(content + turn.tail) and (start >= len(opening) or not dialogue.startswith(opening))
-        before = dialogue[len(prompt.text) : start] if is_kept and dialogue.startswith(prompt.text) else None
-        rest = turn.after_prefill(content) if has_prefill else None
-        if rest is not None:
-            lead, content = "", rest
-        elif self._is_own(content, turn.lead):
-            lead = "" if before is None or self._is_own(content, before) else before
-        elif before in (None, turn.lead):
-            lead = turn.lead
-        else:  # a lead of this prompt's own, or a content whose first characters happen to be those of the template around it
-            lead = self._lead(prompt)
-            is_kept = before == lead
-        if not is_kept:
-            self._marks["noted", "response"] = where
-        if rest is None and has_prefill and turn.lacks_reasoning(content):
-            self._marks["noted", "reasoning"] = where
-        return lead, content
-
-    def _is_own(self, content: str, lead: str) -> bool:
-        """Whether a content has itself what the tags of a lead are there for. Special tokens are no tags: in a content they are text."""
-        return writes_itself(content, self._special.sub("", lead))
-
-    def _dialogue(self, prompt: _PromptIds, content: str) -> str:
-        """The prompt and an answer as the template writes them; empty if it refuses the answer."""
-        try:
-            return render(self.tokenizer, [*prompt.messages, {"role": "assistant", "content": content}], generation_prompt=False)
-        except TemplateError:
-            return ""
-
-    def _lead(self, prompt: _PromptIds) -> str:
-        """What the template writes between a prompt and any answer to it."""
-        before, _, tail = self._dialogue(prompt, PROBE).rpartition(PROBE)
-        return before.removeprefix(prompt.text) if before.startswith(prompt.text) and tail == self._turn.tail else self._turn.lead
 
     def _body_ids(self, prompt: _PromptIds, lead: str, text: str, close: str) -> list[int]:
         """Ids of a response's text, with what the template writes around it, as the continuation of the prompt's ids.
