@@ -75,7 +75,7 @@ def test_the_dry_run_counts_steps_and_prompts(tiny_model, tmp_path, capsys):
     sections = [f"data.{name}.{key}" for name in ("preferences", "prompts") for key in (f"path={path}", "heldout_path=null")]
     for command, told in (
         (["gvm", "train"], "optimizer steps          2.5 epochs x {} training pairs / 10 = {} steps"),
-        (["train"], "samples in the run       3200, 3200 prompts with repeats, {} distinct ones about {:.2g} times each"),
+        (["train"], "samples in the run       3200, 3200 prompts with repeats: {} distinct ones, each about {:.2g} times"),
     ):
         assert cli.main([*command, LOCAL_CPU, *own, *sections, "gvm.epochs=2.5", "gvm.pairs_per_step=10", "--dry-run"]) == 0
         train = preview(load_config(LOCAL_CPU, [*own, *sections]), "data.prompts").train

@@ -276,7 +276,7 @@ def _missing_for_policy(config: Config) -> list[str]:
 
 def _policy_arithmetic(config: Config, prompts: int | None) -> dict[str, str]:
     plan, batch = derive_batch(config), config.batch
-    distinct = "" if prompts is None else f", {prompts} distinct ones about {plan.total_prompts / prompts:.2g} times each"
+    distinct = "" if prompts is None else f": {prompts} distinct ones, each about {plan.total_prompts / prompts:.2g} times"
     return {
         "samples per step": f"{plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
         "samples per engine": f"{plan.max_samples_per_engine} at most, over {config.rollout.num_actors} engines",
