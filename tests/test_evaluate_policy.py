@@ -91,6 +91,7 @@ def test_without_a_judge_the_responses_of_both_models_are_laid_side_by_side(ray_
     rows = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == summary["prompts"] == 9 and summary["beside"] == str(tiny_model) and "gold" not in summary
     assert [row["before"] for row in rows] != [row["response"] for row in rows]
+    assert list(rows[0]) == ["prompt", "before", "response", "truncated", "value", "value_before"]
     assert summary["estimate"]["after"]["mean"] == pytest.approx(sum(row["value"] for row in rows) / 9, abs=1e-6)
     again = evaluate_policy(settings, str(tiny_model), tmp_path / "before")
     assert again["estimate"] == summary["estimate"]["before"] and "beside" not in again

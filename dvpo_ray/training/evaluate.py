@@ -74,12 +74,13 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         else:
             sides = [after] if before is None else [before, after]
             if before is not None:
-                rows = [row | {"before": response} for row, response in zip(rows, before.responses, strict=True)]
+                rows = [{"prompt": row["prompt"], "before": response} | row for row, response in zip(rows, before.responses, strict=True)]
                 result["beside"] = config.model.path
             if gvm is not None:
                 with console.stage("values", quiet=True):
                     values = [_last_values(config, gvm, side.batch) for side in sides]
-                rows = [row | {"value": round(float(value), 6)} for row, value in zip(rows, values[-1], strict=True)]
+                for name, numbers in zip(("value", "value_before"), reversed(values), strict=False):
+                    rows = [row | {name: round(float(number), 6)} for row, number in zip(rows, numbers, strict=True)]
                 result["estimate"] = _mean(values[0]) if before is None else gain_of(*values)
     cut_off = float(after.batch.truncated.mean())
     result["response_length"] = {"mean": float(after.batch.response_lengths.mean()), "truncated_fraction": cut_off}
@@ -119,7 +120,10 @@ def _answers(config: Config, policy: str, out: Path, console: RunConsole) -> _An
     out.mkdir(parents=True, exist_ok=True)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     sampler = policy_sampler(config, frozenset(encoder.stop_token_ids), longest, out.resolve(), console.starting)
-    with console.entering("start of the engines", sampler) as sample, console.stage("responses", len(prompts), unit="prompts") as progress:
+    with (
+        console.entering("start of the engines", sampler) as sample,
+        console.stage(f"responses of {policy}", len(prompts), unit="prompts") as progress,
+    ):
         batch = sample(prompt_ids)
         progress.advance(len(prompts))
     responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
