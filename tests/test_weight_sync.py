@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_config, tiny_language_model
 from transformers import AutoModelForCausalLM
 
-from dvpo_ray.config.schema import LoraConfig, WeightSyncConfig
+from dvpo_ray.config.schema import Config, LoraConfig, WeightSyncConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.trainable import apply_lora, describe_weights, full_weights, train_last_layers
 from dvpo_ray.sync.client import EngineClient

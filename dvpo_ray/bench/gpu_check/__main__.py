@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dvpo_ray.bench.gpu_check.runner import Step, run_steps
 from dvpo_ray.bench.gpu_check.steps import STEPS
+from dvpo_ray.config.paths import path_option
 from dvpo_ray.runtime.doctor import listed_gpus
 
 PROGRAM = "gpu_check.sh"
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="steps, in their order:\n" + "\n".join(f"  {step.name:<{width}}  {step.about}, at most {step.seconds:g} s" for step in STEPS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder of table.md, results.json and the logs; new or without such results")
+    parser.add_argument("out", metavar="OUT", type=path_option, help="folder of table.md, results.json and the logs; new or without such results")
     parser.add_argument("steps", metavar="STEP", nargs="*", help="steps to run (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same steps with tiny shapes (default: cuda)")
     parser.add_argument("--seconds", metavar="N", type=float, default=470.0, help="for all steps together (default: 470)")
