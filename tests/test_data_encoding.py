@@ -67,7 +67,8 @@ def test_every_response_continues_the_prompt_ends_once_and_reads_back(name, prom
             assert "".join(encode.decode([*row.prompt, *ids]).split()).endswith("".join(text.split()))
         else:
             assert encode.decode(ids) == text
-        assert any(encode.encode_answer(prompt, again, "")[1] == ids for again in encode.texts(ids))
+        if not re.search("</think>.*<think>", text, re.DOTALL):  # a sample that begins to reason again is left out of a refresh, and counted
+            assert any(encode.encode_answer(prompt, again, "")[1] == ids for again in encode.texts(ids))
 
 
 @pytest.mark.parametrize("name", ZOO)
