@@ -10,13 +10,15 @@ import torch
 
 from dvpo_ray.actors.frozen import FrozenModel
 from dvpo_ray.actors.roles import Roles
+from dvpo_ray.config import Config
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.planning.memory import GIB, PROCESS_BYTES
 from dvpo_ray.planning.placement import Seat
 from dvpo_ray.planning.slots import GENERATE, UPDATE, SlotPlan
 from dvpo_ray.runtime.room import Room
 from dvpo_ray.runtime.waiting import patience
-from dvpo_ray.training import turns
+from dvpo_ray.training import stages, turns
+from dvpo_ray.training.stages import Stages
 from dvpo_ray.training.turns import Turns
 
 OWN = PROCESS_BYTES["gpu"]
@@ -105,6 +107,20 @@ def test_models_leave_and_come_back_as_the_plan_says():
     assert calls == [
         *("rollout sleep", "learner reload", "reference offload", "learner release", "rollout wake weights"),
         *("learner offload", "reference reload", "rollout wake cache"),
+    ]
+
+
+def test_models_that_are_away_come_back_to_be_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "get", lambda refs, **_: refs)
+    turns, calls = actors(replace(PLAN, offloads_trained=True))
+    loop = object.__new__(Stages)
+    loop.config, loop.roles, loop.turns, loop.policy_version = Config(model={"path": "m"}), turns.roles, turns, 3
+    loop.sync(3)
+    del calls[:]
+    loop.save(tmp_path)
+    assert [call.split(str(tmp_path))[0].strip() for call in calls] == [
+        *("rollout sleep", "learner reload", "learner save_checkpoint", "learner release", "rollout wake weights"),
+        *("learner sync_weights 3 True", "learner offload", "rollout wake cache"),
     ]
 
 

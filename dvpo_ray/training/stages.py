@@ -177,18 +177,15 @@ class Stages:
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face checkpoint."""
-        away = self.turns.trained_are_away  # ZeRO 3 gathers weights on the GPU
-        if away:
-            self.turns.sampled()
-        get([learner.save_pretrained.remote(str(folder)) for learner in self.roles.learners], what="saving the policy")
-        if away:
-            self.sync(self.policy_version)
+        with self._trained_on_gpus():
+            get([learner.save_pretrained.remote(str(folder)) for learner in self.roles.learners], what="saving the policy")
 
     def save(self, folder: Path) -> None:
         """Write what the actors hold into a checkpoint's folder, each trained role into its own."""
-        get([rank.save_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="saving a checkpoint")
-        if self.config.checkpoint.save_pretrained:
-            self.save_policy(folder / "policy")
+        with self._trained_on_gpus():
+            get([rank.save_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="saving a checkpoint")
+            if self.config.checkpoint.save_pretrained:
+                self.save_policy(folder / "policy")
 
     def checkpoint_bytes(self) -> int:
         """What `save` is going to write."""
@@ -196,6 +193,16 @@ class Stages:
         firsts = [(role, ranks[0]) for role, ranks in self.roles.trained.items()]
         sizes = [rank.observe.remote(partial(trainer_bytes, with_policy=with_policy and role == "learner")) for role, rank in firsts]
         return sum(get(sizes, what="the size of a checkpoint"))
+
+    @contextmanager
+    def _trained_on_gpus(self) -> Iterator[None]:
+        """Bring trained models that are in host memory back for the time of a `with` block; the engines sleep meanwhile."""
+        away = self.turns.trained_are_away
+        if away:
+            self.turns.sampled()
+        yield
+        if away:
+            self.sync(self.policy_version)
 
     def state_dict(self) -> dict:
         """What the driver's part of a checkpoint keeps of the loop."""
