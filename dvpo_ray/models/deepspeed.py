@@ -261,7 +261,7 @@ class TrainingEngine:
     def offload(self, *, parameters: bool = True) -> None:
         """Give the device's memory back until `reload`: the optimizer's state, gradients and buffers, and the parameters if asked for.
 
-        DeepSpeed can do so with ZeRO 1 and 2 only, and with its own optimizer. No collective.
+        DeepSpeed can do so with ZeRO 1 and 2, with ZeRO 3 only for an AdamW that it compiles itself, and not without ZeRO. No collective.
         """
         weights = [*self.model.buffers(), *(part for p in self.model.parameters() for part in (p.data, getattr(p, "ds_tensor", None)))]
         weights = [weight for weight in weights if weight is not None]
