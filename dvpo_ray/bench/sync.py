@@ -14,6 +14,7 @@ from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.planning.placement import choose_transport
 from dvpo_ray.runtime.cluster import connect
 from dvpo_ray.runtime.waiting import get
+from dvpo_ray.training.turns import Turns
 
 
 def bench_sync(config: Config, run_folder: Path, repeats: int) -> dict:
@@ -35,6 +36,7 @@ def bench_sync(config: Config, run_folder: Path, repeats: int) -> dict:
         roles = started_roles(config, str(run_folder.resolve()), frozenset({0}), longest, ("rollout", "learner"), console.starting)
         with console.entering("start of the actors", roles) as roles:
             size = get(roles.learners[0].observe.remote(_bytes), what="the size of the weights")
+            Turns(roles).updated()  # engines that share a GPU are asleep
             seconds = []
             for version in range(repeats + 1):
                 started = time.perf_counter()
@@ -49,4 +51,4 @@ def bench_sync(config: Config, run_folder: Path, repeats: int) -> dict:
 
 
 def _bytes(learner: PolicyLearner) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in learner._descriptions(False))
+    return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in learner.training.describe_weights())
