@@ -104,7 +104,10 @@ def headline(run: RunData) -> dict:
         return {"title": f"{title}, {when}", **_gain(gain_of(before, after))}
     scored = {step: known for step, scores in evaluations.items() if (known := [score for score in scores if score is not None])}
     if not scored:
-        return {"title": title, "note": "No gold judge scored this run, so nothing independent measures its gain. Set evaluation.judge."}
+        return {
+            "title": title,
+            "note": "No gold judge scored this run, so nothing independent measures its gain. Read the sample texts, or set evaluation.judge.",
+        }
     step, scores = next(iter(scored.items()))
     why = "The evaluations are of different prompts." if len(scored) > 1 else "There is no evaluation after training to compare with."
     return {"title": title, "big": [number(fmean(scores))], "note": f"at step {step}, on {len(scores)} prompts. {why}"}
