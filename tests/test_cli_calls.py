@@ -84,6 +84,13 @@ def test_gvm_eval_calls_the_evaluation_and_says_what_it_means(backend, capsys):
     ]
 
 
+def test_what_follows_gvm_eval_takes_the_prompts_of_ones_own_pairs(backend, capsys):
+    backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", ACCURACY)
+    assert cli.main(["gvm", "eval", LOCAL_CPU, "data.preferences.path=p.jsonl", "--gvm", "g", "--out", "e"]) == 0
+    own = "data.prompts.path=p.jsonl data.prompts.heldout_path=null evaluation.judge=none"
+    assert f"\ndvpo train {LOCAL_CPU} data.preferences.path=p.jsonl gvm.path=g {own}\n" in capsys.readouterr().out
+
+
 def test_gvm_eval_of_a_reward_model_goes_by_its_last_value(backend, capsys):
     backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", ACCURACY | {"objective": "bradley_terry"})
     assert cli.main(["gvm", "eval", LOCAL_CPU, "--gvm", "g", "--out", "e"]) == 0

@@ -27,7 +27,7 @@ from dvpo_ray.config.inputs import Needed
 from dvpo_ray.config.paths import name_or_path_option, path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.console import Shell
-from dvpo_ray.monitoring.ending import accuracy_words, policy_words
+from dvpo_ray.monitoring.ending import accuracy_words, own_prompts, policy_words
 from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
 
@@ -99,7 +99,7 @@ def evaluate_gvm(args: Namespace) -> None:
             result = evaluate_gvm(config, gvm, out)
         is_reward_model = result["objective"] == "bradley_terry"
         more = [f"gvm.path={gvm}"] if not is_reward_model else ["algorithm=ppo", f"reward_model.path={gvm}"]
-        use = shlex.join(["dvpo", "train", args.config, *args.overrides, *more])
+        use = shlex.join(["dvpo", "train", args.config, *args.overrides, *more]) + own_prompts(config.model_dump(mode="json"))
         words = accuracy_words(result, ["last"] if is_reward_model else ["mean", "last"])
         tell([*_notes(result), *words, f"plots: {out}", "next, to use it:", Shell(use)])
     print(json.dumps(result, indent=2) if args.json else out / "evaluation.json")

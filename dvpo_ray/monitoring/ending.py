@@ -136,7 +136,7 @@ def _interval(ends: Sequence[float], sign: str = "") -> str:
 # ------------------------------------------------------------------------------------------------------------- uses
 
 
-def _prompts(config: Mapping[str, Any]) -> str:
+def own_prompts(config: Mapping[str, Any]) -> str:
     """The override that gives a policy its prompts, where the config has none or only the quickstart's beside pairs of one's own."""
     pairs, prompts = setting(config, "data.preferences.path"), setting(config, "data.prompts.path")
     if not prompts:
@@ -149,7 +149,7 @@ def _prompts(config: Mapping[str, Any]) -> str:
 def uses(folder: Path, stage: str, config: Mapping[str, Any]) -> dict[str, str]:
     """What `final/` of a run is for: commands by their purpose, the most natural one first."""
     final, own = shlex.quote(str(folder / "final")), shlex.quote(str(folder / "config.yaml"))
-    prompts = _prompts(config)
+    prompts = own_prompts(config)
     pairs = "" if setting(config, "data.preferences.path") else " data.preferences.path=PAIRS.jsonl"
     has_judge = setting(config, "evaluation.judge") not in (None, "none") and "evaluation.judge=none" not in prompts
     purpose = "judge it on held-out prompts" if has_judge else "read its responses to held-out prompts beside those of the model before"
