@@ -120,15 +120,14 @@ def check_room(run_folder: Path, expected: int, what: str = "a checkpoint of thi
         what: is to be written, for the error.
 
     Raises:
-        DiskFull: says how much is needed, how much is free, and what the run folder holds.
+        DiskFull: says how much is needed, how much is free, and what to do.
     """
     earlier = _all(run_folder / "checkpoints")
     needed, free = _bytes(earlier[-1]) if earlier else expected, shutil.disk_usage(run_folder).free
     if free < needed:
-        remedy = "free some, or lower checkpoint.keep" if earlier else "free some, or give an --out on another disk"
-        raise DiskFull(
-            f"{run_folder}: {what} needs {_size(needed)}, and the disk has {_size(free)} free; the run folder holds {_fillers(run_folder)}; {remedy}"
-        )
+        holds = f"the run folder holds {_fillers(run_folder)}; free some, or lower checkpoint.keep"
+        remedy = holds if earlier else "free some, or give an --out on another disk"
+        raise DiskFull(f"{run_folder}: {what} needs {_size(needed)}, and the disk has {_size(free)} free; {remedy}")
 
 
 def trainer_bytes(rank, *, with_policy: bool = False) -> int:
