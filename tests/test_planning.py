@@ -194,12 +194,14 @@ def test_activations_by_hand():
     # 2 rows of 10 tokens, 4 of them responses; a forward pass that keeps 6,000 bytes, 3,000 a layer.
     logits = (4 + 4 + 12) * 2 * 4 * 10  # with their gradients, all in one block
     sizes = SIZES, 4, 2, 10, 4
-    assert training_activations(6000, *sizes, checkpointing=False, on_gpu=False) == 6000 + 3000
-    assert training_activations(600, *sizes, checkpointing=False, on_gpu=False) == 600 + logits
-    assert training_activations(6000, *sizes, checkpointing=True, on_gpu=False) == 2 * 10 * 8 * 4 * 2 + 3000
+    assert training_activations(6000, *sizes, deepspeed=DeepSpeedConfig(), on_gpu=False) == 6000 + 3000
+    assert training_activations(600, *sizes, deepspeed=DeepSpeedConfig(), on_gpu=False) == 600 + logits
+    assert training_activations(6000, *sizes, deepspeed=DeepSpeedConfig(gradient_checkpointing=True), on_gpu=False) == 2 * 10 * 8 * 4 * 2 + 3000
     assert scoring_activations(600, SIZES, 4, rows=2, responses=4, on_gpu=False) == (4 + 12) * 2 * 4 * 10
     assert scoring_activations(600, SIZES, 4, rows=2, responses=0, on_gpu=False) == 300
-    assert logit_bytes(10**9, 2, gradients=True, on_gpu=True) == 4 * 10**9 + 12 * 2**24
+    assert logit_bytes(10**8, 2, gradients=True, on_gpu=True) == 4 * 10**8 + 12 * 2**24
+    assert logit_bytes(10**9, 2, gradients=True, on_gpu=True) == 4 * 2**27 + 12 * 2**24  # a block of them at a time
+    assert logit_bytes(10**9, 2, gradients=True, on_gpu=True, whole=True) == 4 * 10**9 + 12 * 2**24
     assert [rows_together(tokens, 10) for tokens in (9, 10, 29)] == [1, 1, 2]
 
 

@@ -8,6 +8,7 @@ from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config, DeepSpeedConfig
 from dvpo_ray.models.deepspeed import REDUCE_BUCKET_ELEMENTS, STEP_ELEMENTS
+from dvpo_ray.models.head import BLOCK_LOGITS, KEPT_BYTES
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.token_log_probs import LOGITS_AT_ONCE
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
@@ -129,26 +130,34 @@ def trained_state(model: Architecture, element_bytes: int, deepspeed: DeepSpeedC
     return ActorMemory(parameters, round(gradients), optimizer, offloaded=offloaded)
 
 
-def logit_bytes(logits: int, element_bytes: int, *, gradients: bool, on_gpu: bool) -> int:
-    """Bytes of logits at their peak: the model's, their gradients if there are any, and the block of rows that is worked on."""
+def logit_bytes(logits: int, element_bytes: int, *, gradients: bool, on_gpu: bool, whole: bool = False) -> int:
+    """Bytes of logits at their peak: the model's, their gradients if there are any, and the block of rows that is worked on.
+
+    Args:
+        whole: the logits exist as a whole however many they are; otherwise on a GPU a part of many at a time (`models.head`).
+    """
+    if on_gpu and not whole and logits * element_bytes > KEPT_BYTES:
+        logits = BLOCK_LOGITS
     block = min(logits, LOGITS_AT_ONCE["cuda" if on_gpu else "cpu"])
     return (2 if gradients else 1) * element_bytes * logits + BLOCK_LOGIT_BYTES * block
 
 
 def training_activations(
-    saved: int, model: Architecture, element_bytes: int, rows: int, length: int, responses: int, *, checkpointing: bool, on_gpu: bool
+    saved: int, model: Architecture, element_bytes: int, rows: int, length: int, responses: int, *, deepspeed: DeepSpeedConfig, on_gpu: bool
 ) -> int:
     """Peak of forward and backward of one micro-batch above the model's state.
 
-    With gradient checkpointing each layer keeps its input, and one layer at a time is computed again.
+    With gradient checkpointing each layer keeps its input, and one layer at a time is computed again. With ZeRO 3 the output projection
+    runs inside the forward pass, so the logits exist as a whole.
 
     Args:
         saved: what the forward pass keeps without checkpointing.
         length: tokens of a row, prompt and response.
         responses: response tokens of a row, which get logits.
     """
-    kept = rows * length * model.hidden * element_bytes * model.trained_layers if checkpointing else saved
-    logits = logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=True, on_gpu=on_gpu)
+    kept = rows * length * model.hidden * element_bytes * model.trained_layers if deepspeed.gradient_checkpointing else saved
+    whole = deepspeed.zero_stage == 3
+    logits = logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=True, on_gpu=on_gpu, whole=whole)
     return kept + max(saved // model.layers, logits)
 
 
@@ -211,11 +220,11 @@ class _Prediction:
 
     def trained(self, plan: ModelPlan, role, micro_batch_tokens: int) -> RolePlan:
         model, deepspeed, on_gpu = plan.architecture(), role.deepspeed, role.gpus_per_actor > 0
-        minibatch = self.batch.samples_per_step // (role.num_actors * self.config.batch.minibatches_per_epoch)
+        minibatch = -(-self.batch.rows_per_minibatch // role.num_actors)
         rows = min(rows_together(micro_batch_tokens, self.length), max(1, minibatch))
         sizes = model, self.element_bytes, rows, self.length, self.responses
         saved = plan.saved_bytes(rows, self.length)
-        activations = training_activations(saved, *sizes, checkpointing=deepspeed.gradient_checkpointing, on_gpu=on_gpu)
+        activations = training_activations(saved, *sizes, deepspeed=deepspeed, on_gpu=on_gpu)
         if on_gpu:
             activations += communication_buffers(model, self.element_bytes, deepspeed)
         state = trained_state(model, self.element_bytes, deepspeed, role.num_actors)
