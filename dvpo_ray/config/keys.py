@@ -46,13 +46,18 @@ def known_keys() -> dict[str, Key]:
 def nearest_keys(path: str) -> list[str]:
     """The known keys that an unknown dotted path may stand for.
 
-    Those with the same last name (a setting in the wrong section), else the one that is spelt most similarly.
+    Those with the same last name (a setting in the wrong section), else the one that is spelt most similarly, or two that are equally.
     """
     parent, _, leaf = path.rpartition(".")
     same = [known for known in known_keys() if known.rpartition(".")[2] == leaf]
     if not parent and same:
         return same[:3]
-    return difflib.get_close_matches(path, same or known_keys(), n=1, cutoff=0 if same else 0.7)
+    nearest = difflib.get_close_matches(path, same or known_keys(), n=2, cutoff=0 if same else 0.7)
+    return [known for known in nearest if _similarity(known, path) == _similarity(nearest[0], path)]
+
+
+def _similarity(known: str, path: str) -> float:
+    return difflib.SequenceMatcher(None, known, path).ratio()
 
 
 def _walk(model: type[Section], prefix: str) -> Iterator[Key]:
