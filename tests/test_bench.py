@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from rich.console import Console
 
 from dvpo_ray import cli
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.bench.bare import LAYOUTS, lay_out, response_log_probs
+from dvpo_ray.bench.bare import LAYOUTS, BareScorer, lay_out, response_log_probs
 from dvpo_ray.bench.measure import Sample, Spread, compare, take_turns
 from dvpo_ray.bench.overhead import StepProfile, StepTime, take_rounds
-from dvpo_ray.config.schema import ModelConfig
-from dvpo_ray.models.forward import batch_log_probs
+from dvpo_ray.config.schema import Config, ModelConfig
+from dvpo_ray.models.forward import batch_log_probs, batch_values
 from dvpo_ray.models.loading import load_policy
 from dvpo_ray.monitoring.console import RunConsole
 
@@ -114,6 +115,16 @@ def test_the_bare_loop_computes_the_log_probs_that_the_learner_computes(tiny_mod
         for inputs in lay_out(batch, np.arange(batch.num_rows), layout, 24, "cpu"):
             log_probs[inputs.token_index.numpy()] = response_log_probs(model, inputs, temperature).numpy()
     np.testing.assert_allclose(log_probs, batch_log_probs(model, batch, 24, temperature), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bare_scorer_computes_the_values_also_where_the_scorer_packs(tiny_model, tmp_path, layout):
+    gvm = make_gvm(tmp_path / "gvm", tiny_model)
+    config = Config(model={"path": str(tiny_model), "dtype": "float32", "attention": "varlen"}, gvm={"path": str(gvm)})
+    model = BareScorer.load(None, config)
+    (inputs,) = lay_out(batch_of([(3, 5)]), np.arange(1), layout, 24, "cpu")
+    values = BareScorer.run(SimpleNamespace(model=model), inputs).detach().flatten()
+    np.testing.assert_allclose(values, batch_values(model, batch_of([(3, 5)]), 24), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- command

@@ -169,7 +169,8 @@ class BareScorer(BareFrozen):
     role, section = "bare_scorer", "scorer"
 
     def load(self, config: Config) -> nn.Module:
-        return load_gvm_of_run(config.model, config.gvm.path)[0]
+        # With `varlen` it would need the bounds of rows, and here transformers keeps them apart.
+        return load_gvm_of_run(config.model.model_copy(update={"attention": "sdpa"}), config.gvm.path)[0]
 
     def run(self, inputs: ModelInputs) -> Tensor:
         return _run(self.model, inputs).logits
