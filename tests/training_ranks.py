@@ -86,6 +86,37 @@ def round_trip(path: str, stage: int, dtype: str) -> dict:
     return {"expected": expected, "got": got + train(moving), "empty": empty, "freed": freed, "kept": kept}
 
 
+def in_blocks(path: str, stage: int, dtype: str, _name: str) -> dict:
+    """Numbers of three steps over two micro-batches with whole logits and with logits in blocks, and how often a block was projected."""
+    from functools import partial
+
+    import numpy as np
+
+    from dvpo_ray.batch import RaggedBatch
+    from dvpo_ray.models import forward, head
+    from dvpo_ray.models.layouts import Passes, lay_out
+
+    batch, projected, logits_of = RaggedBatch.from_rows([[1, 5]] * 2, [[4, 9, 7, 8, 3, 2], [6, 9, 4, 7, 5]]), [], head.logits_of
+    head.BLOCK_LOGITS = 3 * 512
+    head.logits_of = lambda model, hidden: projected.append(1) or logits_of(model, hidden)
+    numbers, passes = [], []
+    for blocks in (False, True):
+        forward.keeps_logits = lambda model, tokens, blocks=blocks: not blocks
+        engine, of_run, before = engine_of(path, stage, "policy", dtype)[0], [], len(projected)
+
+        def loss(rows, engine=engine, of_run=of_run) -> torch.Tensor:
+            share = forward.response_log_probs(engine.model, rows, run=engine.engine).log_probs.sum() / (20 * torch.distributed.get_world_size())
+            of_run.append(float(share.detach()))
+            return share
+
+        for _ in range(3):
+            rows = lay_out(engine.model, batch, Passes([np.array([0]), np.array([1])]), batch.response_mask, ahead=True)
+            of_run.append(float(engine.step([partial(loss, part) for part in rows]).grad_norm))
+        numbers.append(of_run)
+        passes.append(len(projected) - before)
+    return {"whole": numbers[0], "blocks": numbers[1], "passes": passes}
+
+
 def main(rank: int, world_size: int, port: int, cases: list[list], out: str) -> None:
     torch.set_num_threads(1)
     from dvpo_ray.models import deepspeed

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+PINNED_BYTES = 2**28
+"""Host memory is pinned in pieces of so many bytes, because torch takes the next power of two for each."""
+
 
 class HostMemory:
     """Holds the content of tensors while others use the memory of their device.
@@ -20,7 +23,7 @@ class HostMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._hosts: dict[int, Tensor] = {}
+        self._hosts: dict[int, list[Tensor]] = {}
         self._away: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
     def take(self, tensors: Iterable[Tensor], scratch: Iterable[Tensor] = ()) -> None:
@@ -32,9 +35,11 @@ class HostMemory:
         kept, lost = self._storages(tensors), self._storages(scratch)
         self._hosts = {key: host for key, host in self._hosts.items() if key in kept or key in self._away}
         for key, storage in kept.items():
-            if key not in self._hosts or len(self._hosts[key]) != storage.nbytes():
-                self._hosts[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-            self._hosts[key].copy_(_bytes(storage), non_blocking=True)
+            pieces = _bytes(storage).split(PINNED_BYTES)
+            if key not in self._hosts or sum(map(len, self._hosts[key])) != storage.nbytes():
+                self._hosts[key] = [torch.empty(len(piece), dtype=torch.uint8, pin_memory=self.device.type == "cuda") for piece in pieces]
+            for host, piece in zip(self._hosts[key], pieces, strict=True):
+                host.copy_(piece, non_blocking=True)
         self._wait()
         for key, storage in (lost | kept).items():
             self._away[key] = storage, storage.nbytes()
@@ -46,8 +51,8 @@ class HostMemory:
         """Give every tensor its memory and its content again. The memory on the host stays for the next time."""
         for key, (storage, size) in self._away.items():
             storage.resize_(size)
-            if key in self._hosts:
-                _bytes(storage).copy_(self._hosts[key], non_blocking=True)
+            for host, piece in zip(self._hosts.get(key, ()), _bytes(storage).split(PINNED_BYTES), strict=False):
+                piece.copy_(host, non_blocking=True)
         self._wait()
         self._away = {}
 
