@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_language_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, masking_utils
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.errors import InputError, ResourceError
@@ -171,6 +171,33 @@ def test_torchs_kernel_gets_bounds_window_and_fewer_heads(monkeypatch):
     kernel_input = [tensor[0].transpose(0, 1) for tensor in (query, key, key)]
     torch.testing.assert_close(attention._on_gpu(*kernel_input, bounds, 3, 0.3, (1, 0))[None], by_row)
     assert seen == {"longest": (3, 3), "window": (1, 0), "heads": (4, 2), "bounds": [0, 2, 5]}
+
+
+@pytest.mark.parametrize(("capability", "implementations"), [((9, 0), ["FA3"]), ((8, 0), []), ((10, 0), [])])
+def test_flash_attention_3_computes_on_hopper_alone(monkeypatch, capability, implementations):
+    activated = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append, raising=False)
+    attention._torch_kernel.__wrapped__()
+    assert activated == implementations
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
+def test_no_forward_pass_looks_for_packed_rows_in_positions(monkeypatch, architecture):
+    """On a GPU each pass would wait for the one before it."""
+    padded, packed = language_models(architecture)
+    expected = batch_log_probs(padded, ROWS, 12)
+
+    def search(position_ids):
+        raise AssertionError("looked for packed rows")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", search)
+    for model in (padded, packed):
+        np.testing.assert_allclose(batch_log_probs(model, ROWS, 12), expected, atol=2e-5)
+    assert masking_utils.find_packed_sequence_indices is search
+    with pytest.raises(AssertionError, match="looked for"):
+        padded(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
 
 
 def test_arrays_reach_the_device_whole():

@@ -1,20 +1,22 @@
 """Attention over packed rows: rows stand one after the other in one sequence, and no token sees another row.
 
 `varlen` is an attention of transformers like `sdpa`. It takes the bounds of the rows from the arguments of the forward pass
-(`dvpo_ray.models.layouts`), and it builds no mask. On a GPU it is torch's variable-length attention (FlashAttention 2; with the package
-`flash_attn_interface` installed, FlashAttention 3). On a CPU it takes one row after the other: slow, but the same numbers.
+(`dvpo_ray.models.layouts`), and it builds no mask. On a GPU it is torch's variable-length attention (FlashAttention 2; on Hopper
+with the package `flash_attn_interface` installed, FlashAttention 3). On a CPU it takes one row after the other: slow, but the same numbers.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from dvpo_ray.errors import InputError
 
@@ -59,6 +61,20 @@ def why_not_packed(config: PretrainedConfig) -> str | None:
 def is_packed(model: nn.Module) -> bool:
     """Whether the forward passes of a model take packed rows."""
     return model.config._attn_implementation == VARLEN
+
+
+@contextmanager
+def without_a_search_for_packed_rows() -> Iterator[None]:
+    """Within this context transformers does not look for packed rows in the positions of padded ones.
+
+    It would do so in every forward pass without a mask, and on a GPU the answer waits for all work before it.
+    """
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 @torch.compiler.disable  # compiled layers call it as it is, on both devices
@@ -107,7 +123,8 @@ def _torch_kernel():
     from torch.nn import attention
     from torch.nn.attention.varlen import varlen_attn
 
-    if find_spec("flash_attn_interface") is not None and hasattr(attention, "activate_flash_attention_impl"):
+    is_hopper = torch.cuda.get_device_capability()[0] == 9  # torch takes FlashAttention 3 nowhere else
+    if is_hopper and find_spec("flash_attn_interface") is not None and hasattr(attention, "activate_flash_attention_impl"):
         attention.activate_flash_attention_impl("FA3")
     return varlen_attn, {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 

@@ -13,7 +13,7 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.attention import is_packed
 from dvpo_ray.models.head import keeps_logits, log_probs_in_blocks, project_only
-from dvpo_ray.models.layouts import Passes, Rows, lay_out, micro_batches
+from dvpo_ray.models.layouts import Passes, Rows, lay_out, micro_batches, output_of
 from dvpo_ray.models.token_log_probs import Excluded, TokenLogProbs, token_log_probs
 
 MIXED = 0.02
@@ -37,7 +37,7 @@ def check_rows_apart(model: nn.Module, run: nn.Module | None = None) -> None:
     for first in ([1, 2, 3, 4, 5, 6], [9, 8, 7, 6, 5, 4]):
         batch = RaggedBatch.from_rows([first, [10, 11]], [[], [12, 13, 14, 15]])
         (rows,) = lay_out(model, batch, Passes([np.array([0, 1])]), batch.row_of_token == 1, ahead=False)
-        output = (run or model)(input_ids=rows.input_ids, use_cache=False, output_hidden_states=True, **rows.inputs)
+        output = output_of(run or model, rows, output_hidden_states=True)
         hidden.append(output.hidden_states[-1].flatten(0, 1)[rows.reads].float())
     changed = float((hidden[0] - hidden[1]).norm() / hidden[0].norm())
     if changed > MIXED:
@@ -98,7 +98,7 @@ def response_log_probs(
     result = None if keeps_logits(model, len(rows.ids)) else log_probs_in_blocks(model, rows, log_probs_of, run)
     if result is None:
         with project_only(model, rows.reads):
-            result = log_probs_of((run or model)(input_ids=rows.input_ids, use_cache=False, **rows.inputs).logits.squeeze(0), rows)
+            result = log_probs_of(output_of(run or model, rows).logits.squeeze(0), rows)
     return result if entropy_gradient or not entropy else TokenLogProbs(result.log_probs, result.entropy.detach())
 
 
@@ -136,8 +136,7 @@ def token_values(model: nn.Module, rows: Rows, *, run: nn.Module | None = None) 
         model: a token classifier with one label: its logit at a token is the value of the state after the token.
         run: as in `response_log_probs`.
     """
-    logits = (run or model)(input_ids=rows.input_ids, use_cache=False, **rows.inputs).logits
-    return logits.flatten().float()[rows.reads]
+    return output_of(run or model, rows).logits.flatten().float()[rows.reads]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dvpo_ray.models.layouts import Rows
+from dvpo_ray.models.layouts import Rows, output_of
 from dvpo_ray.models.token_log_probs import TokenLogProbs
 
 KEPT_BYTES = 2**30
@@ -52,7 +52,8 @@ def log_probs_in_blocks(
         return log_probs_of(logits_of(model, block), rows.part(start, start + len(block)))
 
     size = max(1, BLOCK_LOGITS // model.get_output_embeddings().out_features)
-    parts = [checkpoint(of_block, block, i * size, use_reentrant=False) for i, block in enumerate(hidden.split(size))]
+    blocks = enumerate(hidden.split(size))
+    parts = [checkpoint(of_block, block, i * size, use_reentrant=False, preserve_rng_state=False) for i, block in blocks]
     log_probs, entropies = zip(*parts, strict=True)
     return TokenLogProbs(torch.cat(log_probs), None if entropies[0] is None else torch.cat(entropies))
 
@@ -76,7 +77,7 @@ def _is_known(model: nn.Module, rows: Rows, run: nn.Module | None) -> bool:
     if model not in _KNOWN:
         few = rows.part(0, 16)
         with project_only(model, few.reads):
-            own = (run or model)(input_ids=few.input_ids, use_cache=False, **few.inputs).logits.squeeze(0)
+            own = output_of(run or model, few).logits.squeeze(0)
         ours = logits_of(model, _hidden_states(model, few, run))
         _KNOWN[model] = own.shape == ours.shape and torch.allclose(own.float(), ours.float(), rtol=0.02, atol=0.02 * float(own.abs().max()))
     return _KNOWN[model]
@@ -92,7 +93,7 @@ def _hidden_states(model: nn.Module, rows: Rows, run: nn.Module | None) -> Tenso
 
     handle = model.get_output_embeddings().register_forward_pre_hook(take)
     try:
-        (run or model)(input_ids=rows.input_ids, use_cache=False, **rows.inputs)
+        output_of(run or model, rows)
     finally:
         handle.remove()
     return seen[0]

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.models.attention import is_packed
+from dvpo_ray.models.attention import is_packed, without_a_search_for_packed_rows
 
 
 def micro_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int, *, packed: bool = False, multiple_of: int = 1) -> list[np.ndarray]:
@@ -141,6 +142,16 @@ class Rows:
         """The same rows with some of the wanted tokens only."""
         few = {name: getattr(self, name)[start:end] for name in ("reads", "tokens", "ids", "depths")}
         return replace(self, **few, fields={name: values[start:end] for name, values in self.fields.items()})
+
+
+def output_of(model: nn.Module, rows: Rows, **options: bool) -> ModelOutput:
+    """What a model of transformers, or a DeepSpeed engine around it, gives for some rows in one forward pass.
+
+    Args:
+        options: further arguments of the model.
+    """
+    with without_a_search_for_packed_rows():
+        return model(input_ids=rows.input_ids, use_cache=False, **options, **rows.inputs)
 
 
 def lay_out(
