@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -123,3 +125,56 @@ def test_keys_and_values_of_old_weights_end_the_run(backend):
     engine.llm.resets = False
     with pytest.raises(RuntimeError, match="kept keys and values of the old weights"):
         engine.finish_weight_update()
+
+
+class _Card:
+    """Stands in for torch's view of a GPU: free memory of the calls to come."""
+
+    def __init__(self, *free: int) -> None:
+        self.free = list(free)
+
+    def get_memory_info(self) -> tuple[int, int]:
+        return self.free.pop(0), 80 * GIB
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Worker:
+    """What a worker of vLLM needs to sleep."""
+
+    model_runner = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_nccl_comm_suspend=False))
+
+    def __init__(self) -> None:
+        self.levels: list[int] = []
+        self.sleep_mode_backend = SimpleNamespace(suspend=self.levels.append)
+
+    def _save_sleep_parameters(self, model: torch.nn.Module) -> None:
+        pass
+
+    def get_draft_model(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("free_afterwards", [50, 20])
+def test_an_engine_falls_asleep_while_others_on_its_gpu_take_memory(monkeypatch, free_afterwards):
+    from dvpo_ray.sync.vllm_receiver import Worker
+
+    worker = _Worker()
+    monkeypatch.setattr(torch, "accelerator", _Card(30 * GIB, free_afterwards * GIB))
+    Worker.sleep(worker, level=2)  # 30 GiB were free before
+    assert worker.levels == [2]
+
+
+def test_another_failure_of_vllms_sleep_is_one(monkeypatch):
+    from dvpo_ray.sync.vllm_receiver import Worker
+
+    def broken(level: int) -> None:
+        raise AssertionError("cumem allocator is not available")
+
+    worker = _Worker()
+    worker.sleep_mode_backend.suspend = broken
+    monkeypatch.setattr(torch, "accelerator", _Card(30 * GIB))
+    with pytest.raises(AssertionError, match="not available"):
+        Worker.sleep(worker, level=2)

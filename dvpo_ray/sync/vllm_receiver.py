@@ -1,8 +1,11 @@
-"""vLLM's receiving end of the object-store transport, registered beside its NCCL and CUDA IPC engines."""
+"""What is added to vLLM's workers: the receiving end of the object-store transport, beside its NCCL and CUDA IPC engines; seeds; sleep on a
+GPU that others use at the same time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.worker.gpu_worker import Worker
 
 from dvpo_ray.sync.object_store import unpack
 
@@ -72,6 +76,24 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, 
 
 
 WeightTransferEngineFactory.register_engine("object_store", ObjectStoreWeightTransferEngine)
+
+
+def _beside_others(sleep: Callable[[Worker, int], None]) -> Callable[[Worker, int], None]:
+    """vLLM's sleep without its last look at the whole GPU: others on it may have taken memory meanwhile, more than the engine gave back."""
+
+    @wraps(sleep)
+    def sleep_beside_others(worker: Worker, level: int = 1) -> None:
+        try:
+            sleep(worker, level)
+        except AssertionError as error:
+            if "Memory usage increased" not in str(error):
+                raise
+
+    return sleep_beside_others
+
+
+if not hasattr(Worker.sleep, "__wrapped__"):
+    Worker.sleep = _beside_others(Worker.sleep)
 
 
 class WorkerExtension:

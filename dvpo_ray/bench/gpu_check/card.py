@@ -26,6 +26,7 @@ from dvpo_ray.bench.ledger import config_for
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config, RoleConfig
+from dvpo_ray.planning.memory import predict_roles
 from dvpo_ray.runtime.cluster import connect
 from dvpo_ray.runtime.fork_server import prepare, runtime_env
 from dvpo_ray.runtime.process import Actor, driver_folders, environment
@@ -50,7 +51,7 @@ class Card:
             adapters, the roles of a DVPO of its own with a LoRA learner.
         other_config: of `others`.
         version: of the weights of the engine in `roles`.
-        began: when the command began, but for the making of models, in seconds since the epoch.
+        began: when the command began, but for the making of models and for the plans of loops, in seconds since the epoch.
         is_measured: the shape is one that targets are for.
     """
 
@@ -78,7 +79,10 @@ class Card:
         seats = [replace(seat, role=facts.scorer) if seat.role == "reward_model" else seat for seat in self.roles.room.seats]
         room = replace(self.roles.room, seats=[seat for seat in seats if seat.role in wanted])
         by_role = {role: self.roles.by_role[role] for role in wanted}
-        roles = replace(self.roles, by_role=by_role, room=room, slots=plan_memory(config, room))
+        planning = time.time()
+        slots = plan_memory(config, room, predict_roles(config)) if room.cards else None
+        self.began += time.time() - planning  # a run does this while Ray starts
+        roles = replace(self.roles, by_role=by_role, room=room, slots=slots)
         loop = PolicyLoop(config, roles, self.inputs.prompts, [])
         loop.policy_version, loop.start_is_checked = self.version, self.version > 0
         return loop
