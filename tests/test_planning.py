@@ -33,7 +33,7 @@ from dvpo_ray.planning.memory import (
 )
 from dvpo_ray.planning.placement import Seat, plan_placement
 from dvpo_ray.planning.report import check_fit, in_host_memory, on_gpus
-from dvpo_ray.planning.slots import GENERATE, SYNC, UPDATE, plan_slots
+from dvpo_ray.planning.slots import GENERATE, SCORE, SYNC, UPDATE, plan_slots
 from dvpo_ray.planning.times import Device, calibrate, choose_device, forward_flops, logit_flops, stage_seconds
 from dvpo_ray.runtime.room import Card, Room
 
@@ -230,7 +230,8 @@ def test_an_engine_takes_its_share_of_a_gpu(llama):
 def test_the_cache_on_a_shared_gpu_is_for_the_sequences_that_an_engine_decodes_together(llama):
     rollout = {"backend": "vllm", "gpus_per_actor": 1, "max_concurrent_sequences": 8}
     engine = predict_roles(config_of(llama, rollout=rollout, policy={"gpus_per_actor": 1}), gpu_memory_gib=10)["rollout"]
-    assert engine.per_actor.cache == 8 * 16 * (2 * 2 * 1 * 4) * 4  # rows of 10 tokens take a block of 16; 2 layers of a key and a value of 4
+    # rows of 10 tokens take a block of 16, and vLLM keeps one; 2 layers of a key and a value of 4
+    assert engine.per_actor.cache == 9 * 16 * (2 * 2 * 1 * 4) * 4
     given = {"kv_cache_gib": 2, "tensor_parallel_size": 2}
     both = predict_roles(config_of(llama, rollout=rollout | given, policy={"gpus_per_actor": 1}), gpu_memory_gib=10)["rollout"]
     assert both.per_actor.cache == 4 * GIB  # in each of its two processes
@@ -241,7 +242,18 @@ def test_an_engine_holds_a_bucket_of_new_weights_unless_they_come_by_ipc(llama, 
     rollout = {"backend": "vllm", "max_concurrent_sequences": 8, "gpus_per_actor": gpus}
     config = config_of(llama, rollout=rollout, policy={"gpus_per_actor": gpus}, weight_sync={"bucket_mib": bucket_mib})
     engine = predict_roles(config)["rollout"].memory
-    assert engine.activations == 8 * 10 * 12 + arriving
+    layer = 8 * 6 * 4 * MATRICES // (2 * 8)  # on a GPU: what one of two layers computes for 8 prompts of 6 tokens, 8 wide
+    assert engine.activations == (layer if gpus else 8 * 10 * 12) + arriving
+
+
+def test_an_engines_largest_pass_is_that_of_all_prompts_or_the_limit(llama):
+    def activations(**rollout) -> int:
+        config = config_of(llama, rollout={"backend": "vllm", "gpus_per_actor": 1} | rollout, policy={"gpus_per_actor": 1})
+        return predict_roles(config)["rollout"].memory.activations
+
+    assert activations(max_concurrent_sequences=16) == 2 * activations(max_concurrent_sequences=8)
+    assert activations(max_concurrent_sequences=10**5) == 16384 * activations(max_concurrent_sequences=1) // 6
+    assert activations(max_concurrent_sequences=10**5, max_batched_tokens=10**5) > 6 * activations(max_concurrent_sequences=10**5)
 
 
 # -------------------------------------------------------------------------------------------------------- times
@@ -321,6 +333,7 @@ def test_on_a_shared_gpu_the_cache_is_what_the_others_leave():
     }
     assert plan.phases[UPDATE][0] == {"rollout-0": OWN, "scorer-0": 2 * GIB + OWN, "reference-0": 2 * GIB + OWN, "learner-0": 10 * GIB + OWN}
     assert plan.phases[SYNC][0]["rollout-0"] == 2 * GIB + OWN
+    assert plan.phases[SCORE][0] == plan.phases[GENERATE][0] | {"rollout-0": OWN}
     assert plan.resting[UPDATE][0]["learner-0"] == 8 * GIB + OWN  # without gradients and activations
     _, tighter = plan_of(20, ON_ONE_GPU)
     assert 20 * 0.95 - tighter.used(GENERATE, 0) / GIB == pytest.approx(0, abs=1e-6) and not tighter.away
@@ -334,12 +347,13 @@ def test_who_is_in_host_memory_follows_from_the_memory_of_the_gpu():
     config, plan = plan_of(20.5, larger)  # the update would not fit beside the frozen models
     assert plan.offloads_frozen and not plan.offloads_trained and plan.phases[UPDATE][0]["scorer-0"] == OWN
     assert "in host memory: frozen models during the update" in plan.lines[0]
+    assert plan.phases[SCORE][0]["scorer-0"] == 2 * GIB + OWN  # they leave when they have scored
     _, plan = plan_of(16.5, ON_ONE_GPU)  # beside the learner the cache would hold fewer than half of a step's sequences
     assert plan.offloads_trained and plan.cache_gib > 2 and plan.phases[GENERATE][0]["learner-0"] == OWN
     assert "in host memory: trained models while engines sample" in plan.lines[0]
     assert plan_of(80, ON_ONE_GPU, offload="always")[1].away == ("scorer", "reward_model", "reference", "learner", "critic")
     _, never = plan_of(16.5, ON_ONE_GPU, offload="never")
-    assert not never.away and never.cache_gib == pytest.approx(1)  # one sequence of 8, the least
+    assert not never.away and never.cache_gib == pytest.approx(2)  # two sequences of 8, the least
     seats = plan_placement(config)
     host = in_host_memory(seats, ON_ONE_GPU, 100, plan.away)
     assert host.contents["learner-0"] == 9 * GIB + PROCESS_BYTES["cpu"]
@@ -347,7 +361,7 @@ def test_who_is_in_host_memory_follows_from_the_memory_of_the_gpu():
 
 def test_roles_that_cannot_fit_are_refused_with_the_largest():
     config, plan = plan_of(10, ON_ONE_GPU)
-    with pytest.raises(ResourceError, match=r"^[\d.]+ GiB too much on GPU 0 in the sync: learner-0 takes most \(8\.60 GiB\), .*policy\.deepspeed"):
+    with pytest.raises(ResourceError, match=r"^[\d.]+ GiB too much on GPU 0 in the scoring: learner-0 takes most \(8\.60 GiB\), .*policy\.deepspeed"):
         check_fit(plan, ON_ONE_GPU, config)
     check_fit(plan_of(40, ON_ONE_GPU)[1], ON_ONE_GPU, config)
     engine_alone = ON_ONE_GPU | {"learner": _role(GIB)}  # its cache, which it would like to have larger than its weights, is no remedy
@@ -369,7 +383,7 @@ def test_a_run_plans_with_the_gpus_that_ray_gave_it(llama):
         return Room(None, seats := plan_placement(config), seats, {slot: Card("h", "n", str(slot), size, slot) for slot, size in enumerate(sizes)})
 
     sizes = predict_roles(config)
-    assert plan_memory(config, room(80), sizes).cache_gib == 8 * 16 * (2 * 2 * 1 * 4) * 4 / GIB
+    assert plan_memory(config, room(80), sizes).cache_gib == 9 * 16 * (2 * 2 * 1 * 4) * 4 / GIB
     assert plan_memory(config, room(None), sizes) is None
     with pytest.raises(ResourceError, match="GiB too much on GPU 0 in the "):
         plan_memory(config, room(1), sizes)

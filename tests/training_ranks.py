@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -71,7 +72,9 @@ def agreement(path: str, kind: str) -> dict:
 
 def round_trip(path: str, stage: int, dtype: str) -> dict:
     """Three steps, and three steps with the state away in between."""
-    plain, moving = engine_of(path, stage, "policy", dtype)[0], engine_of(path, stage, "policy", dtype)[0]
+    with mock.patch.object(torch.optim.AdamW, "step", autospec=True) as step:
+        plain, moving = engine_of(path, stage, "policy", dtype)[0], engine_of(path, stage, "policy", dtype)[0]
+    steps_at_start = step.call_count
     expected = train(plain, 3)
     got = train(moving)
     moving.offload()
@@ -83,7 +86,8 @@ def round_trip(path: str, stage: int, dtype: str) -> dict:
     kept = sum(parameter.untyped_storage().nbytes() for parameter in moving.model.parameters())
     moving.offload()
     moving.reload()
-    return {"expected": expected, "got": got + train(moving), "empty": empty, "freed": freed, "kept": kept}
+    return {"steps_at_start": steps_at_start,
+        "expected": expected, "got": got + train(moving), "empty": empty, "freed": freed, "kept": kept}
 
 
 def in_blocks(path: str, stage: int, dtype: str, _name: str) -> dict:

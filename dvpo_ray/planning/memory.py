@@ -28,7 +28,9 @@ SAMPLING_LOGIT_BYTES = 12
 PROCESS_BYTES = {"cpu": round(0.45 * GIB), "gpu": round(0.6 * GIB)}
 """Of a process before it holds a model: libraries on a CPU, the CUDA context and its kernels on a GPU."""
 BLOCK_TOKENS = 16
-"""vLLM gives out its cache in blocks of so many tokens."""
+"""vLLM gives out its cache in blocks of so many tokens, and keeps one block for itself."""
+PASS_TOKENS = 16384
+"""The most tokens that vLLM computes in one pass on a GPU unless something else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -249,16 +251,22 @@ class _Prediction:
         if rollout.backend == "transformers":  # it keeps the logits of every step, and the cache lives as long as the batch
             kept = together * self.length * model.cache_per_token * self.element_bytes + together * self.responses * model.vocabulary * 4
             return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=kept + arriving))
-        sampling = together * model.vocabulary * SAMPLING_LOGIT_BYTES
+        working = max(together * model.vocabulary * SAMPLING_LOGIT_BYTES, self._one_layer(model) if rollout.gpus_per_actor else 0)
         if rollout.given_cache_gib is not None:
             cache = round(rollout.given_cache_gib * GIB) * rollout.tensor_parallel_size
         elif shares_gpus(plan_placement(self.config)):
-            blocks = rollout.max_concurrent_sequences * -(-self.length // BLOCK_TOKENS)
+            blocks = rollout.max_concurrent_sequences * -(-self.length // BLOCK_TOKENS) + 1
             cache = blocks * BLOCK_TOKENS * model.cache_per_token * self.element_bytes
         elif gpu_memory_gib is None:
             cache = 0
         else:
             granted = rollout.gpu_memory_utilization * gpu_memory_gib * GIB * rollout.tensor_parallel_size
-            cache = max(0, round(granted - parameters - sampling))
-        memory = ActorMemory(parameters, activations=sampling + arriving, cache=cache)
+            cache = max(0, round(granted - parameters - working))
+        memory = ActorMemory(parameters, activations=working + arriving, cache=cache)
         return RolePlan(model, rollout.num_actors, memory, together, rollout.max_concurrent_sequences, sleeps=rollout.gpus_per_actor > 0)
+
+    def _one_layer(self, model: Architecture) -> int:
+        """What a layer computes in an engine's largest pass over prompts: the results of its matrices."""
+        rollout, prompts = self.config.rollout, self.config.rollout.max_concurrent_sequences * self.config.data.max_prompt_tokens
+        tokens = min(rollout.max_batched_tokens or PASS_TOKENS, prompts)
+        return tokens * self.element_bytes * model.layer_matrices // (model.layers * model.hidden)

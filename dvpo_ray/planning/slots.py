@@ -1,6 +1,7 @@
 """The memory of each GPU: who has how much of it, and, where engines and trained models share GPUs, how they take turns.
 
     rollouts   engines awake, frozen models at work; trained models wait
+    scoring    engines asleep; frozen models still at work, trained models are back
     sync       the learner's weights beside the engines' new ones
     update     trained models at work; engines asleep
 
@@ -17,7 +18,7 @@ from dvpo_ray.config.schema import Config
 from dvpo_ray.planning.memory import GIB, PROCESS_BYTES, RolePlan
 from dvpo_ray.planning.placement import GROUPS, Seat, shares_gpus
 
-GENERATE, SYNC, UPDATE, STEP = "rollouts", "sync", "update", "step"
+GENERATE, SCORE, SYNC, UPDATE, STEP = "rollouts", "scoring", "sync", "update", "step"
 """Phases; `step` is all of them where nobody takes turns."""
 SPARE_SHARE = 0.05
 """Of a GPU, for what no arithmetic sees: fragments, CUDA graphs, buffers of libraries."""
@@ -92,10 +93,12 @@ def plan_slots(config: Config, seats: Sequence[Seat], roles: Mapping[str, RolePl
     wanted = engine.per_actor.cache // (config.rollout.gpus_per_actor * config.rollout.tensor_parallel_size)
     engines = [(slot, seat.name) for seat in seats if seat.role in GROUPS[0] for slot in seat.slots]
     for trained, frozen in product(either, either):
-        away = {GENERATE: GROUPS[2] if trained else (), SYNC: GROUPS[1] if frozen else (), UPDATE: GROUPS[1] if frozen else ()}
+        gone = GROUPS[1] if frozen else ()
+        away = {GENERATE: GROUPS[2] if trained else (), SCORE: (), SYNC: gone, UPDATE: gone}
         phases, resting = ({phase: _contents(seats, roles, phase, away[phase], at_work=at_work) for phase in away} for at_work in (True, False))
         left = usable - max(sum(phases[GENERATE][slot].values()) for slot, _ in engines)
-        cache = wanted if config.rollout.kv_cache_gib is not None else max(wanted // engine.sequences_at_most, min(wanted, left))
+        # At least for two sequences, because vLLM keeps a block for itself.
+        cache = wanted if config.rollout.kv_cache_gib is not None else min(wanted, max(2 * wanted // engine.sequences_at_most, left))
         for slot, name in engines:
             phases[GENERATE][slot][name] += cache
             resting[GENERATE][slot][name] += cache
@@ -126,7 +129,7 @@ def _held(role: str, plan: RolePlan, phase: str, at_work: bool) -> int:
     at_rest = min(memory.parameters + memory.optimizer, memory.model_state - memory.offloaded)  # gradients are in the update alone
     if phase == STEP:
         return (most if at_work else at_rest) + memory.cache
-    if role in GROUPS[0] and phase == UPDATE and plan.sleeps:
+    if role in GROUPS[0] and phase in (SCORE, UPDATE) and plan.sleeps:
         return 0
-    works = {GENERATE: (*GROUPS[0], *GROUPS[1]), SYNC: GROUPS[0], UPDATE: GROUPS[2]}[phase]
+    works = {GENERATE: (*GROUPS[0], *GROUPS[1]), SCORE: GROUPS[1], SYNC: GROUPS[0], UPDATE: GROUPS[2]}[phase]
     return most if at_work and role in works else at_rest
