@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dvpo_ray.config.schema import LoraConfig, ModelConfig
+from dvpo_ray.gvm import model
 from dvpo_ray.gvm.model import ValueHead, new_value_model
 from dvpo_ray.models import cpu_linear
 from dvpo_ray.models.cpu_linear import OneDNNLinear, use_fast_linears
@@ -66,6 +67,15 @@ def test_models_are_loaded_with_it_and_adapters_find_its_layers(everywhere, tiny
     adapted = apply_lora(policy, LoraConfig(rank=2))
     adapted(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
     assert any("lora_B" in name and p.grad is not None and p.grad.abs().sum() > 0 for name, p in adapted.named_parameters())
+
+
+@needs_onednn
+@pytest.mark.parametrize(("device", "rows"), [("meta", 3), ("cpu", 0), ("cpu", 3)])
+def test_a_value_head_computes_on_every_device_beside_such_a_processor(monkeypatch, device, rows):
+    """A GPU stands beside it, and the head of a frozen model is float32 there; the device `meta` is in its place here."""
+    monkeypatch.setattr(model, "onednn_is_faster", lambda: True)
+    head = ValueHead(8, 1, device=device)
+    assert head(torch.ones(rows, 8, dtype=torch.bfloat16, device=device)).shape == (rows, 1)
 
 
 def test_other_dtypes_and_processors_keep_torchs_layer(monkeypatch):
