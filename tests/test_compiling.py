@@ -17,7 +17,7 @@ from dvpo_ray.actors.vllm_backend import VLLMBackend
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config, DeepSpeedConfig, LoraConfig, ModelConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.models import cpu_linear
+from dvpo_ray.models import compiling, cpu_linear
 from dvpo_ray.models.compiling import compile_layers, compiles
 from dvpo_ray.models.forward import response_log_probs
 from dvpo_ray.models.layouts import Passes, lay_out
@@ -81,12 +81,18 @@ def test_packed_rows_through_compiled_layers(tiny_model):
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_layers_are_compiled_where_it_pays(monkeypatch):
+def test_layers_are_compiled_where_it_pays(monkeypatch, tmp_path):
+    headers = tmp_path / "Python.h"
+    monkeypatch.setattr(compiling.sysconfig, "get_config_var", lambda name: str(tmp_path) if name == "INCLUDEPY" else None)
     assert compiles(True, 1) and not compiles(False, 10_000)
     assert not compiles(None, 10_000)  # on a CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CC", sys.executable)
+    headers.touch()
     assert compiles(None, 200) and not compiles(None, 199)
+    headers.unlink()
+    assert not compiles(None, 200)
+    headers.touch()
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CC", "")
     assert not compiles(None, 10_000)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,8 +25,10 @@ def compiles(setting: bool | None, steps: int) -> bool:
     """
     if setting is not None:
         return setting
-    has_compiler = any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))  # Triton needs one
-    return torch.cuda.is_available() and steps >= STEPS_THAT_PAY and has_compiler
+    # Triton compiles C that calls Python.
+    has_compiler = any(map(shutil.which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))))
+    has_headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h").is_file()
+    return torch.cuda.is_available() and steps >= STEPS_THAT_PAY and has_compiler and has_headers
 
 
 def compile_layers(model: nn.Module, key: str = "deepspeed.compile") -> None:
