@@ -62,6 +62,7 @@ def results(tiny_model, tmp_path_factory) -> dict[tuple, dict]:
     tiny_language_model(tiny_config("qwen3_moe")).save_pretrained(folder / "experts")
     paths = dict.fromkeys(KINDS, str(tiny_model)) | {"adapters": str(folder / "experts")}
     cases = [("agreement", paths[kind], kind) for kind in KINDS] + [("round_trip", str(tiny_model), *case) for case in ROUND_TRIPS]
+    cases += [("small_gradients", str(tiny_model))]
     cases += [("in_blocks", str(tiny_model), *case, "blocks") for case in BLOCKS]
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("training_ranks.py"))]
     arguments = ["2", str(find_free_port()), json.dumps(cases), str(folder / "out.json")]
@@ -88,6 +89,13 @@ def test_state_that_was_away_trains_on_as_if_it_had_stayed(results, case):
     found = results[case]
     assert found["got"] == found["expected"]
     assert found["empty"] == 0 < found["freed"] and found["kept"] > 0
+
+
+@pytest.mark.slow
+def test_small_gradients_count_in_float16(results):
+    found = results[()]
+    assert found["float16"] == pytest.approx(found["float32"], rel=0.02)
+    assert found["float32"][-2] < 0.95 * found["float32"][0]  # the loss has come down
 
 
 @pytest.mark.slow

@@ -35,14 +35,14 @@ def engine_of(path: str, stage: int, kind: str, dtype: str):
     return engine, cut
 
 
-def train(engine, steps: int = 1) -> list[float]:
+def train(engine, steps: int = 1, share: float = 1.0) -> list[float]:
     """Losses and gradient norms of steps over two micro-batches, the same on every number of ranks."""
     numbers: list[float] = []
 
     def loss() -> torch.Tensor:
         output = engine.engine(input_ids=IDS, use_cache=False).logits.float()
         numbers.append(float((output - 1).square().mean().detach()))
-        return (output - 1).square().mean() / (2 * torch.distributed.get_world_size())
+        return share * (output - 1).square().mean() / (2 * torch.distributed.get_world_size())
 
     for _ in range(steps):
         numbers.append(float(engine.step([loss, loss]).grad_norm))
@@ -88,6 +88,14 @@ def round_trip(path: str, stage: int, dtype: str) -> dict:
     moving.reload()
     return {"steps_at_start": steps_at_start,
         "expected": expected, "got": got + train(moving), "empty": empty, "freed": freed, "kept": kept}
+
+
+def small_gradients(path: str) -> dict:
+    """Numbers of steps on a loss whose gradients float16 can't hold without a loss scale, in float16 and in float32."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True  # DeepSpeed refuses it on CPUs, which can compute it
+    return {dtype: train(engine_of(path, 0, "policy", dtype)[0], 3, share=1e-5) for dtype in ("float16", "float32")}
 
 
 def in_blocks(path: str, stage: int, dtype: str, _name: str) -> dict:

@@ -229,12 +229,15 @@ class TrainingEngine:
         """
         engine, world_size = self.engine, dist.get_world_size()
         learning_rate = engine.get_lr()[0]
+        # Without ZeRO in float16 DeepSpeed's step takes a loss scale out of the gradients that its backward pass has not put in.
+        scale = engine.optimizer.loss_scale if engine.fp16_enabled() and not engine.zero_optimization() else 1.0
         for index, loss in enumerate(losses):
             engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
-            engine.backward(loss() * world_size)  # DeepSpeed averages gradients over ranks, but the shares must be summed
+            engine.backward(loss() * (world_size * scale))  # DeepSpeed averages gradients over ranks, but the shares must be summed
         norm = None if engine.gradient_clipping() > 0 else _clip_gradients(self.model, self.max_grad_norm)
         engine.step()
-        return StepResult(engine.get_global_grad_norm() if norm is None else norm, learning_rate)
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        return StepResult(norm if scale == 1.0 else norm / scale, learning_rate)
 
     # --------------------------------------------------------------------------------------------------- weights
 
