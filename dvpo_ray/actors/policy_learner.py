@@ -22,6 +22,7 @@ from dvpo_ray.models.forward import MinLength, log_probs_of, response_log_probs
 from dvpo_ray.models.layouts import Rows, lay_out
 from dvpo_ray.models.loading import load_policy, load_tokenizer, rehearse_saving, save_policy, torch_dtype
 from dvpo_ray.models.trainable import apply_lora, disable_dropout, train_last_layers
+from dvpo_ray.planning.placement import choose_transport
 from dvpo_ray.policy.losses import policy_loss, truncated_importance_weights
 from dvpo_ray.policy.mismatch import mismatch_shares
 from dvpo_ray.sync.transports import make_sender
@@ -43,6 +44,8 @@ class PolicyLearner(DeepSpeedRank):
 
     def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int] = frozenset()) -> None:
         super().__init__(index, run_folder)
+        if choose_transport(config) != "object_store":
+            import dvpo_ray.sync.vllm_transports  # noqa: F401 - vLLM, which takes seconds, while the engines start
         self.config = config
         self.sampled = {
             "temperature": config.rollout.temperature,
