@@ -86,8 +86,7 @@ def round_trip(path: str, stage: int, dtype: str) -> dict:
     kept = sum(parameter.untyped_storage().nbytes() for parameter in moving.model.parameters())
     moving.offload()
     moving.reload()
-    return {"steps_at_start": steps_at_start,
-        "expected": expected, "got": got + train(moving), "empty": empty, "freed": freed, "kept": kept}
+    return {"steps_at_start": steps_at_start, "expected": expected, "got": got + train(moving), "empty": empty, "freed": freed, "kept": kept}
 
 
 def small_gradients(path: str) -> dict:
