@@ -124,6 +124,21 @@ def test_models_that_are_away_come_back_to_be_saved(tmp_path, monkeypatch):
     ]
 
 
+def test_an_interrupted_run_does_not_wait_for_engines_that_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "get", lambda refs, **_: refs)
+    turns, calls = actors(replace(PLAN, offloads_trained=True))
+    monkeypatch.setattr(stages, "stop", lambda handles: calls.extend(f"{handle.name} stopped" for handle in handles))
+    loop = object.__new__(Stages)
+    loop.config, loop.roles, loop.turns = Config(model={"path": "m"}), turns.roles, turns
+    turns.synced()
+    del calls[:]
+    loop.save_at_the_end(tmp_path)
+    assert calls == ["rollout stopped", "learner reload", f"learner save_checkpoint {tmp_path / 'learner'}"]
+    del calls[:]
+    loop.save_at_the_end(tmp_path)  # trained models that are there are saved as they are
+    assert calls == [f"learner save_checkpoint {tmp_path / 'learner'}"]
+
+
 def test_lent_gpus_are_empty():
     turns, calls = actors(PLAN)
     with turns.lent():

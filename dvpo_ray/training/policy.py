@@ -74,7 +74,7 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
     with (
         run.metrics_log() as log,
         console.stage("policy optimisation", total=config.train.steps, done=run.last_step, unit="steps") as progress,
-        run.saved_when_interrupted(loop.save, lambda: loop.state_dict() | state.state_dict(), console),
+        run.saved_when_interrupted(loop.save_at_the_end, lambda: loop.state_dict() | state.state_dict(), console),
     ):
         for step in range(run.last_step + 1, config.train.steps + 1):
             refreshed = state.refresh(loop, console)

@@ -20,6 +20,7 @@ from dvpo_ray.policy.kl import AdaptiveKLController
 from dvpo_ray.rollouts.pool import RolloutPool
 from dvpo_ray.rollouts.schedule import prompt_indices
 from dvpo_ray.runtime.checkpoints import trainer_bytes
+from dvpo_ray.runtime.room import stop
 from dvpo_ray.runtime.waiting import get
 from dvpo_ray.training.turns import Turns
 
@@ -186,6 +187,13 @@ class Stages:
             get([rank.save_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="saving a checkpoint")
             if self.config.checkpoint.save_pretrained:
                 self.save_policy(folder / "policy")
+
+    def save_at_the_end(self, folder: Path) -> None:
+        """`save` of a run that ends at once: engines whose memory the trained models need are stopped, because they may still be sampling."""
+        if self.turns.trained_are_away:
+            stop(self.roles.engines)
+            self.turns.trained_return()
+        self.save(folder)
 
     def checkpoint_bytes(self) -> int:
         """What `save` is going to write."""

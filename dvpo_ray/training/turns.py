@@ -50,9 +50,13 @@ class Turns:
         """The engines have no more prompts."""
         if self.roles.takes_turns:
             self._sleep()
-            if self._offloads("trained"):
-                _all(self._on_gpus(self.roles.trained), "reload")
-            self.trained_are_away = False
+            self.trained_return()
+
+    def trained_return(self) -> None:
+        """Trained models come back, where the plan has them away; the engines' memory is free."""
+        if self._offloads("trained"):
+            _all(self._on_gpus(self.roles.trained), "reload")
+        self.trained_are_away = False
 
     def scored(self) -> None:
         """The frozen models have no more rollouts."""
