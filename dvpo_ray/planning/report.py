@@ -167,7 +167,7 @@ class Plan:
         source = "measured here" if device.measured else "from a table; --calibrate measures this machine"
         speed = f"{device.training_flops / 1e12:.3g} TFLOP/s training, {device.scoring_flops / 1e12:.3g} scoring"
         lines = [
-            f"seconds of a step with responses of full length, at least; {device.name}, {speed}, {device.bytes_per_second / 1e9:.3g} GB/s, {source}"
+            f"seconds of a step with responses of full length, estimated; {device.name}, {speed}, {device.bytes_per_second / 1e9:.3g} GB/s, {source}"
         ]
         return lines + [f"  {stage:<11} {seconds:>10.3f}" for stage, seconds in self.seconds.items()]
 
