@@ -175,6 +175,7 @@ def finished_run(tmp_path):
     """A finished run of `dvpo train` in `run`, and the command that resumes it."""
     settings = ["gvm.path=g", "train.steps=4"]
     (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_000004").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config(LOCAL_CPU, settings)), encoding="utf-8")
     write_summary(tmp_path / "run", {"stage": "train", "state": "finished", "steps": 4})
     return ["train", LOCAL_CPU, *settings, "--out", "run", "--resume"]
@@ -183,7 +184,7 @@ def finished_run(tmp_path):
 def test_resuming_a_finished_run_is_a_success(finished_run, capsys):
     """A job that is put into its queue again after its end is not a failure."""
     assert cli.main(finished_run) == 0
-    told = "run: the run is finished and its result is in final/; give a larger train.steps to go on\n"
+    told = "run: the run is finished and its result is in final/; --resume with a larger train.steps goes on\n"
     assert capsys.readouterr() == (told, "")
     assert cli.main([*finished_run, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "finished"

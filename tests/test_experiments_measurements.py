@@ -156,7 +156,7 @@ def test_error_grows_with_the_distance_of_the_policy(faked, tmp_path):
     assert dvpo("distribution-shift", STORIES, "--snapshots", 2, "--seeds", 0, 1, "--out", tmp_path) == 0
     assert [run.variant for run in started] == ["policy", "step0000", "step0010", "step0020"] * 2
     policy, untrained, half, _ = started[:4]
-    assert (policy.config.checkpoint.every_steps, policy.config.checkpoint.keep, policy.config.checkpoint.save_pretrained) == (10, 2, True)
+    assert (policy.config.checkpoint.every_steps, policy.config.checkpoint.keep, policy.config.checkpoint.save_pretrained) == (10, 3, True)
     assert untrained.options["policy"] == "./stories260K"
     assert half.options["policy"] == str(tmp_path / "policy-seed0" / "checkpoints" / "step_000010" / "policy")
     assert half.config.model.path == "./stories260K" and half.config.evaluation.prompts == 64

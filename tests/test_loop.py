@@ -76,7 +76,7 @@ def test_a_refused_resume_touches_no_file(loop_settings, uninterrupted, tmp_path
     for changes, line in (
         ({"batch": {"prompts_per_step": 8}}, "batch.prompts_per_step was 16 and is 8 now"),
         ({"policy": {"num_actors": 2}}, "policy.num_actors was 1 and is 2 now"),
-        ({"train": {"steps": 3}}, "the run is finished and its result is in final/; give a larger train.steps to go on"),
+        ({"train": {"steps": 3}}, "the run is finished and its result is in final/; --resume with a larger train.steps goes on"),
     ):
         with pytest.raises(InputError, match=line):
             run(loop_settings, folder, resume=True, **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +19,9 @@ from dvpo_ray.config import Config
 from dvpo_ray.errors import DiskFull, InputError
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
+from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.runtime import checkpoints
+from dvpo_ray.training.policy import optimise
 from dvpo_ray.training.run import Run
 
 
@@ -162,3 +165,19 @@ def test_batch_statistics_by_hand():
     assert metrics["advantage/max"] == 1.0 and metrics["advantage/mean"] == 0.0  # the masked row counts for nothing
     assert metrics["response_length/mean"] == 1.5 and metrics["response_length/truncated_fraction"] == 0.5
     assert metrics["reward/gold_mean"] == 0.5
+
+
+@pytest.mark.parametrize(("free", "kept"), [(2**30, ["step_000003"]), (0, [])])
+def test_a_run_saves_its_last_step_so_that_it_can_be_made_longer(tmp_path, monkeypatch, capsys, free, kept):
+    """And finishes where the disk has no room for that."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    run = Run("train", Config.model_validate({"model": {"path": "m"}, "train": {"steps": 3, "trackers": []}}), tmp_path)
+    nothing = {name: lambda *_: None for name in ("sync", "collect", "finish", "evaluate_if_due")}
+    numbers = {name: lambda *_: {} for name in ("learn", "refresh", "state_dict")}
+    loop = SimpleNamespace(**nothing, **numbers, checkpoint_bytes=lambda: 60, save=Path.touch, save_at_the_end=Path.touch, save_policy=Path.touch)
+    health = SimpleNamespace(observe=lambda *_: ({}, []))
+    state = SimpleNamespace(**nothing, **numbers, health=health, heed=lambda *_: False, refresh_is_due=False, evaluations={3: {}})
+    with RunConsole() as console:
+        optimise(run, state, loop, console)
+    assert [folder.name for folder in (tmp_path / "checkpoints").glob("step_*")] == kept and (tmp_path / "final").is_dir()
+    assert ("so the run cannot be made longer" in capsys.readouterr().out) is (not kept)

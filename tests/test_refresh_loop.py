@@ -107,9 +107,10 @@ def test_training_goes_on_from_the_last_artifact(refresh_settings, refreshed):
 def test_resuming_repeats_the_run_with_the_artifact_of_its_checkpoint(refresh_settings, refreshed, tmp_path):
     """From step 4, with the first refresh's artifact in force and the second refresh still to come."""
     folder, whole = refreshed
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003", "step_000004"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [f"step_{step:06d}" for step in (2, 3, 4, 5)]
     stopped = tmp_path / "moved"
     shutil.copytree(folder, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_000005")
     shutil.rmtree(stopped / "gvm" / "refresh_000004")
     shutil.rmtree(stopped / "final")
     resumed = run(refresh_settings, stopped, resume=True, **ON_ONE_GPU)  # the trainers are on the scorers' GPU, while the engines sleep

@@ -168,7 +168,7 @@ def test_without_a_checkpoint_the_line_says_what_to_do(tmp_path):
     assert refused(check_resume, after_some, "train", config_with()).endswith("remove the folder to start anew")
 
 
-@pytest.mark.parametrize(("stage", "steps", "refusal"), [("train", 4, "give a larger train.steps"), ("gvm", 4, "in final/"), ("train", 5, None)])
+@pytest.mark.parametrize(("stage", "steps", "refusal"), [("train", 4, "--resume with a larger train.steps goes on"), ("gvm", 4, "in final/"), ("train", 5, None)])
 def test_a_finished_run_is_left_alone_unless_it_gets_more_steps(tmp_path, stage, steps, refusal):
     checkpoint = "step_000004/learner" if stage == "train" else "step_000004/trainer"
     folder = make_run(tmp_path / "run", stage, state="finished", checkpoint=checkpoint)
@@ -180,6 +180,14 @@ def test_a_finished_run_is_left_alone_unless_it_gets_more_steps(tmp_path, stage,
         with pytest.raises(RunIsFinished, match="the run is finished and its result is in final/") as finished:
             check_resume(folder, stage, config)
         assert refusal in str(finished.value)
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_a_finished_run_without_a_checkpoint_does_not_promise_to_go_on(tmp_path, steps):
+    folder = make_run(tmp_path / "run", state="finished", checkpoint=None)
+    (folder / "final").mkdir()
+    line = refused(check_resume, folder, "train", config_with(train__steps=steps))
+    assert line.endswith(f"; it kept no checkpoint, so train further by a new run with model.path={folder}/final")
 
 
 def test_a_resumed_run_keeps_its_numbers_until_there_are_new_ones(tmp_path):
@@ -209,7 +217,10 @@ def test_a_run_that_never_took_a_step_makes_way(tmp_path, state):
 @pytest.mark.parametrize(
     ("run", "line"),
     [
-        ({"state": "finished"}, "already there and not empty; give another --out, or --resume to continue the run in it"),
+        ({"state": "finished"}, "give another --out (the run in it is finished; --resume with a larger train.steps goes on)"),
+        ({"state": "finished", "checkpoint": None}, "it kept no checkpoint, so train further by a new run with model.path="),
+        ({"state": "finished", "stage": "gvm"}, "give another --out (the run in it is finished)"),
+        ({"state": "interrupted"}, "already there and not empty; give another --out, or --resume to continue the run in it"),
         ({"state": "failed", "steps": 3, "checkpoint": None}, "it has no checkpoint to continue from: its state is failed"),
         ({"state": "running", "steps": 0, "checkpoint": None}, f"process {os.getpid()} on {socket.gethostname()} still runs in it"),
         ({"state": "failed", "steps": 0}, "already there and not empty"),  # resumed, and it failed before it went on

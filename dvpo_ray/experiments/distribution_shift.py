@@ -51,7 +51,7 @@ class DistributionShift(Study):
 
     def _of_seed(self, seed: int) -> list[Run]:
         every = self.config.train.steps // self.options.snapshots
-        settings = {"every_steps": every, "keep": self.options.snapshots, "save_pretrained": True}
+        settings = {"every_steps": every, "keep": self.options.snapshots + 1, "save_pretrained": True}
         policy = self.run("policy", "policy", seed, *(override(f"checkpoint.{key}", value) for key, value in settings.items()))
         steps = [every * (i + 1) for i in range(self.options.snapshots)]
         snapshots = {step: str(policy.folder / "checkpoints" / f"step_{step:06d}" / "policy") for step in steps}

@@ -16,6 +16,7 @@ from pathlib import Path
 from dvpo_ray.actors.experience_builder import ScoredChunk
 from dvpo_ray.actors.roles import started_roles
 from dvpo_ray.config import Config
+from dvpo_ray.errors import DiskFull
 from dvpo_ray.files import whole_folder
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.policy.mismatch import check_mismatch
@@ -87,9 +88,15 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
                 run.last_step = step
                 stops = state.heed(alarms, console)
             state.evaluate_if_due(loop, console)
-            if stops or state.refresh_is_due or is_due(step, config.checkpoint.every_steps):
+            is_kept = stops or state.refresh_is_due or is_due(step, config.checkpoint.every_steps)
+            if is_kept or step == config.train.steps:
                 with console.stage("saving a checkpoint", quiet=True), run.whole_step():
-                    run.save_checkpoint(loop.save, loop.state_dict() | state.state_dict())
+                    try:
+                        run.save_checkpoint(loop.save, loop.state_dict() | state.state_dict())
+                    except DiskFull as full:  # the checkpoint that more steps would start from; the result matters more
+                        if is_kept:
+                            raise
+                        console.warn(f"no checkpoint of the last step, so the run cannot be made longer: {full}")
             if stops:
                 run.outcome = "stopped"
                 break

@@ -82,7 +82,7 @@ def check_new(folder: Path) -> None:
     if all(path.is_dir() or path == folder / LOCK for path in folder.rglob("*")):
         return
     if not _ended_before_its_first_step(folder):
-        raise InputError(f"{folder}: already there and not empty; give another --out, or --resume to continue the run in it{_hint(folder)}")
+        raise InputError(f"{folder}: already there and not empty; give another --out{_hint(folder)}")
     foreign = next(_foreign_files(folder), None)
     if foreign is not None:
         raise InputError(
@@ -102,15 +102,25 @@ def _has_results(folder: Path) -> bool:
 
 
 def _hint(folder: Path) -> str:
-    """What to add to the message when there is nothing to continue."""
+    """What else can be done with a folder that holds a run."""
     summary = read_summary(folder)
     state = summary.get("state")
     if living(summary):
         return f"; process {summary['process']['pid']} on {summary['process']['host']} still runs in it"
+    if state == "finished":
+        return f" (the run in it is finished{_longer(folder, summary.get('stage'))})"
     if state is None or any(saved_checkpoints(folder)):
+        return ", or --resume to continue the run in it"
+    return f" (the run in it has no checkpoint to continue from: its state is {state}; once it is over, remove the folder to start anew)"
+
+
+def _longer(folder: Path, stage: str | None) -> str:
+    """How a finished run is trained further. Only a run of `dvpo train` can be made longer."""
+    if stage != "train":
         return ""
-    over = "it is finished" if state == "finished" else f"its state is {state}; once it is over, remove the folder to start anew"
-    return f" (it has no checkpoint to continue from: {over})"
+    if any(saved_checkpoints(folder)):
+        return "; --resume with a larger train.steps goes on"
+    return f"; it kept no checkpoint, so train further by a new run with model.path={folder / 'final'}"
 
 
 def _foreign_files(folder: Path) -> Iterator[Path]:
@@ -157,15 +167,16 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
         raise InputError(f"{folder}: a run of `{made_by}`, which `{command}` cannot resume; resume it with its own command")
     check_resumable(stage, load_config(kept_file), config, folder)
     if _is_over(folder, stage, config):
-        longer = "; give a larger train.steps to go on" if stage == "train" else ""
-        raise RunIsFinished(f"{folder}: the run is finished and its result is in final/{longer}")
+        raise RunIsFinished(f"{folder}: the run is finished and its result is in final/{_longer(folder, stage)}")
     if not any(saved_checkpoints(folder)):
+        if summary.get("state") == "finished":
+            raise InputError(f"{folder}: the run is finished{_longer(folder, stage)}")
         over = "start it again without --resume" if _ended_before_its_first_step(folder) else "give another --out, or remove the folder to start anew"
         raise InputError(f"{folder}: no checkpoint to resume from; {over}")
 
 
 def _is_over(folder: Path, stage: str, config: Config) -> bool:
-    """Whether a run has its result and no step is left. Only a run of `dvpo train` can be made longer."""
+    """Whether a run has its result and no step is left."""
     summary = read_summary(folder)
     done = summary.get("state") == "finished" and (folder / "final").is_dir()
     return done and (stage != "train" or (summary.get("steps") or 0) >= config.train.steps)
