@@ -46,6 +46,22 @@ def test_a_policy_ends_with_its_gain_and_the_next_command(run):
     ]
 
 
+@pytest.mark.parametrize(
+    ("alarms", "kl", "advice"),
+    [
+        (["cut_off"], 1.0, "More steps or a larger policy.learning_rate move the policy further."),
+        (["gold_correlation", "cut_off"], 1.0, "More steps would not mend what the alarm gold_correlation found: do what it advises first"),
+        ([], 10.8, "The policy is far from the reference already"),
+    ],
+)
+def test_more_steps_are_advised_only_near_the_reference_and_without_an_alarm(run, alarms, kl, advice):
+    told = [{"step": 2, "name": name, "text": "", "advice": ""} for name in alarms]
+    unclear = gain_of([0.1, 0.2, 0.3, 0.4], [0.2, 0.1, 0.4, 0.3])
+    line = run({"stage": "train", "state": "finished", "gold": unclear, "kl": {"after_mean": kl}, "alarms": told}, JUDGED)[2]
+    assert line.startswith(f"No clear change: the interval of the gain contains 0. {advice}")
+    assert ("More steps or" in line) is advice.startswith("More steps or")
+
+
 def test_without_a_judge_nothing_is_claimed(run):
     lines = run({"stage": "train", "state": "finished", "steps": 3})
     assert lines[0].startswith("no judge scored held-out prompts") and lines[0].endswith("the report shows responses before and after side by side")

@@ -13,10 +13,11 @@ from dvpo_ray.cli import main
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.data.prompts import load_prompts
+from dvpo_ray.evaluation.gain import verdict
 from dvpo_ray.evaluation.judges import make_judge
 from dvpo_ray.planning.placement import plan_placement, total_resources
 from dvpo_ray.quickstart.prompts import HELDOUT_PROMPTS, all_prompts, write_prompts
-from dvpo_ray.quickstart.run import DATA, gold_table, quickstart_config, samples_table, verdict
+from dvpo_ray.quickstart.run import DATA, gold_table, quickstart_config, samples_table
 
 
 def test_prompts_are_distinct_and_written_as_shipped(tmp_path):

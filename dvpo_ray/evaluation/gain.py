@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+FAR_NATS = 5.0
+"""KL per response. A policy that has come this far without a clear gain has moved enough for one."""
 _DRAWS_AT_ONCE = 1 << 22  # limits the drawn values to 32 MiB, however many prompts there are
 
 
@@ -61,11 +63,22 @@ def gold_gain(run_folder: Path, last_step: int) -> dict:
     return gain_of(*([row["gold"] for row in read_evaluation(run_folder, step)] for step in (0, last_step)))
 
 
-def verdict(gold: dict) -> str:
-    """One sentence on what a gain and its interval say."""
+def verdict(gold: dict, kl: float | None = None, alarms: Sequence[str] = ()) -> str:
+    """What a gain and its interval say.
+
+    Args:
+        gold: `gain_of` the scores.
+        kl: of the policy from the reference, in nats per response, where it is known. Far away, or after an alarm, more steps are no advice.
+        alarms: names of the alarms that doubt the estimate.
+    """
     low, high = gold["gain_ci95"]
     if low > 0:
         return "The policy got better on prompts it was never trained on: the interval of the gain is clear of 0."
     if high < 0:
         return "The policy got worse: the interval of the gain is below 0."
-    return "No clear change: the interval of the gain contains 0. More steps or a larger policy.learning_rate move the policy further."
+    unclear = "No clear change: the interval of the gain contains 0."
+    if alarms:
+        return f"{unclear} More steps would not mend what the alarm {alarms[-1]} found: do what it advises first (docs/health.md)."
+    if kl is not None and kl > FAR_NATS:
+        return f"{unclear} The policy is far from the reference already: raise kl.coefficient, improve the value model, or judge more prompts."
+    return f"{unclear} More steps or a larger policy.learning_rate move the policy further."

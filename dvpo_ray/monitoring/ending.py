@@ -9,6 +9,7 @@ from typing import Any
 
 from dvpo_ray.config.notes import is_shipped
 from dvpo_ray.evaluation.gain import verdict
+from dvpo_ray.health.alarms import RULES
 from dvpo_ray.monitoring.console import Shell
 from dvpo_ray.monitoring.run_data import parse_config, setting
 from dvpo_ray.monitoring.run_files import read_summary, resume_command
@@ -63,7 +64,7 @@ def _result(summary: Mapping[str, Any]) -> list[str]:
     kl = summary.get("kl", {}).get("after_mean")
     moved = [f"KL from the reference: {kl:.2f} nats per response"] if kl is not None else []
     if "gold" in summary:
-        return [*gold_words(summary["gold"]), *moved]
+        return [*gold_words(summary), *moved]
     unknown = "no judge scored held-out prompts before and after (evaluation.judge is none), so nothing independent says what the run gained"
     return [*moved, f"{unknown}; the report shows responses before and after side by side"]
 
@@ -79,13 +80,20 @@ def _last_step(stage: str, metrics: Mapping[str, float | None]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ results in words
 
 
-def gold_words(gold: Mapping[str, Any]) -> list[str]:
+def verdict_of(summary: Mapping[str, Any]) -> str:
+    """What the gain of a run says, beside its alarms and its KL."""
+    alarms = [alarm["name"] for alarm in summary.get("alarms", []) if alarm["name"] in RULES and not RULES[alarm["name"]].once]
+    return verdict(summary["gold"], summary.get("kl", {}).get("after_mean"), alarms)
+
+
+def gold_words(summary: Mapping[str, Any]) -> list[str]:
     """The `gold` entry of summary.json: before, after, the gain, and what its interval says."""
+    gold = summary["gold"]
     before, after = (gold[side]["mean"] for side in ("before", "after"))
     return [
         f"gold score on {gold['prompts']} held-out prompts: {before:+.3f} before, {after:+.3f} after",
         f"gain: {gold['gain']:+.3f}, {_interval(gold['gain_ci95'], sign='+')}",
-        verdict(gold),
+        verdict_of(summary),
     ]
 
 

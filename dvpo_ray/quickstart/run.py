@@ -14,9 +14,9 @@ from rich.table import Table
 
 from dvpo_ray.config import Config, load_config
 from dvpo_ray.data.rows import content_text
-from dvpo_ray.evaluation.gain import read_evaluation, verdict
+from dvpo_ray.evaluation.gain import read_evaluation
 from dvpo_ray.monitoring.console import PipedConsole, RunConsole, duration
-from dvpo_ray.monitoring.ending import whereabouts
+from dvpo_ray.monitoring.ending import verdict_of, whereabouts
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import write_summary
@@ -103,7 +103,7 @@ def print_result(out: Path) -> None:
     console = PipedConsole(highlight=False)
     console.print(samples_table(out, summary["steps"]))
     console.print(gold_table(summary["gold"]))
-    console.print(verdict(summary["gold"]), style="bold")
+    console.print(verdict_of(summary), style="bold")
     console.print(f"{duration(summary['duration_seconds'])}, {summary['peak_memory_gib']:.1f} GiB of memory at most", highlight=False)
     for line in whereabouts(out, "train"):
         RunConsole(console).say(line)
