@@ -52,7 +52,7 @@ def one_line(error: BaseException) -> str | None:
     if not isinstance(error, OSError):
         return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'writing'}: no space left on the disk; free some, then continue with --resume"
+        return f"{error.filename or 'writing'}: no space left on the disk; free some"
     if not isinstance(error.filename, str | os.PathLike) or error.strerror is None:
         return None
     return f"{error.filename}: the system refuses it: {error.strerror}"

@@ -124,7 +124,7 @@ def test_error_of_an_actor_is_shown_without_its_traceback(failing, capsys):
 
 def test_full_disk_is_status_2(failing, capsys):
     error = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
-    assert refusal(capsys, *failing(error)) == "runs/a/metrics.jsonl: no space left on the disk; free some, then continue with --resume"
+    assert refusal(capsys, *failing(error)) == "runs/a/metrics.jsonl: no space left on the disk; free some"
 
 
 def test_interrupt_is_status_130(failing, capsys):

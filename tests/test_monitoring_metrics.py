@@ -70,6 +70,18 @@ def test_a_full_disk_is_one_line(tmp_path):
         log.write(1, {"policy/loss": 0.5})
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_under_tensorboard_is_the_same_line_without_a_traceback_of_its_thread(tmp_path, capfd):
+    pytest.importorskip("tensorboard")
+    with pytest.raises(ResourceError, match=r"/tensorboard: no space left on the disk"), MetricsLog(tmp_path, ["tensorboard"]) as log:
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        events.unlink()
+        events.symlink_to("/dev/full")
+        for step in range(1, 40):
+            log.write(step, {"policy/loss": 0.5})
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_resume_drops_the_steps_after_the_checkpoint(tmp_path):
     write_steps(tmp_path, [1, 2, 3, 4])
     write_steps(tmp_path, [3, 4, 5], resume_step=2)

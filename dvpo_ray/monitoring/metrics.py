@@ -7,10 +7,11 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.errors import DiskFull, InputError, ResourceError
 from dvpo_ray.files import clear_when_full, whole_file
 from dvpo_ray.monitoring.catalogue import find_metric
 from dvpo_ray.monitoring.run_files import check_step, read_json_lines
@@ -78,10 +79,11 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         self._file.close()
         for tracker in self._trackers:
-            tracker.close()
+            with suppress(DiskFull) if kind is not None else nullcontext():  # what ended the run is what the user must see
+                tracker.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -9,12 +9,13 @@ import importlib
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.files import whole_file
+from dvpo_ray.files import clear_when_full, whole_file
 from dvpo_ray.monitoring.catalogue import find_metric
 
 
@@ -23,15 +24,28 @@ class TensorBoardTracker:
 
     def __init__(self, run_folder: Path, config: dict[str, Any], resume_step: int | None) -> None:
         tensorboard = _import("torch.utils.tensorboard", "tensorboard")
-        self._writer = tensorboard.SummaryWriter(str(run_folder / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
+        self._folder = run_folder / "tensorboard"
+        self._excepthook, threading.excepthook = threading.excepthook, self._of_a_thread
+        with clear_when_full(self._folder):
+            self._writer = tensorboard.SummaryWriter(str(self._folder), purge_step=None if resume_step is None else resume_step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        with clear_when_full(self._folder):
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            with clear_when_full(self._folder):
+                self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _of_a_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """The writer's own thread prints no traceback: what it failed at is raised by the next `log`."""
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            self._excepthook(failure)
 
 
 class WandbTracker:

@@ -111,7 +111,7 @@ class Run:
                 try:
                     record(**_how_it_ended(error), resume_command=command)
                 except (OSError, ResourceError) as second:  # what ended the run is what the user must see
-                    logger.warning("the end of the run is not recorded: %s", second)
+                    logger.warning("the end of the run is not fully recorded: %s", second)
                 if isinstance(error, KeyboardInterrupt) and not is_part:
                     console.say(f"continue with: {command}" if command else "no checkpoint is saved; the same command starts anew")
                 if line and command and not is_part:
