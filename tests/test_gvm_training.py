@@ -105,6 +105,7 @@ def test_the_run_folder(run, settings):
     assert summary["duration_seconds"] > 0 and summary["peak_memory_gib"] > 0
     evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
     assert summary["gvm"]["heldout_accuracy"] == evaluation["heldout_accuracy"]
+    assert summary["gvm"]["pairs"] == 40 and summary["gvm"]["accuracy_ci95"]["mean"] == evaluation["accuracy_ci95"]["mean"]
     assert evaluation["pairs"] == 40 and evaluation["value_spread"] > 0.2
     manifest = json.loads((run / "final" / "gvm.json").read_text())
     assert manifest["training_data"]["pairs"] == 65 and manifest["heldout_accuracy"] == evaluation["heldout_accuracy"]

@@ -260,10 +260,16 @@ def test_a_run_that_trains_a_value_model(tmp_path):
         for step in (1, 2, 3):
             log.write(step, {"gvm/loss": 0.5 / step, "gvm/accuracy": 0.6, "gvm/grad_norm": 1.0, "time/step_seconds": 2.0})
     accuracy = {"mean": 0.674, "last": 0.708, "longer_wins": 0.511, **{f"position_{p}": 0.6 for p in (25, 50, 75, 100)}}
-    write_summary(tmp_path, {"state": "finished", "gvm": {"heldout_accuracy": accuracy}, "warnings": ["few pairs"]})
+    measured = {"heldout_accuracy": accuracy, "pairs": 48, "accuracy_ci95": {"mean": [0.541, 0.792], "last": [0.583, 0.833]}}
+    write_summary(tmp_path, {"stage": "gvm", "state": "finished", "gvm": measured, "warnings": ["few pairs"]})
     text = visible(page(tmp_path))
-    assert "Held-out pairs ordered correctly 70.8% by the last value 67.4% by the mean value; 51.1% by length alone" in text
+    assert (
+        "Held-out pairs ordered correctly 67.4% by the mean value, on 48 pairs, 95 % interval 54.1% to 79.2% 70.8% by the last value; 51.1% by"
+        in text
+    )
     for title in ("Held-out accuracy by position", "GVM loss", "Training pairs ordered correctly", "Time of a step"):
         assert title in text
     assert "Worth a look few pairs" in text
     assert "gold" not in text and "KL" not in text
+    write_summary(tmp_path, {"stage": "rm", "state": "finished", "gvm": measured})
+    assert "70.8% by the last value, on 48 pairs, 95 % interval 58.3% to 83.3% 51.1% by length alone" in visible(page(tmp_path))

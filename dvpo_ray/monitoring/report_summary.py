@@ -127,18 +127,21 @@ def _gain(gold: dict) -> dict:
 
 
 def _accuracy(run: RunData) -> dict:
-    views = {"last": "by the last value", "mean": "by the mean value", "longer_wins": "by length alone: the longer wins"}
+    by_mean = {} if run.stage == "rm" else {"mean": "by the mean value"}  # which counts, but is not trained in a reward model
+    views = {**by_mean, "last": "by the last value", "longer_wins": "by length alone: the longer wins"}
     known = [(value, words) for view, words in views.items() if (value := run.summary_number(f"gvm.heldout_accuracy.{view}")) is not None]
     if not known:
         return {"note": "Not evaluated."}
     (value, words), *others = known
-    return {"big": [f"{value:.1%}"], "text": words, "note": "; ".join(f"{other:.1%} {text}" for other, text in others)}
+    pairs, ends = run.summary_number("gvm.pairs"), setting(run.summary, f"gvm.accuracy_ci95.{'mean' if by_mean else 'last'}")
+    measured = f", on {number(pairs)} pairs, 95 % interval {ends[0]:.1%} to {ends[1]:.1%}" if pairs is not None and ends else ""
+    return {"big": [f"{value:.1%}"], "text": f"{words}{measured}", "note": "; ".join(f"{other:.1%} {text}" for other, text in others)}
 
 
 def tiles(run: RunData) -> list[tuple[str, str, str]]:
     """The main numbers: label, value and note of each."""
     kl, seconds, memory = map(run.summary_number, ("kl.after_mean", "duration_seconds", "peak_memory_gib"))
-    accuracy = {view: value for view in ("last", "mean") if (value := run.summary_number(f"gvm.heldout_accuracy.{view}")) is not None}
+    accuracy = {view: value for view in ("mean", "last") if (value := run.summary_number(f"gvm.heldout_accuracy.{view}")) is not None}
     views = "of held-out pairs: " + ", ".join(f"{view} {value:.1%}" for view, value in accuracy.items()) + " value"
     times = run.column("time/step_seconds")
     known = [value for value in times if value is not None]

@@ -166,7 +166,8 @@ class ValueModelTraining:
         final = self.run.folder / "final"
         with console.stage(f"saving the {self.called}", quiet=True):
             get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what=f"saving the {self.called}")
-        self.summary["gvm"] = {"path": str(final), "heldout_accuracy": manifest.heldout_accuracy}
+        measured = {"pairs": report["pairs"], "accuracy_ci95": {view: report["accuracy_ci95"][view] for view in ("mean", "last")}}
+        self.summary["gvm"] = {"path": str(final), "heldout_accuracy": manifest.heldout_accuracy, **measured}
         return final
 
     def step(self, trainers: list[ActorHandle], step: int) -> dict[str, float]:
