@@ -16,6 +16,7 @@ from dvpo_ray.evaluation.gain import gain_of
 from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report_charts import MOST_POINTS, Curves
+from dvpo_ray.monitoring.report_summary import origin
 from dvpo_ray.monitoring.run_data import load_run
 from dvpo_ray.monitoring.run_files import write_summary
 
@@ -253,6 +254,20 @@ def test_metrics_of_another_version_are_shown_too(run):
     write_rows(run / "metrics.jsonl", [{"step": 1, "time": 1.0, "policy/novelty": 2.5, "note": "text"}])
     text = page(run)
     assert "<code>policy/novelty</code>" in text and "<code>note</code>" not in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "data"),
+    [
+        ("train", {"data.prompts.path": "p", "data.long_prompt": "drop", "data.on_bad_row": "skip"}),
+        ("gvm", {"data.preferences.path": "q", "data.long_response": "truncate", "data.long_prompt": "drop", "data.on_bad_row": "skip"}),
+    ],
+)
+def test_a_report_names_the_data_that_the_run_has_read(run, stage, data):
+    write_summary(run, {"stage": stage})
+    rows = "preferences: {path: q}, prompts: {path: p}, long_prompt: drop, long_response: truncate, on_bad_row: skip"
+    (run / "config.yaml").write_text(f"data: {{{rows}}}\n", encoding="utf-8")
+    assert dict(origin(load_run(run))["data"]) == data
 
 
 def test_a_run_that_trains_a_value_model(tmp_path):

@@ -20,7 +20,9 @@ LEAST_STEPS = 12
 LEAST_TREND = 2.0
 LOW_GVM_ACCURACY = 0.6
 
-_DATA = tuple(f"data.{key}" for key in ("sft", "preferences.path", "preferences.heldout_path", "prompts.path", "prompts.heldout_path"))
+_PAIRS = ("data.preferences.path", "data.preferences.heldout_path", "data.long_response")
+_DATA = {"train": ("data.prompts.path", "data.prompts.heldout_path"), "gvm": _PAIRS, "rm": _PAIRS, "dpo": _PAIRS, "sft": ("data.sft",)}
+_ANY_DATA = ("data.long_prompt", "data.on_bad_row")
 _COMMON = ("model.path", "model.dtype", "model.chat_template", "data.max_prompt_tokens", "seed")
 _VALUE_MODEL = ("init_from", "num_layers", "objective", "epochs", "pairs_per_step", "learning_rate")
 _TRAINER = ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate")
@@ -77,11 +79,11 @@ def outcome(run: RunData) -> dict | None:
 def origin(run: RunData) -> dict:
     """How a run was made: its `command`, its `data` and its main `settings`, as pairs of key and value."""
     command = run.summary.get("command")
-    own = _SETTINGS.get(run.stage, ())
-    known = {key: setting(run.settings, key) for key in (*_DATA, *_COMMON, *own)}
+    data, own = (*_DATA[run.stage], *_ANY_DATA), _SETTINGS.get(run.stage, ())
+    known = {key: setting(run.settings, key) for key in (*data, *_COMMON, *own)}
     return {
         "command": shlex.join(map(str, command)) if isinstance(command, list) else "",
-        "data": [(key, known[key]) for key in _DATA if known[key] is not None],
+        "data": [(key, known[key]) for key in data if known[key] is not None],
         "settings": [(key, known[key]) for key in (*_COMMON, *own) if known[key] is not None],
     }
 
