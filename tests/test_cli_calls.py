@@ -156,7 +156,6 @@ def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
     (_, policy, out), _ = calls[1]
     assert policy == "m" and re.fullmatch(r"runs/local-cpu-eval-\d{8}-\d{6}", str(out))
     assert printed.splitlines() == [
-        "note: most responses are cut off",
         "gold score of runs/a/final by vader: +0.500, 95 % interval -0.100 to +0.900, 3 prompts",
         "responses: there/evaluation.jsonl",
         f"next, to compare with {load_config(LOCAL_CPU).model.path}:",
@@ -175,7 +174,7 @@ def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
             gain_of([0.1, 0.1], [0.3, 0.3]),
             [
                 "value model's estimate of a response: +0.100, 95 % interval +0.100 to +0.100 for m; +0.300, 95 % interval +0.300 to +0.300 for p",
-                "gain: +0.200, 95 % interval +0.200 to +0.200",
+                "gain: +0.200, 95 % interval +0.200 to +0.200; by the estimate the policy got better",
             ],
         ),
     ],
@@ -186,11 +185,11 @@ def test_eval_without_a_judge_says_what_there_is(backend, capsys, estimate, told
     backend("dvpo_ray.training.evaluate", "evaluate_policy", unjudged)
     assert cli.main(["eval", LOCAL_CPU, "evaluation.judge=none", "model.path=m", "--policy", "p", "--out", "there"]) == 0
     assert without_loading(capsys.readouterr().out).splitlines() == [
-        "note: most responses are cut off",
         "responses of p to 3 held-out prompts, beside those of m",
         *told,
         "No judge scored them (evaluation.judge is none). The estimate is what a policy is optimised for, so read the responses too.",
         "responses: there/evaluation.jsonl",
+        "next: read `before` and `response` of each row there, or give the file to a judge of yours (docs/training.md, Without a judge)",
         "there/evaluation.json",
     ]
 

@@ -62,6 +62,18 @@ def test_the_prompts_that_are_not_evaluated_are_counted(tiny_chat_model, prompts
     assert int(found[2]) - int(found[1]) == 4 and found[3] not in {prompt.where for prompt in chosen}
 
 
+def test_notes_on_the_prompts_come_before_anything_is_sampled(tiny_chat_model, prompts, tmp_path, monkeypatch, capsys):
+    from dvpo_ray.training import evaluate
+
+    def no_engines(*_):
+        raise InputError("no engines here")
+
+    monkeypatch.setattr(evaluate, "policy_sampler", no_engines)
+    with pytest.raises(InputError, match="no engines here"):
+        evaluate.evaluate_policy(config(prompts, prompts=4), str(tiny_chat_model), tmp_path / "out")
+    assert "held-out prompts: evaluations use 4 of them (evaluation.prompts)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_every_heldout_prompt_is_judged_once(ray_session, tiny_chat_model, prompts, tmp_path):
     from dvpo_ray.data.prompts import load_prompts

@@ -53,17 +53,19 @@ def evaluate(args: Namespace) -> None:
         with loading():
             from dvpo_ray.training.evaluate import evaluate_policy
         result = evaluate_policy(config, policy, out)
-        tell([*_notes(result), *policy_words(result), f"responses: {out / 'evaluation.jsonl'}", *_other_side(args, result, config.model.path)])
+        tell([*policy_words(result), f"responses: {out / 'evaluation.jsonl'}", *_other_side(args, result, config.model.path)])
     # The last line is for scripts.
     print(json.dumps(result, indent=2) if args.json else out / "evaluation.json")
 
 
 def _other_side(args: Namespace, result: dict, start: str) -> list[str]:
-    """The command that gives what a result is to be compared with, unless that is in it already."""
+    """The command that gives what a result is to be compared with; where that is in it already, what to do with both."""
     same = shlex.join(["dvpo", "eval", args.config, *args.overrides])
     if args.policy in (None, start):
         return ["next, to compare with a trained policy:", Shell(f"{same} --policy RUN/final")]
-    return [] if "beside" in result else [f"next, to compare with {start}:", Shell(same)]
+    if "beside" in result:
+        return ["next: read `before` and `response` of each row there, or give the file to a judge of yours (docs/training.md, Without a judge)"]
+    return [f"next, to compare with {start}:", Shell(same)]
 
 
 def _notes(result: dict) -> list[str]:

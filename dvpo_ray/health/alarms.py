@@ -140,7 +140,7 @@ RULES: dict[str, Rule] = {
         ("response_length/truncated_fraction",),
         "max_cut_off_fraction",
         _mean("{mean:.0%} of the responses are cut off at rollout.max_response_tokens (health.max_cut_off_fraction {threshold:g})."),
-        "They are judged without their end. Raise rollout.max_response_tokens, or ask for short answers in the prompts. Where the model only "
+        "They stop before their end. Raise rollout.max_response_tokens, or ask for short answers in the prompts. Where the model only "
         "continues a text, as with the data of the quickstart, this is meant so: set health.max_cut_off_fraction=null.",
         once=True,
     ),

@@ -107,7 +107,9 @@ def policy_words(result: Mapping[str, Any]) -> list[str]:
     if "gain" in estimate:
         before, after = (_mean(estimate[side]) for side in ("before", "after"))
         told.append(f"value model's estimate of a response: {before} for {result['beside']}; {after} for {result['policy']}")
-        told.append(f"gain: {estimate['gain']:+.3f}, {_interval(estimate['gain_ci95'], sign='+')}")
+        low, high = estimate["gain_ci95"]
+        found = "the policy got better" if low > 0 else "the policy got worse" if high < 0 else "there is no clear change"
+        told.append(f"gain: {estimate['gain']:+.3f}, {_interval((low, high), sign='+')}; by the estimate {found}")
     elif estimate:
         told.append(f"value model's estimate of a response: {_mean(estimate)}")
     return [*told, "No judge scored them (evaluation.judge is none). The estimate is what a policy is optimised for, so read the responses too."]

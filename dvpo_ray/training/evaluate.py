@@ -50,7 +50,8 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
 
     Returns:
         `policy`, `judge`, `prompts` (their number), `response_length.mean` in tokens, `response_length.truncated_fraction`, and `notes`, one
-        line for each reason why prompts are left out or shortened, or most responses cut off. With a judge `gold.mean` and `gold.ci95`.
+        line for each reason why prompts are left out or shortened, or most responses cut off;
+        the user sees them as soon as they are known. With a judge `gold.mean` and `gold.ci95`.
         Without one `beside`, the other policy, if there is one, and `estimate`: `gain_of` both, or `mean` and `ci95` of the policy alone.
 
     Raises:
@@ -64,7 +65,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
         gvm = _estimator(config, tokenizer) if judge is None else None
         before = _answers(config, config.model.path, out / "before", console) if judge is None and policy != config.model.path else None
-        after = _answers(config, policy, out, console)
+        after = _answers(config, policy, out, console, told=before.notes if before is not None else ())
         rows, result = after.rows(), {"policy": policy, "judge": config.evaluation.judge, "prompts": len(after.prompts)}
         if judge is not None:
             with console.stage("judging", quiet=True):
@@ -82,9 +83,12 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
                 for name, numbers in zip(("value", "value_before"), reversed(values), strict=False):
                     rows = [row | {name: round(float(number), 6)} for row, number in zip(rows, numbers, strict=True)]
                 result["estimate"] = _mean(values[0]) if before is None else gain_of(*values)
-    cut_off = float(after.batch.truncated.mean())
+        cut_off = float(after.batch.truncated.mean())
+        of_length = cut_off_note(cut_off, config.health)
+        for note in of_length:
+            console.say(f"note: {note}")
     result["response_length"] = {"mean": float(after.batch.response_lengths.mean()), "truncated_fraction": cut_off}
-    result["notes"] = [*after.notes, *cut_off_note(cut_off, config.health)]
+    result["notes"] = [*after.notes, *of_length]
     with whole_file(out / "evaluation.jsonl") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with whole_file(out / "evaluation.json") as file:
@@ -111,12 +115,16 @@ class _Answers:
         return [{"prompt": prompt.content, "response": response, "truncated": truncated} for prompt, response, truncated in parts]
 
 
-def _answers(config: Config, policy: str, out: Path, console: RunConsole) -> _Answers:
+def _answers(config: Config, policy: str, out: Path, console: RunConsole, told: Sequence[str] = ()) -> _Answers:
+    """`told`: notes that the user has seen."""
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
     with console.stage("reading the prompts", quiet=True):
         tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
         encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
         prompts, prompt_ids, notes = heldout_prompts(config, encoder)
+    for note in notes:
+        if note not in told:
+            console.say(f"note: {note}")
     out.mkdir(parents=True, exist_ok=True)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     sampler = policy_sampler(config, frozenset(encoder.stop_token_ids), longest, out.resolve(), console.starting)
