@@ -181,3 +181,18 @@ def test_a_run_saves_its_last_step_so_that_it_can_be_made_longer(tmp_path, monke
         optimise(run, state, loop, console)
     assert [folder.name for folder in (tmp_path / "checkpoints").glob("step_*")] == kept and (tmp_path / "final").is_dir()
     assert ("so the run cannot be made longer" in capsys.readouterr().out) is (not kept)
+
+
+def test_an_interrupted_run_says_what_is_saved_and_a_resumed_one_where_it_goes_on(tmp_path, capsys):
+    """Step 3 is done and not saved."""
+    config = Config.model_validate({"model": {"path": "m"}})
+    write_checkpoint(tmp_path, 2)
+    run = Run("gvm", config, tmp_path)
+    with pytest.raises(KeyboardInterrupt), RunConsole() as console, run.started("GVM", {}, [], dict, console):
+        run.last_step = 3
+        raise KeyboardInterrupt
+    assert "\nstep 2 is saved; continue with: dvpo gvm train " in capsys.readouterr().out
+    resumed = Run("gvm", config, tmp_path, resume=True)
+    resumed.open_checkpoint()
+    with RunConsole() as console, resumed.started("GVM", {}, [], dict, console):
+        assert "going on from the checkpoint of step 2\n" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import socket
 from collections.abc import Callable, Iterator
@@ -91,6 +92,11 @@ def saved_checkpoints(run_folder: Path) -> Iterator[Path]:
     """The package's own checkpoints, and those of transformers' trainers."""
     yield from (run_folder / "checkpoints").glob("step_*")
     yield from (run_folder / "checkpoints").glob("checkpoint-*")
+
+
+def last_saved_step(run_folder: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max((int(re.sub(r"\D", "", path.name)) for path in saved_checkpoints(run_folder)), default=0)
 
 
 def resume_command(run_folder: Path, stage: str) -> str | None:

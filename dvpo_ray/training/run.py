@@ -26,7 +26,7 @@ from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.memory import PeakMemory
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
-from dvpo_ray.monitoring.run_files import amend_summary, read_summary, resume_command, write_summary
+from dvpo_ray.monitoring.run_files import amend_summary, last_saved_step, read_summary, resume_command, write_summary
 from dvpo_ray.runtime import checkpoints
 from dvpo_ray.runtime.termination import held, limited
 from dvpo_ray.runtime.waiting import patience, tell
@@ -105,6 +105,8 @@ class Run:
                     console.header(title, {**facts, "run folder": self.folder})
                     for note in notes:
                         console.warn(note)
+                    if self.checkpoint is not None:
+                        console.say(f"going on from the checkpoint of step {self.last_step}")
                     yield
             except BaseException as error:
                 command, line = resume_command(self.folder, self.stage), one_line(error)
@@ -113,7 +115,8 @@ class Run:
                 except (OSError, ResourceError) as second:  # what ended the run is what the user must see
                     logger.warning("the end of the run is not fully recorded: %s", second)
                 if isinstance(error, KeyboardInterrupt) and not is_part:
-                    console.say(f"continue with: {command}" if command else "no checkpoint is saved; the same command starts anew")
+                    goes_on = f"step {last_saved_step(self.folder)} is saved; continue with: {command}"
+                    console.say(goes_on if command else "no checkpoint is saved; the same command starts anew")
                 if line and command and not is_part:
                     raise ResourceError(f"{line}; continue with `{command}`") from error
                 raise

@@ -135,8 +135,6 @@ class ValueModelTraining:
             if self.run.checkpoint is not None:
                 folder = str(self.run.checkpoint[0] / "trainer")
                 get([trainer.load_checkpoint.remote(folder) for trainer in trainers], what="loading a checkpoint")
-        if self.run.checkpoint is not None:
-            console.say(f"resumed after step {self.run.last_step}")
         write, state = partial(self._write_checkpoint, trainers), {"total_steps": self.total_steps}
         with (
             self.run.metrics_log() as log,
