@@ -44,7 +44,7 @@ def live(width: int = 80) -> tuple[RunConsole, io.StringIO]:
 
 
 def test_key_metrics():
-    assert key_metrics(METRICS) == "gold 0.612 · KL 4.20 nats · value 0.331 · 8.1 s/step"
+    assert key_metrics(METRICS) == "gold 0.612 · KL 4.20 nats · value 0.331 · last step 8.1 s"
     assert key_metrics({"kl/reference_mean": 0.5, "reward/gold_mean": None}) == "KL 0.50 nats"
     assert key_metrics({}) == ""
 
@@ -78,6 +78,21 @@ def test_plain_lines_of_a_resumed_stage_estimate_from_what_was_done_here(plain, 
         stage.step(11, {})
         stage.step(12, {})
     assert out.getvalue().splitlines()[:2] == ["policy optimisation: 10/12 steps", "policy optimisation: 11/12 steps · 1 min 00 s left"]
+
+
+def test_a_silent_stage_keeps_its_estimate_until_that_time_is_over(plain, clock):
+    console, out = plain
+    with console, console.stage("policy optimisation", 3, unit="steps") as stage:
+        clock.now = 20.0
+        stage.step(1, {})
+        for clock.now in range(21, 80):
+            stage.tick()
+    assert out.getvalue().splitlines()[1:-1] == [
+        "policy optimisation: 1/3 steps · 40 s left",
+        "policy optimisation: 1/3 steps · 28 s so far · 32 s left",
+        "policy optimisation: 1/3 steps · 44 s so far · 16 s left",
+        "policy optimisation: 1/3 steps · 1 min 16 s so far",
+    ]
 
 
 def test_plain_lines_of_a_stage_of_unknown_length(plain, clock):

@@ -35,7 +35,7 @@ _KEY_METRICS = {
     "reward/gold_mean": "gold {:.3f}",
     "kl/reference_mean": "KL {:.2f} nats",
     "value/terminal_mean": "value {:.3f}",
-    "time/step_seconds": "{:.1f} s/step",
+    "time/step_seconds": "last step {:.1f} s",
 }
 
 
@@ -112,7 +112,7 @@ class Stage:
         self._console, self._bars, self._clock = console, console.bars, console.clock
         self._name, self._total, self._done, self._unit, self._quiet = name, total, done, unit, quiet
         self._done_before, self._details = done, ""
-        self._started = self._spoke = self._clock()
+        self._started = self._spoke = self._advanced = self._clock()
         self._patience = QUIET_SECONDS if quiet else SILENCE_SECONDS
         if self._bars is not None:
             self._task = self._bars.add_task(name, total=total, completed=done, count=self._count(), details="")
@@ -130,7 +130,8 @@ class Stage:
         self._show(key_metrics(metrics))
 
     def _show(self, details: str) -> None:
-        self._details, now = details, self._clock()
+        self._details, self._advanced = details, self._clock()
+        now = self._advanced
         if self._bars is not None:
             self._bars.update(self._task, completed=self._done, count=self._count(), details=details)
         elif now - self._spoke >= PLAIN_PERIOD_SECONDS and self._done != self._total:
@@ -145,7 +146,7 @@ class Stage:
         """Say that the stage goes on, if nothing has been said for long."""
         now = self._clock()
         if self._bars is None and now - self._spoke >= self._patience:
-            self._console.say(_joined(self._progress(), f"{duration(now - self._started)} so far"))
+            self._console.say(_joined(self._progress(), f"{duration(now - self._started)} so far", self._remaining(now)))
             self._spoke, self._patience = now, min(2 * max(self._patience, SILENCE_SECONDS), LONGEST_SILENCE_SECONDS)
 
     def finish(self) -> None:
@@ -180,7 +181,8 @@ class Stage:
         done = self._done - self._done_before
         if self._total is None or done <= 0:
             return ""
-        return f"{duration((now - self._started) / done * (self._total - self._done))} left"
+        left = (self._advanced - self._started) / done * (self._total - self._done) - (now - self._advanced)
+        return f"{duration(left)} left" if left > 0 else ""
 
 
 class PipedConsole(Console):

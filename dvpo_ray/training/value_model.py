@@ -151,7 +151,7 @@ class ValueModelTraining:
                     if is_due(step, self.settings.checkpoint_every_steps):
                         with console.stage("saving a checkpoint", quiet=True):
                             self.run.save_checkpoint(write, state)
-                text = f"loss {metrics['gvm/loss']:.3f} · accuracy {metrics['gvm/accuracy']:.2f} · {metrics['time/step_seconds']:.1f} s/step"
+                text = f"loss {metrics['gvm/loss']:.3f} · accuracy {metrics['gvm/accuracy']:.2f} · last step {metrics['time/step_seconds']:.1f} s"
                 progress.advance(1, text)
         report = self._evaluate(trainers, console)
         manifest = GVMManifest(
