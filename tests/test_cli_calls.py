@@ -75,8 +75,7 @@ def test_gvm_eval_calls_the_evaluation_and_says_what_it_means(backend, capsys):
         "note: left out 2 of 42 pairs",
         "held-out accuracy: 0.800 by mean value, 0.750 by last value, 40 pairs",
         'by mean value it is better than chance (0.5) and "the longer wins" (0.550): 95 % interval 0.700 to 0.900',
-        "dvpo train reads the value after every token, so the mean value counts; the last value is that of the finished response, which "
-        "advantage.mode=gae takes for the outcome",
+        "for dvpo train the mean value counts",
         "plots: e",
         "next, to use it:",
         f"dvpo train {LOCAL_CPU} seed=4 gvm.path=g",

@@ -38,7 +38,7 @@ def test_a_policy_ends_with_its_gain_and_the_next_command(run):
         "gold score on 4 held-out prompts: +0.050 before, +0.550 after",
         "gain: +0.500, 95 % interval +0.500 to +0.500",
         "The policy got better on prompts it was never trained on: the interval of the gain is clear of 0.",
-        "KL from the reference: 2.50 nats per response",
+        "KL from the reference: 2.50 nats per response to a held-out prompt (a step shows that of its rollouts)",
         "report: run/report.html",
         "model: run/final",
         "next, to judge it on held-out prompts:",

@@ -228,7 +228,7 @@ def test_a_run_without_a_judge(run):
     write_rows(run / "metrics.jsonl", [{key: value for key, value in row.items() if key != "reward/gold_mean"} for row in rows])
     text = visible(page(run))
     assert "No gold judge scored this run" in text
-    assert "The first 6 of 6 held-out prompts." in text and "KL 0.5 nats" in text
+    assert "The first 6 of 6 held-out prompts. The KL of one response is its log-prob by" in text and "KL 0.5 nats" in text
     assert "Gold score against KL" not in text
 
 

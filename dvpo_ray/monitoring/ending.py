@@ -62,7 +62,7 @@ def _result(summary: Mapping[str, Any]) -> list[str]:
     if _stage(summary) != "train":
         return []  # the training of a value model has said how good it is
     kl = summary.get("kl", {}).get("after_mean")
-    moved = [f"KL from the reference: {kl:.2f} nats per response"] if kl is not None else []
+    moved = [f"KL from the reference: {kl:.2f} nats per response to a held-out prompt (a step shows that of its rollouts)"] if kl is not None else []
     if "gold" in summary:
         return [*gold_words(summary), *moved]
     unknown = "no judge scored held-out prompts before and after (evaluation.judge is none), so nothing independent says what the run gained"
@@ -135,8 +135,7 @@ def accuracy_words(report: Mapping[str, Any], views: Sequence[str] = ("mean", "l
     lines = [f"held-out accuracy: {shown}, {report['pairs']} pairs", f"by {views[0]} value it is {found}: {_interval((low, high))}"]
     if len(views) == 1:
         return lines
-    read = "dvpo train reads the value after every token, so the mean value counts"
-    return [*lines, f"{read}; the last value is that of the finished response, which advantage.mode=gae takes for the outcome"]
+    return [*lines, "for dvpo train the mean value counts"]
 
 
 def _interval(ends: Sequence[float], sign: str = "") -> str:
