@@ -35,7 +35,17 @@ def test_the_summary_box_has_the_main_numbers(run):
     gain, (low, high) = gold["gain"], gold["gain_ci95"]
     assert "0.0833 → 0.45" in text
     assert f"+{number(gain)} on 6 held-out prompts, 95 % interval +{number(low)} to +{number(high)}: a clear gain" in text
-    for expected in ("first finished", "12.5 nats", "79.2%", "mean 73.1%", "3 min 05 s", "6.25 GiB", "6 s per step", "model SmolLM2"):
+    for expected in (
+        "first · policy finished",
+        "With the gold score, not instead of it.",
+        "12.5 nats",
+        "79.2%",
+        "mean 73.1%",
+        "3 min 05 s",
+        "6.25 GiB",
+        "6 s per step",
+        "model SmolLM2",
+    ):
         assert expected in text, expected
 
 
@@ -135,7 +145,7 @@ def test_a_run_that_failed_early_shows_how_far_it_came(run):
     remove(run, "evaluation/step_000003.jsonl")
     write_summary(run, {"name": "first", "state": "failed", "error": "weight sync did not finish", "steps": 3})
     text = visible(page(run))
-    assert "first failed" in text
+    assert "first · policy failed" in text
     assert "The run failed after step 3. weight sync did not finish" in text
     assert "There is no evaluation after training to compare with." in text
     assert "Before (step 0)" in text and "After" not in text
@@ -227,7 +237,8 @@ def test_a_run_without_a_judge(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     write_rows(run / "metrics.jsonl", [{key: value for key, value in row.items() if key != "reward/gold_mean"} for row in rows])
     text = visible(page(run))
-    assert "No gold judge scored this run" in text
+    assert "No judge scored this run So nothing independent measures its gain." in text and "evaluation.judge" not in text
+    assert "so it should rise." in text and "gold score, not instead" not in text
     assert "The first 6 of 6 held-out prompts. The KL of one response is its log-prob by" in text and "KL 0.5 nats" in text
     assert "Gold score against KL" not in text
 
@@ -278,6 +289,7 @@ def test_a_run_that_trains_a_value_model(tmp_path):
     measured = {"heldout_accuracy": accuracy, "pairs": 48, "accuracy_ci95": {"mean": [0.541, 0.792], "last": [0.583, 0.833]}}
     write_summary(tmp_path, {"stage": "gvm", "state": "finished", "gvm": measured, "warnings": ["few pairs"]})
     text = visible(page(tmp_path))
+    assert " · Global Value Model finished" in text
     assert (
         "Held-out pairs ordered correctly 67.4% by the mean value, on 48 pairs, 95 % interval 54.1% to 79.2% 70.8% by the last value; 51.1% by"
         in text

@@ -16,6 +16,7 @@ from dvpo_ray.monitoring.report_charts import chart_sections
 from dvpo_ray.monitoring.run_data import DIED, RunData, load_run
 
 _BADGES = {"finished": "good", "failed": "bad", DIED: "bad", "stopped": "warn", "interrupted": "warn", "running": "warn"}
+_KINDS = {"train": "policy", "gvm": "Global Value Model", "rm": "reward model", "sft": "SFT", "dpo": "DPO"}
 _CONTROL = {code: "\ufffd" for code in [*range(0x20), 0x7F] if chr(code) not in "\n\t"}
 
 
@@ -51,6 +52,7 @@ def _content(run: RunData) -> dict:
     """What the template shows."""
     return {
         "run": run,
+        "kind": _KINDS[run.stage],
         "badge": _BADGES.get(run.state, ""),
         "outcome": report_summary.outcome(run),
         "origin": report_summary.origin(run),

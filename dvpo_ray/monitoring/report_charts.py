@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from dvpo_ray.evaluation.gain import mean_ci
@@ -44,7 +44,7 @@ DISTANCE = Lines(
 VALUE = Lines(
     "Value",
     {"value/mean": "mean", "value/terminal_mean": "after the last token"},
-    "What the value model predicts for the rollouts. It should rise with the gold score, not instead of it.",
+    "What the value model predicts for the rollouts. It is what the policy is optimised for, so it should rise.",
     spread="value/std",
     unit="",
 )
@@ -135,7 +135,7 @@ def chart_sections(run: RunData) -> dict[str, dict]:
         "learning": (
             "Learning",
             "Is the policy better, and how far has it moved to get there?",
-            [curves.gold(), curves.lines(DISTANCE), curves.gold_against_kl(), curves.lines(VALUE)],
+            [curves.gold(), curves.lines(DISTANCE), curves.gold_against_kl(), curves.value()],
         ),
         "trainer": ("Training", "Does the model learn its rows?", list(map(curves.lines, TRAINER))),
         "value_model": (
@@ -206,6 +206,10 @@ class Curves:
         keys = [] if alone and not spread else _keys(series) + [("± 1 standard deviation", "c1", "area")][: len(spread)]
         unit = first.unit if chart.unit is None else chart.unit
         return self.figure(chart.title, svg, chart.caption or first.meaning, keys, unit=unit, shown=series[0].ys if alone or spread else ())
+
+    def value(self) -> dict | None:
+        beside_gold = " With the gold score, not instead of it." if "reward/gold_mean" in self.names else ""
+        return self.lines(replace(VALUE, caption=VALUE.caption + beside_gold))
 
     def gold(self) -> dict | None:
         series = self.series({"reward/gold_mean": "rollouts"})

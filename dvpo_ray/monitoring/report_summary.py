@@ -107,8 +107,9 @@ def headline(run: RunData) -> dict:
     scored = {step: known for step, scores in evaluations.items() if (known := [score for score in scores if score is not None])}
     if not scored:
         return {
-            "title": title,
-            "note": "No gold judge scored this run, so nothing independent measures its gain. Read the sample texts, or set evaluation.judge.",
+            "title": "No judge scored this run",
+            "note": "So nothing independent measures its gain. Read the sample texts below, or lay more of them side by side with dvpo eval. "
+            "docs/training.md, Without a judge, says more.",
         }
     step, scores = next(iter(scored.items()))
     why = "The evaluations are of different prompts." if len(scored) > 1 else "There is no evaluation after training to compare with."

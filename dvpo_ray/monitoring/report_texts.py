@@ -40,7 +40,7 @@ def samples(run: RunData) -> dict | None:
         chosen = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
         lead = f"{count} of {len(ranked)} held-out prompts, evenly spaced from the largest gain to the largest loss; none is picked by hand."
     if len(steps) > 1 and any(after.get("kl") is not None for _, after in chosen):
-        lead += " The KL of one response is its log-prob by the policy minus that by the reference. It can be negative; its mean, the distance, is not."
+        lead += " The KL of one response is its log-prob by the policy minus that by the reference. It can be negative; its mean is not."
     cards = []
     for before, after in chosen:
         sides = [_side(f"Before (step {steps[0]})", before, None)]
