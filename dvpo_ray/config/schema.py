@@ -479,7 +479,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints of the learner, the optimizer, the data position and all random states."""
 
-    every_steps: Count = Field(50, description="Steps between checkpoints.")
+    every_steps: Count = Field(50, description="Steps between checkpoints. A run of `dvpo train` also saves its last step.")
     keep: Count = Field(2, description="How many checkpoints are kept; older ones are removed.")
     save_pretrained: bool = Field(False, description="Also write the policy of each checkpoint as a Hugging Face model, in `policy/`.")
 
