@@ -8,6 +8,7 @@ from dvpo_ray import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCAL_CPU = str(ROOT / "cluster_configs" / "local-cpu.yaml")
+SHIPPED = ROOT / "dvpo_ray" / "quickstart" / "data"
 
 
 def without_loading(printed: str) -> str:

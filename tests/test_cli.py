@@ -64,6 +64,7 @@ def test_help_ends_with_an_example_that_parses(command, capsys):
         (["train", "x.yaml", "--seed=4"], "unknown argument --seed=4; overrides are written without dashes, key=value; see `dvpo train --help`"),
         (["report", "runs/a", "seed=4"], "unknown argument seed=4; see `dvpo report --help`"),
         (["train", "x.yaml"], "x.yaml: no such file"),
+        (["train", LOCAL_CPU.replace(".yaml", ".yml")], f"{LOCAL_CPU.replace('.yaml', '.yml')}: no such file; did you mean {LOCAL_CPU}?"),
         (["train", ""], "the CONFIG argument is empty; give a YAML file, for example cluster_configs/local-cpu.yaml"),
         (
             ["train", LOCAL_CPU, "policy.learning_rat=1"],

@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from cli_runs import LOCAL_CPU, ROOT, refusal, without_loading
+from cli_runs import LOCAL_CPU, ROOT, SHIPPED, refusal, without_loading
 
 from dvpo_ray import cli
 from dvpo_ray.config import dump_config, load_config
@@ -215,7 +215,9 @@ def test_json_has_standard_output_for_itself(argv, module, function, result, tmp
             Path("run/summary.json").write_text(json.dumps({result!r}))
             return {result!r}
         sys.modules[{module!r}] = types.SimpleNamespace({function}=work)
+        from dvpo_ray import commands
         from dvpo_ray.cli import main
+        commands.train.problems = lambda _: []
         sys.exit(main({[*command, LOCAL_CPU, f"model.path={tmp_path}", *argv[len(command) :], "--json"]!r}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=tmp_path)
@@ -252,8 +254,8 @@ def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys
 
 def test_bench_trl_reward_checks_its_paths_before_it_does_anything(backend, capsys):
     calls = backend("dvpo_ray.bench.trl_reward", "bench_trl_reward", {})
-    command = ["bench", "trl-reward", LOCAL_CPU, f"data.preferences.heldout_path={LOCAL_CPU}"]
-    given = [f"data.preferences.path={LOCAL_CPU}", "model.path=hub/model"]
+    command = ["bench", "trl-reward", LOCAL_CPU, "data.preferences.heldout_path=null"]
+    given = [f"data.preferences.path={SHIPPED}/preferences.train.jsonl", "model.path=hub/model"]
     assert "data.preferences.path p.jsonl: no such file" in refusal(capsys, *command, "model.path=hub/model", "data.preferences.path=p.jsonl")
     assert "gvm.path g: no such folder; give a GVM artifact" in refusal(capsys, *command, *given, "gvm.path=g")
     assert "reward_model.path r: no such folder; give a reward model" in refusal(capsys, *command, *given, "reward_model.path=r")

@@ -117,7 +117,7 @@ def test_the_commands_of_the_docs_with_a_token(cluster):
     wrong = f"{config} ray.num_cpus=1 model.path={cluster.folder}/none"  # too small for this machine, and no model
     submitted = cluster.command(f"bash {ROOT}/launch/submit.sh {wrong}", RAY_AUTH_MODE="", DVPO_VENV=sys.prefix)
     assert submitted.returncode == 2, submitted.stdout + submitted.stderr
-    assert f"dvpo: {cluster.folder}/none: no such checkpoint folder" in submitted.stdout
+    assert f"dvpo: model.path {cluster.folder}/none: no such checkpoint folder" in submitted.stdout
     job = re.search(r"dvpo-\d+-\d+-\d+", submitted.stdout)[0]
     assert f"Job '{job}' failed" in cluster.command(f"ray job status {job}").stdout
     assert "dvpo: " in cluster.command(f"ray job logs {job}").stdout

@@ -154,6 +154,28 @@ def test_a_dry_run_names_the_paths_that_are_missing(command, missing, capsys):
     assert len(found) == len(missing) and all(note.startswith(start) for note, start in zip(found, missing, strict=True)), found
 
 
+@pytest.mark.parametrize(
+    ("path", "note"),
+    [
+        ("z.csv", "data.preferences.path z.csv: unknown format .csv; use .jsonl, .json, .parquet, a folder or a hub name"),
+        ("pair.jsonl", "data.preferences.path pair.jsonl: no such file or folder; did you mean pairs.jsonl?"),
+        ("./pairs", "data.preferences.path ./pairs: no such file or folder; did you mean ./pairs.jsonl?"),
+        ("pairs.json", "data.preferences.path pairs.json: no such file or folder; did you mean pairs.jsonl?"),
+        ("other.jsonl", "data.preferences.path other.jsonl: no such file or folder"),
+        ("pairs", "data.preferences.path pairs is taken for a name on the hub; did you mean pairs.jsonl?"),
+    ],
+)
+def test_data_that_cannot_be_read_is_a_note_with_the_file_that_may_be_meant(path, note, capsys, tiny_model):
+    for name in ("z.csv", "pairs.jsonl", "pairs.txt"):
+        Path(name).touch()
+    settings = [LOCAL_CPU, f"model.path={tiny_model}", "gvm.num_layers=2", f"data.preferences.path={path}", "data.preferences.heldout_path=null"]
+    assert dry_run(capsys, "gvm", "train", *settings) == [note]
+    if not note.endswith("hub; did you mean pairs.jsonl?"):
+        assert cli.main(["gvm", "train", *settings]) == 2
+        printed = capsys.readouterr()
+        assert printed.err == f"dvpo: {note}\n" and "loading" not in printed.out
+
+
 def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):
     Path("p.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n', encoding="utf-8")
     gvm = make_gvm(tmp_path / "run" / "final", tiny_model)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runs import LOCAL_CPU, ROOT
+from cli_runs import LOCAL_CPU, SHIPPED
 
 from dvpo_ray import cli
 from dvpo_ray.config import load_config
@@ -18,7 +18,6 @@ from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.data.prompts import load_prompts
 from dvpo_ray.models.loading import load_tokenizer
 
-SHIPPED = ROOT / "dvpo_ray" / "quickstart" / "data"
 WORDS = "Tell me what the weather will be like in the park tomorrow, please."
 
 
@@ -106,9 +105,22 @@ def test_what_cannot_be_counted_in_a_moment_is_left_to_the_run(tiny_model, tmp_p
     path = write(tmp_path / "p.jsonl", [{"prompt": WORDS}, {"prompt": "Hi"}])
     found = preview(config(Path("org/name"), path, "data.max_prompt_tokens=1"), "data.prompts")
     assert (found.notes, found.facts, found.train) == ([], {"prompts": "2 distinct prompts: 1 for training, 1 held out"}, 1)
-    (tmp_path / "folder").mkdir()
-    for elsewhere in ("org/name", tmp_path / "folder", tmp_path / "absent.jsonl"):
+    (tmp_path / "pairs.csv").write_text("prompt,chosen", encoding="utf-8")
+    for elsewhere in ("org/name", tmp_path / "pairs.csv", tmp_path / "absent.jsonl"):
         assert preview(config(tiny_model, elsewhere, "data.max_prompt_tokens=1"), "data.prompts") == Preview()
+
+
+def test_a_folder_is_read_as_the_run_reads_it(tiny_model, tmp_path):
+    """Only the run's own reading can tell a folder of rows from another one: a run folder has JSON files too."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    [note] = preview(config(tiny_model, folder), "data.prompts").notes
+    assert note == f"{folder}: a folder without .jsonl, .json or .parquet files, and not one written by save_to_disk"
+    write(folder / "train.jsonl", [{"prompt": "Hi"}, {"prompt": "Ho"}, {"text": "x"}])
+    [note] = preview(config(tiny_model, folder), "data.prompts").notes
+    assert note.startswith(f"{folder}[2]: no `prompt`")
+    write(folder / "train.jsonl", [{"prompt": "Hi"}, {"prompt": "Ho"}])
+    assert preview(config(tiny_model, folder), "data.prompts").facts["prompts"].startswith("2 distinct prompts: ")
 
 
 @pytest.mark.parametrize("section", ["preferences", "prompts"])

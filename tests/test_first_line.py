@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 import pytest
-from cli_runs import LOCAL_CPU
+from cli_runs import LOCAL_CPU, SHIPPED
 from report_pages import finished_run
 
 from dvpo_ray import cli
@@ -55,7 +55,7 @@ def commands(tmp_path) -> list[list[str]]:
     (tmp_path / "reported").mkdir()
     finished_run(tmp_path / "reported")
     model = [f"model.path={tmp_path / 'model'}"]
-    with_pairs = [*model, f"data.preferences.path={LOCAL_CPU}", f"data.preferences.heldout_path={LOCAL_CPU}"]
+    with_pairs = [*model, f"data.preferences.path={SHIPPED}/preferences.train.jsonl", "data.preferences.heldout_path=null"]
     return [
         ["quickstart", "--out", "new"],
         ["sft", LOCAL_CPU, *GIVEN],

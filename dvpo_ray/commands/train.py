@@ -28,7 +28,16 @@ from dvpo_ray.commands.common import (
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch, value_model_steps
-from dvpo_ray.config.inputs import Needed, policy_inputs, policy_misfits, preference_inputs, problems, sft_inputs, value_model_misfits
+from dvpo_ray.config.inputs import (
+    Needed,
+    names_of_files,
+    policy_inputs,
+    policy_misfits,
+    preference_inputs,
+    problems,
+    sft_inputs,
+    value_model_misfits,
+)
 from dvpo_ray.config.notes import few_steps, training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
@@ -107,7 +116,7 @@ class Training:
             sections = [one.key.removesuffix(".path") for one in inputs if one.key in ("data.preferences.path", "data.prompts.path")]
             of_data = [preview(config, section) for section in sections]
             data = next(iter(of_data), Preview())  # the first section is what it trains on
-            settings = [*self.missing(config), *problems(inputs), *self.notes(config, data.train)]
+            settings = [*self.missing(config), *problems(inputs), *names_of_files(inputs), *self.notes(config, data.train)]
             self.print_plan(config, [*settings, *(line for one in of_data for line in one.notes)], data)
             return
         self.check(args.config, config)
@@ -117,6 +126,8 @@ class Training:
                 check_resume(folder, self.stage, config)
             with only_json(args.json):
                 refuse_unreachable(*self.inputs(config))
+                for problem in problems(self.inputs(config)):  # before the libraries are loaded
+                    raise InputError(problem)
                 if self.placement(config):
                     prepare(config)
                 result = self.train(config, folder, args.resume)

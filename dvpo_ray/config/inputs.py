@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.paths import or_nearest
 from dvpo_ray.config.schema import Config, SplitData
 
 MANIFEST = "gvm.json"
@@ -59,6 +60,18 @@ def no_checkpoint(path: str) -> str | None:
     return f"{path}: no config.json, so this is not a checkpoint; {advice}"
 
 
+def no_data(path: str) -> str | None:
+    """Why a path of this machine cannot be rows, in a line that begins with it; None where it may be."""
+    source = Path(path)
+    if path in NAMED_DATA or source.is_dir() or not is_local(path):
+        return None
+    if not source.exists():
+        return f"{path}: no such file or folder{or_nearest(path, DATA_SUFFIXES)}"
+    if source.suffix in DATA_SUFFIXES:
+        return None
+    return f"{path}: unknown format {source.suffix or '(no suffix)'}; use .jsonl, .json, .parquet, a folder or a hub name"
+
+
 def _final_of(run_folder: Path, marker: str) -> str | None:
     """The advice to take `final/` of a run folder, where that holds the marker."""
     return f"did you mean {run_folder / 'final'}?" if (run_folder / "final" / marker).is_file() else None
@@ -83,8 +96,7 @@ class Needed:
         """What is wrong with the path and what would be right, in a line that begins with it; None where nothing is wrong."""
         folder = Path(self.path)
         if self.kind == "data":
-            missing = self.path not in NAMED_DATA and is_local(self.path) and not Path(self.path).exists()
-            return f"{self.path}: no such file or folder" if missing else None
+            return no_data(self.path)
         if self.kind in ("policy", "trunk"):
             problem = no_checkpoint(self.path) if is_local(self.path) else None
             if problem is None and self.kind == "policy" and (folder / MANIFEST).is_file():
@@ -99,6 +111,13 @@ class Needed:
 def problems(needed: Iterable[Needed]) -> list[str]:
     """What is wrong with them, one line each that begins with the key, without repeats."""
     return list(dict.fromkeys(f"{one.key} {problem}" for one in needed if (problem := one.problem) is not None))
+
+
+def names_of_files(needed: Iterable[Needed]) -> list[str]:
+    """A line for each name that is taken for one of the hub, while a file of this name lies here with a suffix."""
+    on_hub = [one for one in needed if one.kind == "data" and one.path not in NAMED_DATA and not is_local(one.path)]
+    beside = [(one, next((one.path + suffix for suffix in DATA_SUFFIXES if Path(one.path + suffix).is_file()), None)) for one in on_hub]
+    return [f"{one.key} {one.path} is taken for a name on the hub; did you mean {file}?" for one, file in beside if file is not None]
 
 
 def _objective(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from dvpo_ray.config.keys import Key, known_keys, nearest_keys
-from dvpo_ray.config.paths import in_home
+from dvpo_ray.config.paths import in_home, or_nearest
 from dvpo_ray.config.resuming import flat_settings
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
@@ -119,7 +119,7 @@ def _read_mapping(path: Path) -> dict:
     try:
         tree = _parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file{or_nearest(path, ('.yaml', '.yml'))}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text at byte {error.start}; save the file as UTF-8") from None
     except OSError as error:

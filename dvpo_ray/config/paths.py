@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Collection
 from pathlib import Path
 
 QUICKSTART_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -32,6 +34,22 @@ def name_or_path_option(text: str) -> str:
         return in_home(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def or_nearest(path: str | Path, suffixes: Collection[str]) -> str:
+    """What to add to the error about a file that is not there: the file beside it that may be meant; empty if there is none.
+
+    Args:
+        suffixes: those that a file of this kind can have.
+    """
+    folder, name = os.path.split(path)
+    try:
+        names = [one for one in sorted(os.listdir(folder or ".")) if Path(one).suffix in suffixes]
+    except OSError:
+        return ""
+    same = [one for one in names if Path(one).stem in (name, Path(name).stem)]
+    nearest = (same or difflib.get_close_matches(name, names, n=1, cutoff=0.8))[:1]
+    return f"; did you mean {os.path.join(folder, nearest[0])}?" if nearest else ""
 
 
 def quickstart_cache() -> Path:

@@ -1,5 +1,5 @@
 """What a dry run can say of the data: how many rows, how long, which are bad, held-out rows of other data. It loads neither torch nor a
-tokenizer of transformers, so it takes about a second; what is not in JSON files, or has no tokenizer.json here, is left to the run."""
+tokenizer of transformers, so it takes a second or two; what is not on this machine, or has no tokenizer.json here, is left to the run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from dvpo_ray.config import Config
+from dvpo_ray.config.inputs import NAMED_DATA, no_data
 from dvpo_ray.config.notes import foreign_heldout
 from dvpo_ray.config.schema import SplitData
 from dvpo_ray.data.chat import PROBE, TEMPLATE_ARGUMENTS, over_limit
 from dvpo_ray.data.preferences import PreferencePair, load_preferences
 from dvpo_ray.data.prompts import Prompt, load_prompts
-from dvpo_ray.data.reading import JSONL_SUFFIXES
 from dvpo_ray.data.rows import Content, content_text, count_note
 from dvpo_ray.data.splitting import Sets
 from dvpo_ray.errors import InputError
@@ -63,9 +63,9 @@ def preview(config: Config, section: str) -> Preview:
 
 
 def _is_at_hand(data: SplitData) -> bool:
-    """Whether all rows are in JSON files of this machine."""
-    paths = [Path(path) for path in (data.path, data.heldout_path) if path is not None]
-    return all(path.suffix in (*JSONL_SUFFIXES, ".json") and path.is_file() for path in paths)
+    """Whether all rows are in files and folders of this machine that can be read."""
+    paths = [path for path in (data.path, data.heldout_path) if path is not None]
+    return all(path not in NAMED_DATA and Path(path).exists() and no_data(path) is None for path in paths)
 
 
 def _counted(sets: Sets) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow
 
-from dvpo_ray.config.inputs import DATA_SUFFIXES, NAMED_DATA, is_local
+from dvpo_ray.config.inputs import DATA_SUFFIXES, NAMED_DATA, no_data
 from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub, unwritable_cache
 from dvpo_ray.errors import InputError
 
@@ -59,13 +59,12 @@ def read_rows(path: str, split: str) -> Iterator[Row]:
         split = re.sub(r"^(train|test)(?=\[|$)", r"\1_prefs", split)
     if path in NAMED_DATA:
         return _read_hub(NAMED_DATA[path], split)
+    problem = no_data(path)
+    if problem is not None:
+        raise InputError(problem)
     if source.is_dir():
         return _read_folder(source, split)
-    if source.exists():
-        return _read_file(source)
-    if is_local(path):
-        raise InputError(f"{path}: no such file or folder")
-    return _read_hub(path, split)
+    return _read_file(source) if source.exists() else _read_hub(path, split)
 
 
 # -------------------------------------------------------------------------------------------------- single files
@@ -76,9 +75,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         return _read_jsonl(path)
     if path.suffix == ".json":
         return _read_json(path)
-    if path.suffix == ".parquet":
-        return _read_datasets(str(path), "parquet", data_files=str(path), split="train")
-    raise InputError(f"{path}: unknown format {path.suffix or '(no suffix)'}; use .jsonl, .json, .parquet, a folder or a hub name")
+    return _read_datasets(str(path), "parquet", data_files=str(path), split="train")
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
