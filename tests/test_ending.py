@@ -6,7 +6,7 @@ import pytest
 from report_pages import finished_run
 
 from dvpo_ray.evaluation.gain import gain_of
-from dvpo_ray.monitoring.ending import accuracy_words, ending, uses
+from dvpo_ray.monitoring.ending import accuracy_words, ending, own_prompts, uses
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import write_summary
 
@@ -100,6 +100,25 @@ def test_a_run_that_an_alarm_stopped_says_so_first(run):
 )
 def test_each_stage_names_what_comes_after_it(run, stage, purpose, command):
     assert run({"stage": stage, "state": "finished"})[-2:] == [f"next, to {purpose}:", command]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "prompts", "own"),
+    [
+        ("mine.jsonl", "gone.jsonl", " data.prompts.path=mine.jsonl data.prompts.heldout_path=null evaluation.judge=none"),
+        ("mine.jsonl", "dvpo_ray/quickstart/data/p.jsonl", " data.prompts.path=mine.jsonl data.prompts.heldout_path=null evaluation.judge=none"),
+        ("mine.jsonl", "there.jsonl", ""),
+        ("mine.jsonl", "org/prompts", ""),
+        ("dvpo_ray/quickstart/data/pairs.jsonl", "dvpo_ray/quickstart/data/p.jsonl", ""),
+        (None, "gone.jsonl", ""),
+        (None, None, " data.prompts.path=PROMPTS.jsonl"),
+    ],
+)
+def test_a_policy_gets_the_prompts_of_one_s_pairs_where_the_config_has_none_for_them(pairs, prompts, own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.jsonl").touch()
+    config = {"data": {"preferences": pairs and {"path": pairs}, "prompts": prompts and {"path": prompts}}, "evaluation": {"judge": "vader"}}
+    assert own_prompts(config) == own
 
 
 def test_a_stage_of_a_trainer_ends_with_its_last_step(run):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dvpo_ray.config.inputs import no_data
 from dvpo_ray.config.notes import is_shipped
 from dvpo_ray.evaluation.gain import verdict
 from dvpo_ray.health.alarms import RULES
@@ -146,11 +147,11 @@ def _interval(ends: Sequence[float], sign: str = "") -> str:
 
 
 def own_prompts(config: Mapping[str, Any]) -> str:
-    """The override that gives a policy its prompts, where the config has none or only the quickstart's beside pairs of one's own."""
+    """The overrides that give a policy its prompts, where the config has none, or beside pairs ones that are the quickstart's or not there."""
     pairs, prompts = setting(config, "data.preferences.path"), setting(config, "data.prompts.path")
     if not prompts:
         return " data.prompts.path=PROMPTS.jsonl"
-    if pairs and is_shipped(prompts) and not is_shipped(pairs):
+    if pairs and not is_shipped(pairs) and (is_shipped(prompts) or no_data(prompts) is not None):
         return f" data.prompts.path={shlex.quote(pairs)} data.prompts.heldout_path=null evaluation.judge=none"
     return ""
 
