@@ -200,6 +200,24 @@ def test_resuming_as_another_run_is_refused_before_the_libraries_are_loaded(fini
     assert not {"torch", "ray", "transformers", "vllm"} & set(done.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--resume", "seed=7"], "run: --resume continues the run of its config.yaml, but seed was 0 and is 7 now"),
+        (["--resume"], "run: the run is finished and its result is in final/"),
+        ([], "run: already there and not empty; give another --out"),
+    ],
+    ids=["another seed", "finished", "not new"],
+)
+def test_a_dry_run_says_what_is_wrong_with_the_run_folder(changes, told, finished_run, capsys):
+    """As the run does, and as a note, because a folder can be moved away."""
+    command = [word for word in finished_run if word != "--resume"]
+    assert cli.main([*command, *changes, "--dry-run"]) == 0
+    assert f"# note: {told}" in capsys.readouterr().out
+    assert cli.main([*command[:-1], "new", "--dry-run"]) == 0
+    assert "run: " not in capsys.readouterr().out
+
+
 SAYS_ONE_LINE = "cli.COMMANDS['report'].run = lambda args: RunConsole().say('a line')"
 
 

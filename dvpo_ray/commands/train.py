@@ -109,6 +109,16 @@ class Training:
         data = data or Preview()
         print_plan(config, data.facts, self.arithmetic(config, data.train), seats, notes)
 
+    def _folder_problem(self, args: Namespace, config: Config) -> list[str]:
+        """Why a run would not take its folder, for the dry run; nothing where it would."""
+        try:
+            folder = choose_run_folder(args.out, config, self.suffix, args.resume)
+            if args.resume:
+                check_resume(folder, self.stage, config)
+        except InputError as error:
+            return [str(error)]
+        return []
+
     def _run(self, args: Namespace) -> None:
         config = load(args)
         if args.dry_run:
@@ -116,7 +126,13 @@ class Training:
             sections = [one.key.removesuffix(".path") for one in inputs if one.key in ("data.preferences.path", "data.prompts.path")]
             of_data = [preview(config, section) for section in sections]
             data = next(iter(of_data), Preview())  # the first section is what it trains on
-            settings = [*self.missing(config), *problems(inputs), *names_of_files(inputs), *self.notes(config, data.train)]
+            settings = [
+                *self._folder_problem(args, config),
+                *self.missing(config),
+                *problems(inputs),
+                *names_of_files(inputs),
+                *self.notes(config, data.train),
+            ]
             self.print_plan(config, [*settings, *(line for one in of_data for line in one.notes)], data)
             return
         self.check(args.config, config)
