@@ -62,6 +62,7 @@ REFRESHED = ["gvm.refresh.source=judge"]
     ("overrides", "note"),
     [
         (["batch.micro_batch_tokens=79"], "batch.micro_batch_tokens 79 is below the longest row of 80 tokens"),
+        (["placement=separate"], "placement separate has no effect, since no actor has a GPU"),
         (["rollout.num_actors=99", "ray.address=auto"], "rollout.num_actors 99 is above the 64 samples of a step; some engines stay idle"),
         (["kl.placement=loss", "kl.estimator=k1"], "kl.estimator k1 has no effect as a loss"),
         (["kl.placement=off", "kl.coefficient=0.05"], "kl.coefficient 0.05 has no effect, since kl.placement is off"),
@@ -87,6 +88,7 @@ def test_settings_without_effect(overrides, note, capsys):
     "overrides",
     [
         ["batch.micro_batch_tokens=80"],
+        ["placement=separate", "policy.gpus_per_actor=1"],
         ["kl.coefficient=0.05"],
         ["kl.placement=off", "kl.coefficient=0"],
         ["kl.placement=loss"],
@@ -259,6 +261,29 @@ def test_a_local_cluster_that_is_too_small_is_refused_before_anything_is_loaded(
 def test_the_size_of_a_local_cluster_says_nothing_of_another(monkeypatch, address, status):
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert cli.main(["train", LOCAL_CPU, "ray.num_cpus=1", "--dry-run"]) == status
+
+
+@pytest.mark.parametrize(
+    ("command", "keys"),
+    [
+        (["train", "gvm.path=hub/gvm"], ["rollout", "scorer", "reference", "policy"]),
+        (["gvm", "train"], ["gvm"]),
+        (["rm", "train"], ["reward_model"]),
+        (["dpo"], []),
+    ],
+)
+def test_gpus_that_this_machine_does_not_have_are_a_note(command, keys, capsys, monkeypatch):
+    def found(*settings):
+        argv = [word for word in command if "=" not in word]
+        return [line for line in dry_run(capsys, *argv, single_gpu, *command[len(argv) :], *settings) if "has no GPU" in line]
+
+    single_gpu = LOCAL_CPU.replace("local-cpu", "single-gpu")
+    monkeypatch.setattr("dvpo_ray.planning.placement.glob", lambda _: [])
+    none = " ".join(f"{key}.gpus_per_actor=0" for key in keys)
+    assert [line.partition("; set ")[2].partition(" (")[0] for line in found()] == ([none] if keys else [])
+    assert found(*none.split()) == found("ray.address=h:1") == []
+    monkeypatch.setattr("dvpo_ray.planning.placement.glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
+    assert found() == []
 
 
 def test_what_a_cluster_needs_is_counted_by_role(capsys):

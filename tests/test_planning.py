@@ -435,7 +435,13 @@ def test_a_plan_says_what_it_takes_for_granted(run_plan, tmp_path):
     def notes(*argv):
         return [line for line in run_plan(*argv)[1].splitlines() if line.startswith("note: ")]
 
+    assert "; host memory is this machine's, and --node-memory-gib gives another\n" in run_plan()[1]
+    assert "this machine's" not in run_plan("--node-memory-gib", "64")[1]
     planned = "the plan assumes the GVM artifact that `dvpo gvm train` makes from this config"
+    apart = [f"{section}.num_actors=3 {section}.gpus_per_actor=1".split() for section in ("rollout", "scorer", "policy")]
+    assert notes("--device", "h100-80gb", "placement=separate", *sum(apart, []))[1:] == [
+        "note: 9 GPUs take 2 nodes of 8, a cluster that ray.address joins; host memory is counted as if all actors were on one node"
+    ]
     assert notes() == [f"note: gvm.path is not set; {planned}"]
     missing = tmp_path / "missing"
     assert notes(f"gvm.path={missing}", "kl.placement=off", "kl.coefficient=1") == [

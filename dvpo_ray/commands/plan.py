@@ -11,6 +11,10 @@ from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.options import finite_number
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.errors import InputError
+from dvpo_ray.planning.placement import Seat, total_resources
+
+GPUS_PER_NODE = 8
+"""Of most nodes with several GPUs."""
 
 
 @command(
@@ -42,11 +46,20 @@ def plan(args: Namespace) -> None:
     else:
         device = choose_device(config, args.device)
     plan = Plan(config, device, args.node_memory_gib)
-    notes = [note for note in (not_made_yet(config), *training_notes(config)) if note is not None]
+    notes = [note for note in (not_made_yet(config), _many_gpus(plan.seats), *training_notes(config)) if note is not None]
     print(*plan.lines(), *(f"note: {note}" for note in notes), sep="\n")
     if args.json is not None:
         with whole_file(args.json) as file:
             json.dump({**plan.as_json(), "notes": notes}, file, indent=2)
+
+
+def _many_gpus(seats: list[Seat]) -> str | None:
+    """A note on a run that does not fit the usual node."""
+    gpus = total_resources(seats)[1]
+    if gpus <= GPUS_PER_NODE:
+        return None
+    nodes = f"{gpus} GPUs take {-(-gpus // GPUS_PER_NODE)} nodes of {GPUS_PER_NODE}, a cluster that ray.address joins"
+    return f"{nodes}; host memory is counted as if all actors were on one node"
 
 
 @command("check that this machine has what a run needs, and say how to fix the rest", "dvpo doctor")

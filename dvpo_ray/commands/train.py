@@ -45,7 +45,7 @@ from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.ending import ending
 from dvpo_ray.monitoring.run_files import SUMMARY
-from dvpo_ray.planning.placement import Seat, check_local_cluster, choose_transport, plan_placement, plan_training_placement
+from dvpo_ray.planning.placement import Seat, check_local_cluster, choose_transport, gpus_not_here, plan_placement, plan_training_placement
 from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.training.run_folder import RunIsFinished, check_new, check_resume
 
@@ -131,6 +131,7 @@ class Training:
                 *self.missing(config),
                 *problems(inputs),
                 *names_of_files(inputs),
+                *gpus_not_here(config, self.placement(config)),
                 *self.notes(config, data.train),
             ]
             self.print_plan(config, [*settings, *(line for one in of_data for line in one.notes)], data)

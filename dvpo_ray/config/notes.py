@@ -17,7 +17,7 @@ def training_notes(config: Config) -> list[str]:
     Raises:
         InputError: as in `derive_batch`.
     """
-    return [*foreign_prompts(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
+    return [*foreign_prompts(config), *_placement_notes(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
 
 
 def foreign_heldout(section: str, data: SplitData) -> list[str]:
@@ -70,6 +70,14 @@ def few_steps(pairs: int, training: PreferenceTraining) -> list[str]:
 def is_shipped(path: str) -> bool:
     """Whether a file is one of the quickstart's."""
     return Path(path).parts[-4:-1] == ("dvpo_ray", "quickstart", "data")
+
+
+def _placement_notes(config: Config) -> Iterator[str]:
+    critic = ["critic"] if ALGORITHMS[config.algorithm].has_critic else []
+    if config.placement == "separate" and not any(
+        getattr(config, section).gpus_per_actor for section in ("rollout", "scorer", "reference", "policy", *critic)
+    ):
+        yield "placement separate has no effect, since no actor has a GPU (gpus_per_actor is 0 everywhere)"
 
 
 def _batch_notes(config: Config) -> Iterator[str]:

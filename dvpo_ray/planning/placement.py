@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from glob import glob
 
 from dvpo_ray.config.algorithms import ALGORITHMS, ROLE_SECTIONS
 from dvpo_ray.config.schema import Config, PreferenceTraining, RayConfig, RoleConfig
@@ -18,6 +19,12 @@ from dvpo_ray.errors import InputError
 
 GROUPS = (("rollout",), ("scorer", "reward_model", "reference"), ("learner", "critic"))
 """Roles that share GPUs with `placement: separate`: engines, frozen models, trained models."""
+_TRAINERS = {"gvm": "gvm_trainer", "reward_model": "rm_trainer"}
+"""The role that trains a value or reward model, by its section of the config."""
+
+
+_GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
+"""Devices of a machine with a GPU: of NVIDIA, of AMD, or under Windows."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def plan_placement(config: Config) -> list[Seat]:
 
 def plan_training_placement(settings: PreferenceTraining) -> list[Seat]:
     """Seats of the training of a value or reward model: its data-parallel workers."""
-    return _seats({"gvm": "gvm_trainer", "reward_model": "rm_trainer"}[settings.section], settings)
+    return _seats(_TRAINERS[settings.section], settings)
 
 
 def _seats(role: str, settings: RoleConfig, shards: int = 1) -> list[Seat]:
@@ -157,9 +164,27 @@ def check_local_cluster(config: Config, seats: Iterable[Seat]) -> None:
 
 
 def wanted_gpus(config: Config, seats: Iterable[Seat]) -> dict[str, int]:
-    """GPUs of each actor of policy optimisation, by the key that asks for them."""
-    sections = dict.fromkeys(ROLE_SECTIONS[seat.role] for seat in seats if seat.slots)
+    """GPUs of each actor, by the key that asks for them; only keys that ask for any."""
+    of_roles = ROLE_SECTIONS | {role: section for section, role in _TRAINERS.items()}
+    sections = dict.fromkeys(of_roles[seat.role] for seat in seats if seat.slots)
     return {f"{section}.gpus_per_actor": getattr(config, section).gpus_per_actor for section in sections}
+
+
+def no_gpu(wanted: Mapping[str, float]) -> str:
+    """The line about keys that ask for GPUs which this machine does not have, with the remedy."""
+    key = next(iter(wanted))
+    return (
+        f"{key} is {wanted[key]:g}, but this machine has no GPU that torch can use; set {' '.join(f'{key}=0' for key in wanted)} "
+        "(cluster_configs/local-cpu.yaml is for CPUs), or ray.address to a cluster with GPUs"
+    )
+
+
+def gpus_not_here(config: Config, seats: Iterable[Seat]) -> list[str]:
+    """A line if the actors need GPUs, would run on this machine, and its devices show none. torch, which knows for certain, takes seconds to load."""
+    wanted = wanted_gpus(config, seats)
+    if not wanted or joined_address(config.ray) or any(glob(pattern) for pattern in _GPU_DEVICES):
+        return []
+    return [no_gpu(wanted)]
 
 
 def total_resources(seats: Iterable[Seat]) -> tuple[float, int]:

@@ -111,7 +111,7 @@ class Plan:
         self.seconds = stage_seconds(config, {name: role.model for name, role in self.roles.items()}, device)
         self.slots = plan_slots(config, seats, self.roles, device.memory_gib) if device.memory_gib is not None else None
         host = node_memory_gib if node_memory_gib is not None else psutil.virtual_memory().total / GIB
-        self.seats = seats
+        self.seats, self._is_this_host = seats, node_memory_gib is None
         self.places = [*(on_gpus(self.slots) if self.slots else []), in_host_memory(seats, self.roles, host, self.slots.away if self.slots else ())]
 
     def lines(self) -> list[str]:
@@ -147,7 +147,8 @@ class Plan:
         return lines
 
     def _place_lines(self) -> list[str]:
-        lines = ["what is where, GiB, with each process's own memory"]
+        whose = "; host memory is this machine's, and --node-memory-gib gives another" if self._is_this_host else ""
+        lines = [f"what is where, GiB, with each process's own memory{whose}"]
         for _, alike in groupby(self.places, key=lambda place: (place.phase, place.by_role)):
             first, *others = alike
             name = f"{first.name}-{others[-1].name.removeprefix('GPU ')}" if others else first.name

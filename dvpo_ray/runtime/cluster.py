@@ -24,7 +24,7 @@ from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.planning.placement import joined_address
+from dvpo_ray.planning.placement import joined_address, no_gpu
 from dvpo_ray.runtime import fork_server, reaper
 from dvpo_ray.runtime.doctor import check_ray_folder, ray_temporary_folder
 from dvpo_ray.runtime.termination import keeps_termination
@@ -203,13 +203,9 @@ def check_gpus(wanted: Mapping[str, float], config: RayConfig) -> None:
         wanted: number of GPUs by the key that asks for them.
 
     Raises:
-        ResourceError: names the first such key.
+        ResourceError: names these keys.
     """
     joins = ray.is_initialized() or joined_address(config)
-    key = next((key for key, gpus in wanted.items() if gpus > 0), None)
-    if joins or key is None or torch.cuda.is_available():
-        return
-    raise ResourceError(
-        f"{key} is {wanted[key]:g}, but this machine has no GPU that torch can use; set {key}=0 (cluster_configs/local-cpu.yaml is for CPUs), "
-        "or ray.address to a cluster with GPUs"
-    )
+    wanted = {key: gpus for key, gpus in wanted.items() if gpus > 0}
+    if wanted and not joins and not torch.cuda.is_available():
+        raise ResourceError(no_gpu(wanted))
