@@ -179,11 +179,11 @@ def test_skipped_rows_are_counted_by_fault(tmp_path):
     path.write_bytes(path.read_bytes() + b"\xff\n")
     sets = load_preferences(PreferenceData(path=str(path)), "skip")
     assert len(sets.train) + len(sets.heldout) == 16
-    start = f"{path}: left out {{}} of 21 rows: bad (data.on_bad_row skip); the first is {path}:"
     assert sets.notes == [
-        start.format(2) + "5: no `rejected`; the row has prompt, chosen",
-        start.format(2) + "9: `chosen_score` 1 is below `rejected_score` 2; swap the responses or leave the scores out",
-        start.format(1) + "21: not UTF-8 at byte 0; save the file as UTF-8",
+        f"{path}: left out 5 of 21 rows: bad (data.on_bad_row skip), with 3 faults",
+        f"{path}:5: no `rejected`; the row has prompt, chosen (2 such rows)",
+        f"{path}:9: `chosen_score` 1 is below `rejected_score` 2; swap the responses or leave the scores out (2 such rows)",
+        f"{path}:21: not UTF-8 at byte 0; save the file as UTF-8",
     ]
 
 

@@ -101,6 +101,20 @@ def test_a_bad_row_is_found_by_the_dry_run(tiny_model, tmp_path, capsys, monkeyp
     )
 
 
+def test_every_fault_and_the_other_rows_are_shown_where_bad_rows_stop_the_run(tiny_model, tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"text": "b"}, {"prompt": 3}, {"text": "d"}, {"prompt": "e"}])
+    found = preview(config(tiny_model, path, "data.on_bad_row=error"), "data.prompts")
+    assert found.notes == [
+        f"{path}:2: no `prompt`; the row has text; correct the row, or leave bad rows out with data.on_bad_row=skip",
+        f"with data.on_bad_row=skip, {path}: left out 3 of 5 rows: bad (data.on_bad_row skip), with 2 faults",
+        f"{path}:2: no `prompt`; the row has text (2 such rows)",
+        f"{path}:3: `prompt` must be text or a list of messages, got int",
+    ]
+    assert found.facts["prompts"].startswith("2 distinct prompts: ") and "longest prompt" in found.facts
+    skipped = preview(config(tiny_model, path, "data.on_bad_row=skip"), "data.prompts")
+    assert skipped.facts == found.facts and skipped.notes[0] == found.notes[1].removeprefix("with data.on_bad_row=skip, ")
+
+
 def test_what_cannot_be_counted_in_a_moment_is_left_to_the_run(tiny_model, tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": WORDS}, {"prompt": "Hi"}])
     found = preview(config(Path("org/name"), path, "data.max_prompt_tokens=1"), "data.prompts")
@@ -117,7 +131,7 @@ def test_a_folder_is_read_as_the_run_reads_it(tiny_model, tmp_path):
     [note] = preview(config(tiny_model, folder), "data.prompts").notes
     assert note == f"{folder}: a folder without .jsonl, .json or .parquet files, and not one written by save_to_disk"
     write(folder / "train.jsonl", [{"prompt": "Hi"}, {"prompt": "Ho"}, {"text": "x"}])
-    [note] = preview(config(tiny_model, folder), "data.prompts").notes
+    note, _ = preview(config(tiny_model, folder), "data.prompts").notes
     assert note.startswith(f"{folder}[2]: no `prompt`")
     write(folder / "train.jsonl", [{"prompt": "Hi"}, {"prompt": "Ho"}])
     assert preview(config(tiny_model, folder), "data.prompts").facts["prompts"].startswith("2 distinct prompts: ")

@@ -49,17 +49,25 @@ def preview(config: Config, section: str) -> Preview:
 
     Args:
         section: `data.preferences` or `data.prompts`.
+
+    Where bad rows stop the run, what is counted is the rest of the rows, and every fault is named.
     """
     data = getattr(config.data, section.removeprefix("data."))
     if not _is_at_hand(data):
         return Preview(notes=foreign_heldout(section, data))
     load = load_preferences if section == "data.preferences" else load_prompts
+    stops: list[str] = []
     try:
-        sets = load(data, config.data.on_bad_row)
-    except InputError as error:
-        return Preview(notes=[*foreign_heldout(section, data), str(error)])
-    longest, notes = _lengths(config, data.path, [*sets.train, *sets.heldout])
-    return Preview({section.removeprefix("data."): _counted(sets), **longest}, [*sets.notes, *notes], len(sets.train))
+        try:
+            sets = load(data, config.data.on_bad_row)
+        except InputError as error:
+            stops = [str(error)]
+            sets = load(data, "skip")
+    except InputError:  # not because of a bad row
+        return Preview(notes=[*foreign_heldout(section, data), *stops])
+    of_rows = [f"with data.on_bad_row=skip, {note}" if stops and "(data.on_bad_row skip)" in note else note for note in sets.notes]
+    longest, of_lengths = _lengths(config, data.path, [*sets.train, *sets.heldout])
+    return Preview({section.removeprefix("data."): _counted(sets), **longest}, [*stops, *of_rows, *of_lengths], len(sets.train))
 
 
 def _is_at_hand(data: SplitData) -> bool:

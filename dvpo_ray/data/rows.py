@@ -48,7 +48,7 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
         on_bad_row: stop at the first bad row, or go on and count it.
 
     Returns:
-        The items in order, and one line for each reason why rows are left out.
+        The items in order, and one line for each reason why rows are left out; of bad rows, one for all and one for each fault.
 
     Raises:
         InputError: a bad row when `on_bad_row` is "error"; no rows at all; only bad rows.
@@ -72,8 +72,18 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
         raise InputError(f"{path}: no rows; the data set is empty")
     if not items and not left_out:
         raise InputError(f"{path}: all {total} rows are bad; the first is {next(iter(bad.values()))[0]}")
-    notes = [line for labels in bad.values() for line in count_note(f"{path}: left out", labels, total, "rows", "bad (data.on_bad_row skip)")]
-    return items, notes + [line for why, labels in left_out.items() for line in count_note(f"{path}: left out", labels, total, "rows", why)]
+    return items, _bad_notes(path, list(bad.values()), total) + [
+        line for why, labels in left_out.items() for line in count_note(f"{path}: left out", labels, total, "rows", why)
+    ]
+
+
+def _bad_notes(path: str, faults: Sequence[Sequence[str]], total: int) -> list[str]:
+    """How many rows are bad, and the first of each fault; the rows of a fault are given by label and message."""
+    why = "bad (data.on_bad_row skip)"
+    if len(faults) < 2:
+        return [line for rows in faults for line in count_note(f"{path}: left out", rows, total, "rows", why)]
+    firsts = [rows[0] + (f" ({len(rows)} such rows)" if len(rows) > 1 else "") for rows in faults]
+    return [f"{path}: left out {sum(map(len, faults))} of {total} rows: {why}, with {len(faults)} faults", *firsts]
 
 
 def _fault(message: str) -> str:
