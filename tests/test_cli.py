@@ -271,7 +271,7 @@ def test_dry_run_of_train_shows_arithmetic_placement_and_what_is_missing(capsys)
     lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert "# samples per step 64 = prompts_per_step 64 x samples_per_prompt 1" in lines
     assert "# optimizer steps 4 per step = update_epochs 4 x minibatches_per_epoch 1; 5000 in 1250 steps" in lines
-    assert "# rollout 8 x (2 CPUs, 1 GPUs)" in lines
+    assert "# rollout 8 x (2 CPUs, 1 GPU)" in lines
     assert "# total 48 CPUs, 8 GPUs" in lines
     assert "# note: gvm.path is not set; train a value model with `dvpo gvm train` and give its folder" in lines
     assert any(line.startswith("# note: scorer.micro_batch_tokens 100 is below") for line in lines)

@@ -174,7 +174,7 @@ def look(cluster: Cluster, folder: Path, config: str, **environment: str) -> str
 
 
 def test_a_local_run_is_local_beside_a_head_that_lives_or_died(cluster, tmp_path):
-    joined = rf"Ray: joined the cluster at [\d.]+:{cluster.port}, \d nodes? with \d CPUs and \d GPUs, dashboard at http://\S+\nworks [12].0\n"
+    joined = rf"Ray: joined the cluster at [\d.]+:{cluster.port}, \d nodes? with \d CPUs? and \d GPUs?, dashboard at http://\S+\nworks [12].0\n"
     assert re.fullmatch(joined, look(cluster, tmp_path, f"address='{cluster.address}'"))
     log = tmp_path / "log"
     words = [sys.executable, "-c", RUN, str(tmp_path)]
@@ -198,4 +198,4 @@ def test_a_machine_too_busy_for_rays_agents(cluster, tmp_path):
     slow = "import sys, time\nif any(word.endswith('/agent.py') for word in sys.orig_argv): time.sleep(60)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
     said = look(cluster, tmp_path, "num_cpus=1, object_store_gib=0.1", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert said.startswith("Ray: started on this machine with 1 CPUs") and said.endswith("works 1.0\n")
+    assert said.startswith("Ray: started on this machine with 1 CPU and") and said.endswith("works 1.0\n")

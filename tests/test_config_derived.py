@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray.config import Config, load_config
-from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.arithmetic import counted, derive_batch
 from dvpo_ray.config.docs import configuration_page
 from dvpo_ray.config.keys import known_keys
 from dvpo_ray.config.notes import training_notes
@@ -29,6 +29,11 @@ MODEL = "model: {path: some/model}\n"
 
 def make(**sections) -> Config:
     return Config(model={"path": "some/model"}, **sections)
+
+
+@pytest.mark.parametrize(("number", "told"), [(0, "0 pairs"), (0.5, "0.5 pairs"), (1, "1 pair"), (1.0, "1 pair"), (1234567, "1234567 pairs")])
+def test_a_noun_agrees_with_its_number(number, told):
+    assert counted(number, "pair") == told
 
 
 def test_batch_arithmetic_golden_numbers():

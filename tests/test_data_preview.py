@@ -43,7 +43,7 @@ def test_the_dry_run_counts_the_tokens_that_the_run_counts(chat, tiny_model, tin
     [said] = encoder.notes("prompts")
     [foreseen] = preview(settings, "data.prompts").notes
     assert said.startswith("shortened 2 of 3 prompts: the prompt is over data.max_prompt_tokens 30; the longest has ")
-    assert foreseen.startswith(f"{tmp_path}/p.jsonl: data.long_prompt truncate_left shortens 2 of 3 prompts: ")
+    assert foreseen.startswith(f"{tmp_path}/p.jsonl: data.long_prompt=truncate_left shortens 2 of 3 prompts: ")
     assert said.partition("prompts: ")[2].partition("; the first")[0] == foreseen.partition("prompts: ")[2].partition("; the first")[0]
     assert (f"the chat template alone takes {encoder.template_tokens}; " in said) is chat
 
@@ -62,9 +62,11 @@ def test_the_longest_response_is_the_run_s(chat, tiny_model, tiny_chat_model, tm
     assert found.facts == {
         "preferences": f"20 pairs on 20 distinct prompts: {len(sets.train)} for training, {len(sets.heldout)} held out",
         "longest prompt": f"{max(len(pair.prompt) for pair in pairs)} tokens, data.max_prompt_tokens is 99",
-        "longest response": f"{len(pairs[-1].chosen)} tokens, data.max_response_tokens is 200; {over} pairs are over it",
+        "longest response": f"{len(pairs[-1].chosen)} tokens, data.max_response_tokens is 200; over it: {over} pairs",
     }
-    assert over and found.notes[0].startswith(f"{tmp_path}/p.jsonl: data.long_response error stops at {over} of 20 pairs: the response is over")
+    assert over and found.notes[0].startswith(
+        f"{tmp_path}/p.jsonl: data.long_response=error stops the run at {over} of 20 pairs: the response is over"
+    )
     assert found.train == len(sets.train)
 
 
@@ -86,8 +88,8 @@ def test_a_template_that_fills_the_limit_is_said_with_the_remedy(tiny_chat_model
     path = write(tmp_path / "p.jsonl", [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b"} for i in range(60)])
     settings = config(tiny_chat_model, path, "data.max_prompt_tokens=21", "data.long_prompt=drop", section="preferences")
     [line] = preview(settings, "data.preferences").notes
-    assert line.startswith(f"{path}: data.long_prompt drop leaves out 60 of 60 pairs: the prompt is over data.max_prompt_tokens 21; the longest has ")
-    assert "and the chat template alone takes " in line and " would keep all whole; the first is " in line
+    assert line.startswith(f"{path}: data.long_prompt=drop leaves out 60 of 60 pairs: the prompt is over data.max_prompt_tokens 21; the longest has ")
+    assert "and the chat template alone takes " in line and " keeps all whole; the first is " in line
     assert preview(config(tiny_chat_model, path, "data.max_prompt_tokens=400", section="preferences"), "data.preferences").notes == []
 
 
@@ -171,4 +173,4 @@ def test_the_dry_run_stays_without_torch(tiny_chat_model, tmp_path):
     ]
     code = f"import sys; from dvpo_ray import cli; cli.main({argv!r}); sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "data.long_prompt truncate_left shortens 3 of 3 pairs" in done.stdout, done.stderr
+    assert done.returncode == 0 and "data.long_prompt=truncate_left shortens 3 of 3 pairs" in done.stdout, done.stderr

@@ -71,6 +71,7 @@ def test_parquet_file_folder_and_saved_dataset_give_the_same_rows(tmp_path):
     [
         (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15"),
         (b'{"prompt": "a"', "not valid JSON"),
+        (b'{"prompt": "a"},', "not valid JSON (',' after the end of the value at column 16); each line must be one JSON object"),
         (b'["a"]', "must be a JSON object with named columns, got list"),
         (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "the key `prompt` is there twice; keep one of them"),
         (b'{"prompt": [{"role": "user", "role": "system", "content": "x"}]}', "the key `role` is there twice"),
@@ -92,7 +93,7 @@ def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, pr
         (
             "rows.json",
             b'{"prompt": "a"}\n{"prompt": "b"}\n',
-            ".json: not valid JSON (Extra data at line 2, column 1); it must be one list of rows; one object per line belongs in a .jsonl",
+            ".json: not valid JSON ('{' after the end of the value at line 2, column 1); it must be one list of rows; one object per line",
         ),
         ("rows.json", b'{"prompt": "a"}', "must be a JSON list of rows, got dict"),
         ("rows.json", b'[{"prompt": "a", "prompt": "b"}]', "the key `prompt` is there twice; keep one of them"),

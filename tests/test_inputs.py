@@ -130,7 +130,7 @@ def test_every_prompt_that_is_left_out_is_counted_by_reason(settings, tmp_path):
         f"{path}: left out 2 of 51 prompts: exact repeats of an earlier one; the first is {path}:49",
         f"{path}: left out {len(train) - 25} of {len(train)} training prompts: data.prompts.limit is 25; the first is {train[25]}",
         f"left out {len(dropped)} of {25 + len(heldout)} prompts: the prompt is over data.max_prompt_tokens 24; the longest has 121 tokens; "
-        f"121 would keep all whole; the first is {dropped[0]}",
+        f"data.max_prompt_tokens=121 keeps all whole; the first is {dropped[0]}",
     ]
     others = len(set(heldout) - long) - 3
     assert evaluated.startswith(f"left out {others} of {others + 3} held-out prompts: evaluations use 3 of them (evaluation.prompts); the first is ")

@@ -216,5 +216,5 @@ def test_each_actor_sees_the_gpus_of_its_slots(tmp_path):
         assert visible == ["0,1", "0", "1", "", ""]
         assert [card.gpu for card in cards] == ["0", "1"] and cards[0].node == cards[1].node
         assert look(seats, settings, tmp_path)[0] == visible  # their names and their room are free again
-        with pytest.raises(ResourceError, match=r"^the run needs 1 CPUs and 3 GPUs, but the Ray cluster has 4 CPUs and 2 GPUs in all; "):
+        with pytest.raises(ResourceError, match=r"^the run needs 1 CPU and 3 GPUs, but the Ray cluster has 4 CPUs and 2 GPUs in all; "):
             look([Seat("rollout", 0, 1, (0, 1, 2))], settings, tmp_path)

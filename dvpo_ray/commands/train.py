@@ -27,7 +27,7 @@ from dvpo_ray.commands.common import (
 )
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import derive_batch, value_model_steps
+from dvpo_ray.config.arithmetic import counted, derive_batch, value_model_steps
 from dvpo_ray.config.inputs import (
     Needed,
     names_of_files,
@@ -193,7 +193,7 @@ def _optimizer_steps(stage: TRLStageConfig, row: str) -> dict[str, str]:
     rows = stage.batch_size * stage.gradient_accumulation_steps
     return {
         f"{row}s per optimizer step": f"{rows} = {stage.batch_size} x {stage.gradient_accumulation_steps} accumulated",
-        "optimizer steps": f"{stage.epochs:g} epochs x training {row}s / {rows}",
+        "optimizer steps": f"{counted(stage.epochs, 'epoch')} x training {row}s / {rows}",
     }
 
 
@@ -251,9 +251,9 @@ def _value_model_training(section: str, stage: str) -> Training:
             lengths += [trained.context.examples, trained.context.max_tokens]
         pairs_per_worker = math.ceil(trained.pairs_per_step / trained.num_actors)
         return {
-            "pairs per step": f"{trained.pairs_per_step}, at most {pairs_per_worker} on each of {trained.num_actors} workers",
-            "optimizer steps": f"{trained.epochs:g} epochs x {'' if pairs is None else f'{pairs} '}training pairs / {trained.pairs_per_step}"
-            + ("" if pairs is None else f" = {value_model_steps(pairs, trained)[1]} steps"),
+            "pairs per step": f"{trained.pairs_per_step}, at most {pairs_per_worker} on each of {counted(trained.num_actors, 'worker')}",
+            "optimizer steps": f"{counted(trained.epochs, 'epoch')} x {'' if pairs is None else f'{pairs} '}training pairs / {trained.pairs_per_step}"
+            + ("" if pairs is None else f" = {counted(value_model_steps(pairs, trained)[1], 'step')}"),
             "longest row": f"{_longest_row(*lengths)}; micro-batches of {trained.micro_batch_tokens} padded tokens",
         }
 
@@ -304,16 +304,16 @@ def _missing_for_policy(config: Config) -> list[str]:
 
 def _policy_arithmetic(config: Config, prompts: int | None) -> dict[str, str]:
     plan, batch = derive_batch(config), config.batch
-    distinct = "" if prompts is None else f": {prompts} distinct ones, each about {plan.total_prompts / prompts:.2g} times"
+    distinct = "" if prompts is None else f": {counted(prompts, 'distinct one')}, each about {plan.total_prompts / prompts:.2g} times"
     return {
         "samples per step": f"{plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
-        "samples per engine": f"{plan.max_samples_per_engine} at most, over {config.rollout.num_actors} engines",
+        "samples per engine": f"{plan.max_samples_per_engine} at most, over {counted(config.rollout.num_actors, 'engine')}",
         "samples per worker": f"about {plan.samples_per_worker}, over {config.policy.num_actors} learner workers, shared by tokens"
         if config.policy.num_actors > 1
         else f"{plan.samples_per_worker}",
         "rows per minibatch": f"{plan.rows_per_minibatch}",
         "optimizer steps": f"{plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
-        f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {config.train.steps} steps",
+        f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {counted(config.train.steps, 'step')}",
         "longest row": _longest_row(config.data.max_prompt_tokens, config.rollout.max_response_tokens),
         "samples in the run": f"{plan.total_samples}, {plan.total_prompts} prompts with repeats{distinct}",
     }

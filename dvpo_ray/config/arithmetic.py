@@ -16,6 +16,11 @@ MAX_KL_ERROR = 0.2
 """Bound of the relative error that the adaptive KL coefficient reacts to (Ziegler et al. 2019, arXiv 1909.08593)."""
 
 
+def counted(number: float, noun: str) -> str:
+    """A number and its noun: "1 pair", "2 pairs", "0.5 CPUs"."""
+    return f"{number:.12g} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """The derived numbers of policy optimisation. A row is one prompt with one sampled response.

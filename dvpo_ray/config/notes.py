@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import derive_batch, value_model_steps
+from dvpo_ray.config.arithmetic import counted, derive_batch, value_model_steps
 from dvpo_ray.config.schema import Config, PreferenceTraining, SplitData
 
 
@@ -61,7 +61,7 @@ def few_steps(pairs: int, training: PreferenceTraining) -> list[str]:
     small = training.model_copy(update={"pairs_per_step": min(training.pairs_per_step, 8), "epochs": 1.0})
     epochs = math.ceil(FEW_STEPS / value_model_steps(pairs, small)[0])
     return [
-        f"{steps} optimizer step{'s' * (steps > 1)} {'are' if steps > 1 else 'is'} too few to learn much: take {FEW_STEPS} or more, for example by "
+        f"{counted(steps, 'optimizer step')} {'are' if steps > 1 else 'is'} too few to learn much: take {FEW_STEPS} or more, for example by "
         f"{training.section}.pairs_per_step={small.pairs_per_step} {training.section}.epochs={epochs}, or raise {training.section}.learning_rate "
         "(docs/gvm.md, How many pairs and epochs)"
     ]

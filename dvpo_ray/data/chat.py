@@ -121,7 +121,9 @@ def over_limit(limit: int, longest: int, template: int, part: str = "prompt") ->
         part: `prompt` or `response`.
     """
     own = f", and the chat template alone takes {template}" if template else ""
-    return f"the {part} is over data.max_{part}_tokens {limit}; the longest has {longest} tokens{own}; {longest} would keep all whole"
+    return (
+        f"the {part} is over data.max_{part}_tokens {limit}; the longest has {longest} tokens{own}; data.max_{part}_tokens={longest} keeps all whole"
+    )
 
 
 def writes_itself(content: str, lead: str) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from dvpo_ray.config import Config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.inputs import NAMED_DATA, no_data
 from dvpo_ray.config.notes import foreign_heldout
 from dvpo_ray.config.schema import SplitData
@@ -77,10 +78,11 @@ def _is_at_hand(data: SplitData) -> bool:
 
 
 def _counted(sets: Sets) -> str:
-    items, what = [*sets.train, *sets.heldout], "distinct prompts"
+    items = [*sets.train, *sets.heldout]
+    what = counted(len(items), "distinct prompt")
     if isinstance(items[0], PreferencePair):
-        what = f"pairs on {len({item.key for item in items})} distinct prompts"
-    return f"{len(items)} {what}: {len(sets.train)} for training, {len(sets.heldout)} held out"
+        what = f"{counted(len(items), 'pair')} on {counted(len({item.key for item in items}), 'distinct prompt')}"
+    return f"{what}: {len(sets.train)} for training, {len(sets.heldout)} held out"
 
 
 # -------------------------------------------------------------------------------------------------------- lengths
@@ -103,12 +105,14 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
     for part, lengths in parts.items():
         limit, setting, longest = getattr(config.data, f"max_{part}_tokens"), getattr(config.data, f"long_{part}"), max(lengths)
         over = [item.where for item, length in zip(items, lengths, strict=True) if length > limit]
-        rows = f"{'pairs' if pairs else 'prompts'}{f' of the first {ROWS}' if len(items) == ROWS else ''}"
-        facts[f"longest {part}"] = f"{longest} tokens, data.max_{part}_tokens is {limit}" + (f"; {len(over)} {rows} are over it" if over else "")
+        row, first = "pair" if pairs else "prompt", f" of the first {ROWS}" if len(items) == ROWS else ""
+        facts[f"longest {part}"] = f"{longest} tokens, data.max_{part}_tokens is {limit}" + (
+            f"; over it: {counted(len(over), row)}{first}" if over else ""
+        )
         if setting == "error" or 2 * len(over) > len(lengths):
-            does = {"error": "stops at", "drop": "leaves out"}.get(setting, "shortens")
-            start = f"{path}: data.long_{part} {setting} {does}"
-            notes += count_note(start, over, len(items), rows, over_limit(limit, longest, template if part == "prompt" else 0, part))
+            does = {"error": "stops the run at", "drop": "leaves out"}.get(setting, "shortens")
+            start = f"{path}: data.long_{part}={setting} {does}"
+            notes += count_note(start, over, len(items), f"{row}s{first}", over_limit(limit, longest, template if part == "prompt" else 0, part))
     return facts, notes
 
 

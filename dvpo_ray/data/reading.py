@@ -112,7 +112,8 @@ def _parse_json(content: bytes, advice: str) -> object:
         raise ValueError(f"not UTF-8 at byte {error.start}; save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"not valid JSON ({error.msg} at {line}column {error.colno}); {advice}") from error
+        problem = f"{error.doc[error.pos]!r} after the end of the value" if error.msg == "Extra data" else error.msg
+        raise ValueError(f"not valid JSON ({problem} at {line}column {error.colno}); {advice}") from error
 
 
 def _with_unique_keys(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:

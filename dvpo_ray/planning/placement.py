@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 
 from dvpo_ray.config.algorithms import ALGORITHMS, ROLE_SECTIONS
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import Config, PreferenceTraining, RayConfig, RoleConfig
 from dvpo_ray.errors import InputError
 
@@ -158,7 +159,7 @@ def check_local_cluster(config: Config, seats: Iterable[Seat]) -> None:
             counts = Counter(zip((seat.role for seat in seats), amounts[name], strict=True))
             shares = ", ".join(f"{role} {count} x {amount:g}" for (role, amount), count in counts.items() if amount)
             raise InputError(
-                f"ray.num_{name} is {there}, but the actors need {wanted:g} {name.upper()[:-1]}s ({shares}); "
+                f"ray.num_{name} is {there}, but the actors need {counted(wanted, name.upper()[:-1])} ({shares}); "
                 f"set it to {math.ceil(wanted)} or more, or lower their num_actors or {name}_per_actor"
             )
 
@@ -198,7 +199,13 @@ def placement_lines(seats: Sequence[Seat]) -> list[str]:
     if not seats:
         return []
     actors = Counter(seat.role for seat in seats)
-    lines = [f"{seat.role:<12} {actors[seat.role]} x ({seat.cpus:g} CPUs, {len(seat.slots)} GPUs)" for seat in seats if seat.index == 0]
+    lines = [
+        f"{seat.role:<12} {actors[seat.role]} x ({counted(seat.cpus, 'CPU')}, {counted(len(seat.slots), 'GPU')})" for seat in seats if seat.index == 0
+    ]
     cpus, gpus = total_resources(seats)
     on_slot = {slot: [seat.name for seat in seats if slot in seat.slots] for slot in sorted({slot for seat in seats for slot in seat.slots})}
-    return [*lines, f"{'total':<12} {cpus:g} CPUs, {gpus} GPUs", *(f"GPU {slot}: {', '.join(names)}" for slot, names in on_slot.items())]
+    return [
+        *lines,
+        f"{'total':<12} {counted(cpus, 'CPU')}, {counted(gpus, 'GPU')}",
+        *(f"GPU {slot}: {', '.join(names)}" for slot, names in on_slot.items()),
+    ]

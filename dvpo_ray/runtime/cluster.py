@@ -22,6 +22,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray._private.parameter import RayParams
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.planning.placement import joined_address, no_gpu
@@ -102,7 +103,7 @@ def _join(address: str, options: dict) -> tuple[str, str]:
         raise ResourceError(f"'{address}' is not the address of a Ray cluster; expected HOST:PORT, ray://HOST:PORT or auto in RAY_ADDRESS") from error
     nodes = sum(node["Alive"] for node in ray.nodes())
     head = address.removeprefix("ray://") if "://" in address else context.address_info["gcs_address"]
-    return f"Ray: joined the cluster at {head}, {nodes} node{'s' * (nodes != 1)} with {_resources()}{_dashboard(context)}", head
+    return f"Ray: joined the cluster at {head}, {counted(nodes, 'node')} with {_resources()}{_dashboard(context)}", head
 
 
 def _start_local(config: RayConfig, options: dict, say: Callable[[str], None]) -> tuple[str, str]:
@@ -189,7 +190,7 @@ def _own_ports() -> Iterator[int]:
 
 def _resources() -> str:
     have = ray.cluster_resources()
-    return f"{have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+    return f"{counted(have.get('CPU', 0), 'CPU')} and {counted(have.get('GPU', 0), 'GPU')}"
 
 
 def _dashboard(context) -> str:

@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import HeadGone, ResourceError
 from dvpo_ray.planning.placement import Seat, total_resources
@@ -105,9 +106,9 @@ def reserved(seats: list[Seat], settings: RayConfig) -> Iterator[Room]:
             cpus, gpus = total_resources(seats)
             have = ray.cluster_resources()
             raise ResourceError(
-                f"the run needs {cpus:g} CPUs and {gpus:g} GPUs, but the Ray cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} "
-                "GPUs in all; lower cpus_per_actor, gpus_per_actor or num_actors of a role, or free resources (waited "
-                f"{patience:g} s, ray.placement_timeout_seconds)"
+                f"the run needs {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}, but the Ray cluster has {counted(have.get('CPU', 0), 'CPU')} "
+                f"and {counted(have.get('GPU', 0), 'GPU')} in all; lower cpus_per_actor, gpus_per_actor or num_actors of a role, or free resources "
+                f"(waited {patience:g} s, ray.placement_timeout_seconds)"
             ) from None
         cards = dict(zip(slots, _cards(group, len(slots)), strict=True))
         _check_nodes(seats, cards)
