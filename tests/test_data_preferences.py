@@ -187,6 +187,15 @@ def test_skipped_rows_are_counted_by_fault(tmp_path):
     ]
 
 
+def test_repeated_pairs_stay_and_are_told(tmp_path):
+    rows = text_pairs(20)
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*rows, rows[3], {**rows[3], "rejected": " other"}, rows[5], rows[3]])
+    sets = load_preferences(PreferenceData(path=path), "error")
+    assert len(sets.train) + len(sets.heldout) == 24
+    assert sets.notes == [f"{path}: kept 3 of 24 pairs: exact repeats of an earlier one, which count again; the first is {path}:21"]
+    assert load_preferences(PreferenceData(path=write_jsonl(tmp_path / "once.jsonl", rows)), "error").notes == []
+
+
 def test_an_empty_or_wholly_bad_set_is_an_error(tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")

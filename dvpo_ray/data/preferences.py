@@ -95,9 +95,21 @@ def load_preferences(data: PreferenceData, on_bad_row: Literal["error", "skip"])
             raise InputError(f"{path}: in every pair the scores tie or are closer than data.preferences.min_score_gap {data.min_score_gap}")
         why = f"the scores are closer than data.preferences.min_score_gap {data.min_score_gap:g}"
         apart = [pair for pair in pairs if pair.score_gap is None or pair.score_gap >= data.min_score_gap]
-        return apart, count_note(f"{path}: left out", close, len(pairs), "pairs", why)
+        return apart, count_note(f"{path}: left out", close, len(pairs), "pairs", why) + _repeats_note(path, apart)
 
     return load_sets("data.preferences", "pairs", data, on_bad_row, parse_pair, far_apart)
+
+
+def _repeats_note(path: str, pairs: Sequence[PreferencePair]) -> list[str]:
+    """One line if pairs are there more than once. They stay: a data set may weight its pairs like this."""
+    seen: set[str] = set()
+    repeats = []
+    for pair in pairs:
+        content = json.dumps([pair.prompt, pair.chosen, pair.rejected])
+        if content in seen:
+            repeats.append(pair.where)
+        seen.add(content)
+    return count_note(f"{path}: kept", repeats, len(pairs), "pairs", "exact repeats of an earlier one, which count again")
 
 
 # ------------------------------------------------------------------------------------------------------- layouts
