@@ -137,7 +137,7 @@ def test_dumped_config_loads_back_equal(tmp_path_factory, rate, betas, path, pla
         ("polcy: {clip_epsilon: 1}", "x.yaml: unknown key polcy; did you mean policy?"),
         (
             "learning_rate: 1",
-            "x.yaml: unknown key learning_rate; did you mean sft.learning_rate or gvm.learning_rate or policy.learning_rate?",
+            "x.yaml: unknown key learning_rate; did you mean sft.learning_rate, gvm.learning_rate or policy.learning_rate?",
         ),
         ("qqzzxx: 1", "x.yaml: unknown key qqzzxx; docs/configuration.md lists all keys"),
         ("1: 2", "x.yaml: unknown key 1; docs/configuration.md lists all keys"),
@@ -202,6 +202,8 @@ def test_files_that_are_not_there(tmp_path):
     [
         ("policy.learning_rat=1", "override policy.learning_rat=1: unknown key policy.learning_rat; did you mean policy.learning_rate?"),
         ("polcy.clip_epsilon=1", "override polcy.clip_epsilon=1: unknown key polcy.clip_epsilon; did you mean policy.clip_epsilon?"),
+        ("policy.lr=1", "override policy.lr=1: unknown key policy.lr; did you mean policy.learning_rate?"),
+        ("lr=1", "override lr=1: unknown key lr; did you mean sft.learning_rate, gvm.learning_rate or policy.learning_rate?"),
         ("seed.x=1", "override seed.x=1: unknown key seed.x; did you mean seed?"),
         ("policy.lora={rnk: 3}", "override policy.lora={rnk: 3}: unknown key policy.lora.rnk; did you mean policy.lora.rank?"),
         ("policy.lora.rank=0", "override policy.lora.rank=0: policy.lora.rank is 0; expected a whole number of at least 1"),

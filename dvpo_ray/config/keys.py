@@ -43,12 +43,18 @@ def known_keys() -> dict[str, Key]:
     return {key.path: key for key in _walk(Config, "")}
 
 
+_OTHER_NAMES = {"lr": "learning_rate"}
+"""Last names of keys as other libraries call them."""
+
+
 def nearest_keys(path: str) -> list[str]:
     """The known keys that an unknown dotted path may stand for.
 
     Those with the same last name (a setting in the wrong section), else the one that is spelt most similarly, or two that are equally.
     """
-    parent, _, leaf = path.rpartition(".")
+    parent, dot, leaf = path.rpartition(".")
+    leaf = _OTHER_NAMES.get(leaf, leaf)
+    path = f"{parent}{dot}{leaf}"
     same = [known for known in known_keys() if known.rpartition(".")[2] == leaf]
     if not parent and same:
         return same[:3]

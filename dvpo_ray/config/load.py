@@ -225,7 +225,7 @@ def _problem(item: dict, path: str, key: Key | None, tree: dict) -> str:
 
 def _unknown(path: str) -> str:
     nearest = nearest_keys(path)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "docs/configuration.md lists all keys"
+    hint = f"did you mean {' or '.join(filter(None, [', '.join(nearest[:-1]), nearest[-1]]))}?" if nearest else "docs/configuration.md lists all keys"
     return f"unknown key {path}; {hint}"
 
 
