@@ -109,7 +109,14 @@ class _Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see `{self.prog} --help`")
+        raise InputError(f"{message} See `{self.prog} --help`" if message.endswith("?") else f"{message}; see `{self.prog} --help`")
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """argparse's check of a choice, with the nearest one in its error."""
+        nearest = difflib.get_close_matches(value, action.choices, n=1) if action.choices is not None and isinstance(value, str) else []
+        if nearest and value not in action.choices:
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; did you mean {nearest[0]}?")
+        super()._check_value(action, value)
 
     def unknown_argument(self, argument: str) -> str:
         """The error about an argument that this command does not know, with the nearest option."""

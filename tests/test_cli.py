@@ -56,7 +56,9 @@ def test_help_ends_with_an_example_that_parses(command, capsys):
     ("argv", "line"),
     [
         ([], "the following arguments are required: COMMAND; see `dvpo --help`"),
-        (["trian"], "argument COMMAND: invalid choice: 'trian'"),
+        (["traim"], "argument COMMAND: invalid choice: 'traim'; did you mean train? See `dvpo --help`"),
+        (["gvm", "evel"], "argument COMMAND: invalid choice: 'evel'; did you mean eval? See `dvpo gvm --help`"),
+        (["zzz"], "argument COMMAND: invalid choice: 'zzz' (choose from "),
         (["train"], "the following arguments are required: CONFIG; see `dvpo train --help`"),
         (["gvm"], "the following arguments are required: COMMAND; see `dvpo gvm --help`"),
         (["train", "x.yaml", "--dryrun"], "unknown argument --dryrun; did you mean --dry-run? See `dvpo train --help`"),
