@@ -193,7 +193,7 @@ def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):
         (["train", "policy.trainable_layers=3"], "policy.trainable_layers 3: {model} has 2 decoder layers; give 2 or fewer"),
         (
             ["train", "rollout.max_response_tokens=9999", "batch.micro_batch_tokens=99999"],
-            "data.max_prompt_tokens 32 + rollout.max_response_tokens 9999 = 10031 tokens, but {model} has a context of 256",
+            "data.max_prompt_tokens 32 + rollout.max_response_tokens 9999 = 10031 tokens, but {model} has a context of 256; lower one or both",
         ),
         (["gvm", "train", "gvm.num_layers=3"], "gvm.num_layers 3: {model} has 2 decoder layers; give 2 or fewer"),
         (["gvm", "train", "gvm.num_layers=3", "model.path=hub/name", "gvm.init_from={model}"], "gvm.num_layers 3: {model} has 2 decoder layers"),

@@ -150,7 +150,7 @@ def too_long_rows(config: Config, context: int | None = None) -> str | None:
         return None
     return (
         f"data.max_prompt_tokens {prompt} + rollout.max_response_tokens {response} = {prompt + response} tokens, "
-        f"but {config.model.path} has a context of {context}"
+        f"but {config.model.path} has a context of {context}; lower one or both"
     )
 
 
