@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config import Config
 from dvpo_ray.errors import DiskFull, InputError
+from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
-from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.runtime import checkpoints
 from dvpo_ray.training.policy import optimise
 from dvpo_ray.training.run import Run

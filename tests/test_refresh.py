@@ -281,7 +281,7 @@ def test_a_pair_survives_being_written(changes):
 
 
 def test_new_pairs_are_split_by_prompt_and_old_ones_join_the_training_pairs_only(tmp_path):
-    rows = [{"prompt": f"prompt {i}", "chosen": "good", "rejected": "bad"} for i in range(20) for _ in range(2)]
+    rows = [{"prompt": f"prompt {i}", "chosen": "good", "rejected": f"bad {k}"} for i in range(20) for k in range(2)]
     old = [preference(i, chosen="old", where=f"pairs.jsonl:{i}") for i in range(60)]
     notes = write_pairs(tmp_path, rows, "policy@7", 0.3, old, share=0.5, seed=0)
     new, heldout, training = (rows_of(tmp_path / name) for name in (NEW, HELDOUT, TRAINING))

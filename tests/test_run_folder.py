@@ -168,7 +168,9 @@ def test_without_a_checkpoint_the_line_says_what_to_do(tmp_path):
     assert refused(check_resume, after_some, "train", config_with()).endswith("remove the folder to start anew")
 
 
-@pytest.mark.parametrize(("stage", "steps", "refusal"), [("train", 4, "--resume with a larger train.steps goes on"), ("gvm", 4, "in final/"), ("train", 5, None)])
+@pytest.mark.parametrize(
+    ("stage", "steps", "refusal"), [("train", 4, "--resume with a larger train.steps goes on"), ("gvm", 4, "in final/"), ("train", 5, None)]
+)
 def test_a_finished_run_is_left_alone_unless_it_gets_more_steps(tmp_path, stage, steps, refusal):
     checkpoint = "step_000004/learner" if stage == "train" else "step_000004/trainer"
     folder = make_run(tmp_path / "run", stage, state="finished", checkpoint=checkpoint)
