@@ -163,12 +163,14 @@ def test_a_dry_run_names_the_paths_that_are_missing(command, missing, capsys):
         ("pair.jsonl", "data.preferences.path pair.jsonl: no such file or folder; did you mean pairs.jsonl?"),
         ("./pairs", "data.preferences.path ./pairs: no such file or folder; did you mean ./pairs.jsonl?"),
         ("pairs.json", "data.preferences.path pairs.json: no such file or folder; did you mean pairs.jsonl?"),
+        ("runs/a", "data.preferences.path runs/a: a run folder, which has no rows of a data set; give a file or a folder of rows"),
         ("other.jsonl", "data.preferences.path other.jsonl: no such file or folder"),
         ("pairs", "data.preferences.path pairs is taken for a name on the hub; did you mean pairs.jsonl?"),
     ],
 )
 def test_data_that_cannot_be_read_is_a_note_with_the_file_that_may_be_meant(path, note, capsys, tiny_model):
-    for name in ("z.csv", "pairs.jsonl", "pairs.txt"):
+    Path("runs/a").mkdir(parents=True)
+    for name in ("z.csv", "pairs.jsonl", "pairs.txt", "runs/a/config.yaml", "runs/a/summary.json", "runs/a/metrics.jsonl"):
         Path(name).touch()
     settings = [LOCAL_CPU, f"model.path={tiny_model}", "gvm.num_layers=2", f"data.preferences.path={path}", "data.preferences.heldout_path=null"]
     assert dry_run(capsys, "gvm", "train", *settings) == [note]

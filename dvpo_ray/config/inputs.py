@@ -63,6 +63,8 @@ def no_checkpoint(path: str) -> str | None:
 def no_data(path: str) -> str | None:
     """Why a path of this machine cannot be rows, in a line that begins with it; None where it may be."""
     source = Path(path)
+    if all((source / name).is_file() for name in ("config.yaml", "summary.json")):
+        return f"{path}: a run folder, which has no rows of a data set; give a file or a folder of rows"
     if path in NAMED_DATA or source.is_dir() or not is_local(path):
         return None
     if not source.exists():
