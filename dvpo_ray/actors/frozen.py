@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dvpo_ray.batch import Fields, RaggedBatch
@@ -19,6 +18,7 @@ from dvpo_ray.health.diagnostics import ensemble_std
 from dvpo_ray.models.compiling import compile_layers, compiles
 from dvpo_ray.models.forward import MinLength, batch_log_probs, batch_values, check_rows_apart
 from dvpo_ray.models.loading import default_device, load_policy
+from dvpo_ray.models.offload import HostMemory
 from dvpo_ray.runtime.process import Actor
 
 
@@ -29,24 +29,16 @@ class FrozenModel(Actor):
     others: Sequence[PreTrainedModel] = ()
 
     def offload(self) -> None:
-        """Free the GPU of the weights. They stay in host memory once they were there, because they never change."""
-        for parameter in self._parameters():
-            if parameter not in self._on_host:
-                self._on_host[parameter] = parameter.data.cpu().pin_memory()
-            parameter.data = self._on_host[parameter]
-        torch.cuda.empty_cache()
+        """Give the memory of the weights back until `reload`."""
+        self._host.take(parameter.data for model in (self.model, *self.others) for parameter in model.parameters())
 
     def reload(self) -> None:
         """Bring the weights back to the GPU."""
-        for parameter in self._parameters():
-            parameter.data = parameter.data.to(default_device(), non_blocking=True)
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for model in (self.model, *self.others) for parameter in model.parameters())
+        self._host.bring_back()
 
     @cached_property
-    def _on_host(self) -> dict[nn.Parameter, Tensor]:
-        return {}
+    def _host(self) -> HostMemory:
+        return HostMemory(default_device())
 
 
 class ValueScorer(FrozenModel):
