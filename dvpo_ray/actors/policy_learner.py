@@ -77,7 +77,6 @@ class PolicyLearner(DeepSpeedRank):
     def open_channel(self, engines: list[ActorHandle], transport: str) -> None:
         """Open the channel to the rollout engines; a collective of all ranks."""
         self.sender = make_sender(transport, self.config, engines, self._weights, self.training.describe_weights, self.index)
-        self.engines_are_whole = False
 
     def _save(self, weights: dict[str, Tensor], folder: Path) -> None:
         base = self.model.get_base_model() if self.config.policy.lora is not None else self.model
@@ -149,16 +148,14 @@ class PolicyLearner(DeepSpeedRank):
 
     # ------------------------------------------------------------------------- weights, checkpoints, final model
 
-    def sync_weights(self, version: int, whole: bool = False) -> None:
+    def sync_weights(self, version: int, whole: bool) -> None:
         """Bring the current weights to all rollout engines as policy version `version`; a collective of all ranks.
 
         Args:
-            whole: all weights travel, because an engine has lost its own in its sleep. Otherwise they do the first time, because the
-                engines start without any, and later those that training changes do.
+            whole: all weights travel, because an engine has none: at the start, and after a sleep. Otherwise those that training changes.
         """
         with self.clock.busy():
-            self.sender.send(version, changing_only=self.engines_are_whole and not whole)
-            self.engines_are_whole = True
+            self.sender.send(version, changing_only=not whole)
 
     def save_pretrained(self, folder: str) -> None:
         """Write a Hugging Face checkpoint with its tokenizer, LoRA merged; a collective of all ranks, written by rank 0."""
