@@ -205,6 +205,8 @@ def test_bound_compares_models_of_several_qualities(faked, tmp_path):
         (["distribution-shift", STORIES, "--snapshots", 30], "--snapshots is 30; expected 1 to train.steps, which is 20"),
         (["distribution-shift", STORIES, "--continuations", 1], "argument --continuations: '1' is "),
         (["bound", STORIES, "evaluation.judge=none"], "evaluation.judge is none, and bound compares gold; set one"),
+        (["bound", STORIES, "rollout.min_response_tokens=4"], "rollout.min_response_tokens is 4, and bound finishes responses from their middle"),
+        (["distribution-shift", STORIES, "rollout.min_response_tokens=4"], "rollout.min_response_tokens is 4, and distribution-shift finishes"),
     ],
 )
 def test_what_they_refuse(argv, line, capsys):

@@ -40,7 +40,7 @@ class Bound(Study):
         parser.add_argument("--policy", metavar="MODEL", type=name_or_path_option, help="checkpoint to take the gradients of (default: model.path)")
 
     def runs(self) -> list[Run]:
-        self.require("data.preferences.path", "data.prompts.path", judge=True)
+        self.require("data.preferences.path", "data.prompts.path", judge=True, continuations=True)
         return [run for seed in self.seeds for run in self._of_seed(seed)]
 
     @property

@@ -44,7 +44,7 @@ class DistributionShift(Study):
         add_numbers(parser, "--kl-bins", [2, 5, 10, 20], "edges of the bins of sequence KL", finite_number(at_least=0), "NATS")
 
     def runs(self) -> list[Run]:
-        self.require("gvm.path", "data.prompts.path", judge=True)
+        self.require("gvm.path", "data.prompts.path", judge=True, continuations=True)
         if not 1 <= self.options.snapshots <= self.config.train.steps:
             raise InputError(f"--snapshots is {self.options.snapshots}; expected 1 to train.steps, which is {self.config.train.steps}")
         return [run for seed in self.seeds for run in self._of_seed(seed)]

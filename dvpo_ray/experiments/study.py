@@ -169,8 +169,12 @@ class Study(ABC):
         own = [*overrides, override("seed", seed), override("out", str(folder))]
         return Run(stage, variant, seed, overrides, load_config(self.options.config, [*self.options.overrides, *own]), folder, options)
 
-    def require(self, *keys: str, judge: bool = False, curves: bool = False) -> None:
-        """Refuse a config that lacks one of these settings, or a judge of policies at the end or (for `curves`) along the run."""
+    def require(self, *keys: str, judge: bool = False, curves: bool = False, continuations: bool = False) -> None:
+        """Refuse a config that lacks one of these settings, or a judge of policies at the end or (for `curves`) along the run.
+
+        Args:
+            continuations: responses are finished from their middle; engines would count a least length from there.
+        """
         for key in keys:
             if reduce(lambda part, name: getattr(part, name, None), key.split("."), self.config) is None:
                 raise InputError(f"{self.options.config}: {key} is not set, and {self.name} needs it")
@@ -178,6 +182,11 @@ class Study(ABC):
             raise InputError(f"{self.options.config}: evaluation.judge is none, and {self.name} compares gold; set one")
         if curves and self.config.evaluation.every_steps == 0:
             raise InputError(f"{self.options.config}: evaluation.every_steps is 0, and {self.name} compares gold along the run; set it")
+        if continuations and (least := self.config.rollout.min_response_tokens):
+            raise InputError(
+                f"{self.options.config}: rollout.min_response_tokens is {least}, and {self.name} finishes responses from their middle, "
+                "where an engine would count from anew; set it to 0"
+            )
 
     def details(self, curves: Sequence, **more) -> dict:
         """For result.json: the curves behind a table, and what they were measured with."""
