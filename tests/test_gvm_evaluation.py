@@ -108,6 +108,12 @@ def test_deciles_cover_every_state_once_and_end_with_the_terminal_one():
     assert bins[9]["explained_variance"] > bins[0]["explained_variance"] == 0.0
 
 
+def test_a_state_at_the_start_of_a_tenth_belongs_to_it():
+    """7/35 times ten is a little under 2 in floating point."""
+    bins = regression_by_decile(heldout(np.zeros(36), np.zeros(36)))
+    assert [b["states"] for b in bins] == [2 * states for states in (4, 3, 4, 3, 4, 3, 4, 3, 4, 4)]
+
+
 def test_binary_calibration_golden_values():
     values = np.array([0.5, 0.5, 0.5, 0.5, -3.0, 0.0])  # P = 0.75 four times, 0 by clipping, 0.5
     outcomes = np.array([1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
