@@ -150,6 +150,16 @@ def test_fewer_pairs_than_asked_for_are_explained(config_file, tmp_path, monkeyp
         assert re.search(rf"fewer than 3 pairs for (\d) of \1 {split} prompts: {why}", said)
 
 
+def test_a_response_sampled_twice_is_in_one_pair(config_file, tmp_path, monkeypatch, capsys):
+    backend = Scripted(load_tokenizer(load_config(config_file).model.path))
+    monkeypatch.setattr("dvpo_ray.actors.rollout_engine.make_backend", lambda *_: backend)
+    assert main([str(config_file), "--out", str(tmp_path / "out"), "--samples", "10", "--pairs", "4", "--min-score-gap", "0"]) == 0
+    assert re.search(r"fewer than 4 pairs for (\d) of \1 train prompts: they have fewer than 8 different", " ".join(capsys.readouterr().out.split()))
+    rows = [json.loads(line) for split in ("train", "heldout") for line in (tmp_path / "out" / f"preferences.{split}.jsonl").open()]
+    texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    assert len(texts) == len(set(texts)) == 4 * len(PROMPTS)
+
+
 def test_openings_that_are_left_out_are_counted(stories, tmp_path, capsys):
     out = tmp_path / "p.jsonl"
     assert openings.main([str(stories), "--tokens", "4", "--count", "60", "--out", str(out)]) == 0

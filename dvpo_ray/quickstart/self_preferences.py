@@ -34,7 +34,7 @@ class Sampler:
     """The model of a config, answering prompts.
 
     Attributes:
-        inexact: samples left out because their text does not give their token ids again (such as half a character).
+        inexact: samples left out because their text is blank or does not give their token ids again (such as half a character).
     """
 
     def __init__(self, config: Config) -> None:
@@ -53,10 +53,10 @@ class Sampler:
         self._backend = make_backend(config, frozenset(self.encoder.stop_token_ids), "object_store", longest)
 
     def sample(self, prompts: Sequence[Prompt], samples: int, seed: int, progress: Stage) -> list[tuple[Prompt, list[tuple[str, bool]]]]:
-        """Sample responses to each prompt: text and whether it is truncated. A prompt that the settings drop is left out.
+        """Different responses to each prompt: text and whether it is truncated. A prompt that the settings drop is left out.
 
         Args:
-            samples: for each prompt.
+            samples: for each prompt, repeated ones included.
             progress: advanced with every response.
         """
         from dvpo_ray.refresh.samples import exact_text
@@ -72,7 +72,7 @@ class Sampler:
             else:
                 exact[row].append((text, response.truncated))
         # Engines finish in any order; the file does not depend on it.
-        return [(prompt, sorted(texts)) for (prompt, _), texts in zip(encoded, exact, strict=True)]
+        return [(prompt, list(dict(sorted(texts)).items())) for (prompt, _), texts in zip(encoded, exact, strict=True)]
 
 
 def write_self_preferences(config: Config, folder: Path, samples: int, pairs: int, min_score_gap: float, console: RunConsole) -> None:
@@ -111,7 +111,7 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
         scores = [sample.score for _, answers in answered for sample in answers]
         mean = f"mean gold {np.mean(scores):.3f}" if scores else "no sample was usable"
         console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts, {pairs * len(prompts)} at most; {len(scores)} samples, {mean}")
-    console.say(f"{sampler.inexact} samples left out: their text does not give their tokens again")
+    console.say(f"{sampler.inexact} samples left out: their text is blank or does not give their tokens again")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
