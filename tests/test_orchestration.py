@@ -141,6 +141,9 @@ def test_sequence_kl_sums_a_row_alone():
         [[1], [1, 2]], [[3, 4], [5]], by_response_token={"log_probs": [[-1.0, -2.0], [-3.0]], "reference_log_probs": [[-1.5, -2.0], [-2.0]]}
     )
     np.testing.assert_allclose(sequence_kl(batch), [0.5, -1.0])
+    impossible = batch.by_token["reference_log_probs"].copy()
+    impossible[batch.response(0).start] = -np.inf
+    assert sequence_kl(batch.with_token_fields(reference_log_probs=impossible)).tolist() == [np.inf, -1.0]
 
 
 def test_explained_variance_of_perfect_and_constant_values():

@@ -61,7 +61,7 @@ def _returns(inputs: ModeInputs) -> np.ndarray:
 
 def _penalised_returns(inputs: ModeInputs) -> np.ndarray:
     """S, float64 [R]."""
-    row = np.repeat(np.arange(inputs.batch.num_rows), inputs.batch.response_lengths)
+    row = inputs.batch.row_of_token[inputs.position]
     return inputs.rewards - np.bincount(row, inputs.kl_penalty, minlength=inputs.batch.num_rows)
 
 
