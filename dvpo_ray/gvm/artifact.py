@@ -16,7 +16,7 @@ from dvpo_ray.config.inputs import MANIFEST, no_artifact
 from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import file_sha256, whole_folder
-from dvpo_ray.gvm.model import head_parameters, load_value_model, value_head
+from dvpo_ray.gvm.model import head_weight_name, load_value_model, value_head
 from dvpo_ray.models.loading import check_vocabulary, default_device, first_line, load_model_config, torch_dtype
 
 FORMAT_VERSION = 1
@@ -122,13 +122,9 @@ def save_value_model(model: PreTrainedModel, state: dict[str, torch.Tensor], tok
 
 def head_spec(model: PreTrainedModel) -> HeadSpec:
     """The head's entry in the manifest."""
-    name = _head_weight(model)
+    name = head_weight_name(model)
     weight = model.get_parameter(name)
     return HeadSpec(name=name, shape=list(weight.shape), dtype=str(weight.dtype).removeprefix("torch."))
-
-
-def _head_weight(model: PreTrainedModel) -> str:
-    return next(name for name, _ in head_parameters(model) if name.endswith("weight"))
 
 
 # --------------------------------------------------------------------------------------------------------- loading

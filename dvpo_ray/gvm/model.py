@@ -129,8 +129,12 @@ def load_value_model(
 
 def value_head(model: PreTrainedModel) -> nn.Linear:
     """The layer that turns a hidden state into a value."""
-    name = next(name for name, _ in head_parameters(model) if name.endswith(".weight"))
-    return model.get_submodule(name.removesuffix(".weight"))
+    return model.get_submodule(head_weight_name(model).removesuffix(".weight"))
+
+
+def head_weight_name(model: PreTrainedModel) -> str:
+    """Parameter name of the weight of the value head."""
+    return next(name for name, _ in head_parameters(model) if name.endswith(".weight"))
 
 
 def head_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:

@@ -157,8 +157,8 @@ def cut_off_note(fraction: float, settings: HealthConfig) -> list[str]:
 class HealthMonitor:
     """Watches the metrics of a run, step by step.
 
-    A rule judges whole windows. It is silent for the first `health.window_steps` steps, and for as many after an alarm. Those that are
-    said once judge from the first step on.
+    A rule judges windows of `health.window_steps` steps, from the first one that is whole. The next window that it judges begins after
+    its alarm. Those that are said once judge from the first step on.
     """
 
     def __init__(self, settings: HealthConfig) -> None:
