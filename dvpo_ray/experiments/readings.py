@@ -43,10 +43,11 @@ class Curve:
 
     Attributes:
         step: int64 [n], 0 first.
-        seconds: float64 [n], spent on steps until then; evaluations, checkpoints and the start of the actors don't count.
+        seconds: float64 [n], spent on steps until then; evaluations, checkpoints, refreshes and the start of the actors don't count.
         kl: float64 [n], mean sequence KL from the reference in nats.
         gold: float64 [n], mean gold score.
-        pairs: float64 [n], preference pairs that the run's value models have learnt from until then; None where nobody asks.
+        pairs: float64 [n], labelled pairs that the run's value models have seen until then: the training pairs of the first one, and all
+            pairs of the refreshes, held-out ones included; None where nobody asks.
     """
 
     variant: str

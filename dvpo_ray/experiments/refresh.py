@@ -74,7 +74,7 @@ class Refresh(Study):
 
 
 def read_feedback(run: Run, kl_grid: Sequence[float]) -> tuple[Curve, dict[str, float]]:
-    """The curve of a finished policy run with the preference pairs that its value models have learnt from, and the row of the table.
+    """The curve of a finished policy run with its `pairs`, and the row of the table.
 
     Accuracies are by the last value, on the held-out pairs of the last refresh; NaN without a refresh.
     """
