@@ -110,7 +110,7 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         scores = [sample.score for _, answers in answered for sample in answers]
         mean = f"mean gold {np.mean(scores):.3f}" if scores else "no sample was usable"
-        console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts, {pairs * len(prompts)} at most; {len(scores)} samples, {mean}")
+        console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts, {pairs * len(prompts)} at most; {len(scores)} different samples, {mean}")
     console.say(f"{sampler.inexact} samples left out: their text is blank or does not give their tokens again")
 
 
