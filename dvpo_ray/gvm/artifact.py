@@ -142,8 +142,7 @@ def load_gvm(
     """Load an artifact for scoring: in evaluation mode, without gradients, with the head in float32.
 
     Args:
-        dtype: of the trunk. The head computes in float32, because rounding a value near 1 to bfloat16 would cost 0.004,
-            which is more than most tokens change it.
+        dtype: of the trunk. The head computes in float32 (see `ValueHead`).
         tokenizer: the tokenizer of the run; must be the one that the GVM was trained with.
         chat_template: `model.chat_template` of the run; must be the same as in training.
 
