@@ -12,6 +12,7 @@ import psutil
 import pytest
 from report_pages import AFTER, BEFORE, HEADLINES, evaluation, finished_run, page, step_metrics, visible, write_rows
 
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.evaluation.gain import gain_of
 from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.metrics import MetricsLog
@@ -47,6 +48,20 @@ def test_the_summary_box_has_the_main_numbers(run):
         "model SmolLM2",
     ):
         assert expected in text, expected
+
+
+@pytest.mark.parametrize("algorithm", [name for name, roles in ALGORITHMS.items() if roles.section == "reward_model"])
+def test_a_baseline_shows_its_reward_model_and_no_gvm(run, algorithm):
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["gvm"]
+    trained = {"reward_model": {"heldout_accuracy": {"mean": 0.512, "last": 0.688}}}
+    write_summary(run, summary | {"algorithm": algorithm} | trained)
+    text = visible(page(run))
+    assert "Reward model accuracy 68.8% of held-out pairs: last 68.8% value" in text and "GVM accuracy" not in text and "51.2%" not in text
+    write_summary(run, summary)  # of a run that goes on
+    (run / "config.yaml").write_text(f"algorithm: {algorithm}\n", encoding="utf-8")
+    text = visible(page(run))
+    assert "Reward model accuracy – not in the summary" in text and "GVM accuracy" not in text
 
 
 def test_every_curve_is_drawn(run):

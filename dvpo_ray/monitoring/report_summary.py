@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from statistics import fmean
 
+from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.evaluation.gain import gain_of
 from dvpo_ray.health.alarms import trend
 from dvpo_ray.monitoring.catalogue import find_metric
@@ -144,15 +145,13 @@ def _accuracy(run: RunData) -> dict:
 def tiles(run: RunData) -> list[tuple[str, str, str]]:
     """The main numbers: label, value and note of each."""
     kl, seconds, memory = map(run.summary_number, ("kl.after_mean", "duration_seconds", "peak_memory_gib"))
-    accuracy = {view: value for view in ("mean", "last") if (value := run.summary_number(f"gvm.heldout_accuracy.{view}")) is not None}
-    views = "of held-out pairs: " + ", ".join(f"{view} {value:.1%}" for view, value in accuracy.items()) + " value"
     times = run.column("time/step_seconds")
     known = [value for value in times if value is not None]
     rates = zip(run.column("throughput/samples_per_second"), times, strict=True)
     rollouts = sum(round(rate * seconds) for rate, seconds in rates if rate is not None and seconds is not None)
     policy = [
         ("KL from the reference", f"{number(kl)} nats" if kl is not None else "–", "mean per held-out response, after training"),
-        ("GVM accuracy", f"{next(iter(accuracy.values())):.1%}", views) if accuracy else ("GVM accuracy", "–", "not in the summary"),
+        _scoring_accuracy(run),
         ("Rollouts", number(rollouts) if rollouts else "–", "responses sampled for training"),
     ]
     return [
@@ -161,6 +160,21 @@ def tiles(run: RunData) -> list[tuple[str, str, str]]:
         ("Duration", duration(seconds) if seconds is not None else "–", "start to end, evaluations included"),
         ("Peak memory", f"{number(memory)} GiB" if memory is not None else "–", "all processes of the run on this node"),
     ]
+
+
+def _scoring_accuracy(run: RunData) -> tuple[str, str, str]:
+    """The tile of the model that scores the rollouts: the GVM, or the reward model of a baseline, of which only the last value is trained."""
+    algorithm = run.summary.get("algorithm") or setting(run.settings, "algorithm")  # a run that is not over has no summary of it
+    section = ALGORITHMS.get(str(algorithm), ALGORITHMS["dvpo"]).section
+    name, views = {"gvm": ("GVM accuracy", ("mean", "last")), "reward_model": ("Reward model accuracy", ("last",))}[section]
+    accuracy = {view: value for view in views if (value := run.summary_number(f"{section}.heldout_accuracy.{view}")) is not None}
+    if not accuracy:
+        return name, "–", "not in the summary"
+    return (
+        name,
+        f"{next(iter(accuracy.values())):.1%}",
+        f"of held-out pairs: {', '.join(f'{view} {value:.1%}' for view, value in accuracy.items())} value",
+    )
 
 
 def findings(run: RunData) -> Iterator[tuple[str, str]]:
