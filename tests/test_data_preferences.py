@@ -112,7 +112,7 @@ def test_ultrafeedback_ties_state_no_preference_and_unscored_completions_do_not_
     only_ties = write_jsonl(tmp_path / "ties.jsonl", rows[-1:])
     with pytest.raises(InputError, match="ties.jsonl: in every pair the scores tie"):
         load_preferences(PreferenceData(path=only_ties), "skip")
-    with pytest.raises(BadRow, match="has 1 scored responses; a pair needs two"):
+    with pytest.raises(BadRow, match="has 1 scored response; a pair needs two"):
         parse_pair({"instruction": "q", "completions": [completion("a", 5.0), completion("b", None)]}, "uf")
 
 

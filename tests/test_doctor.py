@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -167,6 +168,14 @@ def test_report_counts_and_returns_the_exit_status():
     text = "\n".join(lines)
     assert "FAIL  vLLM               crashed" in text and "-> repair it" in text and "1 failed, 0 with a warning, 1 ok" in text
     assert "use 3.11" not in text  # advice is for what is not well
+
+
+def test_a_library_that_takes_long_is_named_while_it_is_imported(fake_libraries, monkeypatch):
+    fake_libraries("deepspeed/__init__.py", "import time; time.sleep(2); __version__ = '0.98'")
+    monkeypatch.setattr(doctor, "SILENCE_SECONDS", 0.5)
+    said = []
+    assert by_name(doctor.run_checks(said.append))["DeepSpeed"].status == "ok"
+    assert re.fullmatch(r" +still importing DeepSpeed: \d s so far", said[-1]), said
 
 
 def test_a_line_comes_as_soon_as_its_check_is_done(fake_libraries, tmp_path):

@@ -53,7 +53,7 @@ def test_a_rollout_that_does_not_fit_is_named(run, changes, problem):
     write_rows(run / "rollouts" / "step_000003.jsonl", [rollout(**changes)])
     text = visible(page(run))
     assert f"step_000003.jsonl:1: {problem}; the line is left out" in text
-    assert "among the 1 rollouts of step 1" in text  # the rollouts before are shown instead
+    assert "among the 1 rollout of step 1" in text  # the rollouts before are shown instead
 
 
 @pytest.mark.parametrize(("content", "problem"), [("{", "not valid JSON"), ("[]", "expected a JSON object, found list"), ("\xff", "not valid JSON")])

@@ -177,7 +177,7 @@ def test_labels_that_were_there_before_are_not_waited_for(tmp_path, monkeypatch)
 
 
 def test_labels_that_do_not_come_are_one_line(tmp_path):
-    with pytest.raises(ResourceError, match=r"labels.jsonl: 1 of 1 pairs of to_label.jsonl have no label after 0.01 seconds .*go on with --resume"):
+    with pytest.raises(ResourceError, match=r"labels.jsonl: no label for 1 of 1 pair of to_label.jsonl after 0.01 seconds .*go on with --resume"):
         labels_from_file([pair()], tmp_path, RefreshConfig(source="file", timeout_seconds=0.01), silent)
 
 
@@ -304,7 +304,7 @@ def test_all_old_pairs_are_taken_where_they_are_too_few(tmp_path):
 
 
 def test_too_few_pairs_are_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"1 new pairs on 1 prompts are too few to train on some and hold out 0.3; raise gvm.refresh.prompts"):
+    with pytest.raises(InputError, match=r"too few to train on some and hold out 0.3: 1 new pair on 1 prompt; raise gvm.refresh.prompts"):
         write_pairs(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "b"}], "policy@1", 0.3, [], 1.0, 0)
 
 

@@ -16,7 +16,7 @@ from dvpo_ray.bench.memory import read_ledger, start_ledger
 from dvpo_ray.bench.overhead import StepProfile, profile_steps, take_rounds
 from dvpo_ray.config import override_config
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.arithmetic import counted, derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.console import RunConsole
@@ -97,7 +97,7 @@ def config_for(config: Config, algorithm: str, group_size: int) -> Config:
     if batch.samples_per_prompt < ALGORITHMS[algorithm].min_samples_per_prompt:
         samples = batch.prompts_per_step * batch.samples_per_prompt
         if samples % group_size:
-            raise InputError(f"--group-size is {group_size}, but a step of {algorithm} has {samples} samples; give a divisor of that")
+            raise InputError(f"--group-size is {group_size}, but a step of {algorithm} has {counted(samples, 'sample')}; give a divisor of that")
         changes += [f"batch.prompts_per_step={samples // group_size}", f"batch.samples_per_prompt={group_size}"]
     return override_config(config, changes)
 

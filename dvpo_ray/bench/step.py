@@ -8,7 +8,7 @@ from dvpo_ray.bench.comparisons import Bench, compare_frozen, compare_learner, c
 from dvpo_ray.bench.measure import Spread, aligned, describe_measurement, verdict
 from dvpo_ray.bench.overhead import profile_steps
 from dvpo_ray.config import override_config
-from dvpo_ray.config.arithmetic import derive_batch
+from dvpo_ray.config.arithmetic import counted, derive_batch
 from dvpo_ray.config.schema import Config
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.runtime.cluster import connect
@@ -65,7 +65,7 @@ def bench_step(config: Config, run_folder: Path, repeats: int) -> dict:
 def _comparison_lines(workload: dict, comparisons: list[dict]) -> list[str]:
     rows, learner_rows = workload["rows"], workload["learner_rows"]
     learner = "" if learner_rows == rows else f", the learner on {learner_rows} of them"
-    sizes = f"{rows} rows, {workload['prompt_tokens']} prompt and {workload['response_tokens']} response tokens{learner}"
+    sizes = f"{counted(rows, 'row')}, {workload['prompt_tokens']} prompt and {workload['response_tokens']} response tokens{learner}"
     table = [["", "product", "bare", "", "ratio", "target"]]
     for one in comparisons:
         target = "(for information)" if one["target"] is None else verdict(f">= {one['target']:g}", one["ratio"] >= one["target"])

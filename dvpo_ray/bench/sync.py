@@ -9,6 +9,7 @@ from pathlib import Path
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.roles import started_roles
 from dvpo_ray.bench.measure import Spread, describe_measurement
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import Config
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.planning.placement import choose_transport
@@ -44,7 +45,7 @@ def bench_sync(config: Config, run_folder: Path, repeats: int) -> dict:
                 seconds.append(time.perf_counter() - started)
         speeds = [size / one / 1e9 for one in seconds[1:]]
         transport = choose_transport(config)
-        told = f"{size / 1e9:.3f} GB to {len(roles.engines)} engines by {transport}, first in {seconds[0]:.2f} s"
+        told = f"{size / 1e9:.3f} GB to {counted(len(roles.engines), 'engine')} by {transport}, first in {seconds[0]:.2f} s"
         console.say(f"{told}: {Spread.of(speeds):.2f} GB/s, median (range)")
     results = {"transport": transport, "bytes": size, "first_seconds": seconds[0], "seconds": seconds[1:], "gb_per_second": speeds}
     return {"benchmark": "sync", **describe_measurement(config), **results, "config": config.model_dump(mode="json")}

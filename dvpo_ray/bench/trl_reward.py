@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from trl import RewardConfig, RewardTrainer
 
 from dvpo_ray.bench.measure import describe_measurement, verdict
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.dataset import GVMData, load_gvm_data
@@ -73,7 +74,7 @@ def bench_trl_reward(config: Config, out: Path) -> dict:
         for note in data.notes:
             console.warn(note)
         trl = train_with_trl(model, data, config, out, console)
-        pairs = f"{data.train.num_pairs} training pairs, {config.reward_model.epochs:g} epochs, {data.heldout.num_pairs} held-out pairs"
+        pairs = f"{data.train.num_pairs} training pairs, {counted(config.reward_model.epochs, 'epoch')}, {data.heldout.num_pairs} held-out pairs"
         for line in [f"{pairs}; accuracy [95 % interval]", *result_lines(trl, ours)]:
             console.say(line)
     return {

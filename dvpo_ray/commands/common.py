@@ -135,9 +135,9 @@ def loading() -> AbstractContextManager:
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Work that has no console of its own, said with its name and its seconds."""
-    with RunConsole() as console, console.stage(name):
+def stage(name: str, quiet: bool = False) -> Iterator[None]:
+    """Work that has no console of its own, said with its name and its seconds; if `quiet`, only where it takes long."""
+    with RunConsole() as console, console.stage(name, quiet=quiet):
         yield
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dvpo_ray.commands.common import add_config_arguments, check_writable_folder
 from dvpo_ray.commands.train import check_train_config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.options import whole_number
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.experiments.registry import STUDIES
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(*plan_lines(runs), *(f"note: {problem}" for problem in study_problems(study, runs, ask_hub=False)), sep="\n")
         return 0
-    print(f"{args.experiment}: {len(runs)} runs in {out}", flush=True)
+    print(f"{args.experiment}: {counted(len(runs), 'run')} in {out}", flush=True)
     print(run_study(study, runs))
     print(out)
     return 0

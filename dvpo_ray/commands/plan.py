@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from functools import partial
 
 from dvpo_ray.commands.common import CONFIG, argument, check_new_output, command, load, loading, stage
 from dvpo_ray.config.inputs import not_made_yet, plan_inputs, policy_misfits, problems
@@ -45,7 +46,8 @@ def plan(args: Namespace) -> None:
             device = calibrate(config)
     else:
         device = choose_device(config, args.device)
-    plan = Plan(config, device, args.node_memory_gib)
+    with stage("predicting memory and time", quiet=True):
+        plan = Plan(config, device, args.node_memory_gib)
     notes = [note for note in (not_made_yet(config), _many_gpus(plan.seats), *training_notes(config)) if note is not None]
     print(*plan.lines(), *(f"note: {note}" for note in notes), sep="\n")
     if args.json is not None:
@@ -66,5 +68,6 @@ def _many_gpus(seats: list[Seat]) -> str | None:
 def doctor(args: Namespace) -> int:
     from dvpo_ray.runtime.doctor import print_report, run_checks
 
-    print("importing every library in its own process, about half a minute ...", flush=True)
-    return print_report(run_checks())
+    say = partial(print, flush=True)  # also into a pipe
+    say("importing every library in its own process, about half a minute ...")
+    return print_report(run_checks(say), say)

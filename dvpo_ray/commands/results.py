@@ -23,6 +23,7 @@ from dvpo_ray.commands.common import (
     tell,
 )
 from dvpo_ray.config import Config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.inputs import Needed
 from dvpo_ray.config.paths import name_or_path_option, path_option
 from dvpo_ray.errors import InputError
@@ -123,7 +124,7 @@ def score(args: Namespace) -> None:
         from dvpo_ray.gvm.scoring import score_file
     with stage(f"values of {args.input}"):
         rows = score_file(config, gvm, args.input, args.output)
-    print(f"{args.output}: {rows} rows")
+    print(f"{args.output}: {counted(rows, 'row')}")
 
 
 @command(

@@ -315,7 +315,7 @@ def _policy_arithmetic(config: Config, prompts: int | None) -> dict[str, str]:
         "optimizer steps": f"{plan.optimizer_steps_per_step} per step = update_epochs {batch.update_epochs} x "
         f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {counted(config.train.steps, 'step')}",
         "longest row": _longest_row(config.data.max_prompt_tokens, config.rollout.max_response_tokens),
-        "samples in the run": f"{plan.total_samples}, {plan.total_prompts} prompts with repeats{distinct}",
+        "samples in the run": f"{plan.total_samples}, {counted(plan.total_prompts, 'prompt')} with repeats{distinct}",
     }
 
 

@@ -68,7 +68,7 @@ def derive_batch(config: Config) -> BatchPlan:
         _require_rows(config, samples // batch.minibatches_per_epoch, section)
     if kl.adaptive_target_nats is not None and kl.adaptive_horizon <= shortest_horizon(samples):
         raise InputError(
-            f"kl.adaptive_horizon {kl.adaptive_horizon:g} is too short for {samples} samples per step: the coefficient could fall to 0; "
+            f"kl.adaptive_horizon {kl.adaptive_horizon:g} is too short for {counted(samples, 'sample')} per step: the coefficient could fall to 0; "
             f"set more than {shortest_horizon(samples):g}"
         )
     optimizer_steps_per_step = batch.update_epochs * batch.minibatches_per_epoch
@@ -94,7 +94,7 @@ def _require_even_minibatches(config: Config, samples: int) -> None:
     below = batch.prompts_per_step // step * step
     working = " or ".join(str(prompts) for prompts in (below, below + step) if prompts)
     raise InputError(
-        f"batch.prompts_per_step {batch.prompts_per_step} x batch.samples_per_prompt {batch.samples_per_prompt} = {samples} samples "
+        f"batch.prompts_per_step {batch.prompts_per_step} x batch.samples_per_prompt {batch.samples_per_prompt} = {counted(samples, 'sample')} "
         f"can't be shared evenly by batch.minibatches_per_epoch {batch.minibatches_per_epoch}; batch.prompts_per_step {working} can"
     )
 
@@ -103,7 +103,7 @@ def _require_rows(config: Config, rows: int, section: str) -> None:
     workers = getattr(config, section).num_actors
     if rows < workers:
         raise InputError(
-            f"a minibatch has {rows} samples, fewer than {section}.num_actors {workers}; raise batch.prompts_per_step, or lower "
+            f"a minibatch has {counted(rows, 'sample')}, fewer than {section}.num_actors {workers}; raise batch.prompts_per_step, or lower "
             f"batch.minibatches_per_epoch {config.batch.minibatches_per_epoch} or {section}.num_actors"
         )
 

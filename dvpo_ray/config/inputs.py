@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.paths import or_nearest
 from dvpo_ray.config.schema import Config, SplitData
 
@@ -137,7 +138,7 @@ def _too_many_layers(key: str, layers: int | None, checkpoint: str) -> list[str]
     there = _model_number(checkpoint, "num_hidden_layers")
     if layers is None or there is None or layers <= there:
         return []
-    return [f"{key} {layers}: {checkpoint} has {there} decoder layers; give {there} or fewer"]
+    return [f"{key} {layers}: {checkpoint} has {counted(there, 'decoder layer')}; give {there} or fewer"]
 
 
 def too_long_rows(config: Config, context: int | None = None) -> str | None:

@@ -91,7 +91,8 @@ def _batch_notes(config: Config) -> Iterator[str]:
                 "such a row is a micro-batch of its own"
             )
     if config.rollout.num_actors > plan.samples_per_step:
-        yield f"rollout.num_actors {config.rollout.num_actors} is above the {plan.samples_per_step} samples of a step; some engines stay idle"
+        samples = counted(plan.samples_per_step, "sample")
+        yield f"rollout.num_actors {config.rollout.num_actors} is above the {samples} of a step; some engines stay idle"
 
 
 def _kl_notes(config: Config) -> Iterator[str]:

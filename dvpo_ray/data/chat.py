@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.data.rows import Messages
 from dvpo_ray.errors import InputError
 
@@ -121,9 +122,8 @@ def over_limit(limit: int, longest: int, template: int, part: str = "prompt") ->
         part: `prompt` or `response`.
     """
     own = f", and the chat template alone takes {template}" if template else ""
-    return (
-        f"the {part} is over data.max_{part}_tokens {limit}; the longest has {longest} tokens{own}; data.max_{part}_tokens={longest} keeps all whole"
-    )
+    key, tokens = f"data.max_{part}_tokens", counted(longest, "token")
+    return f"the {part} is over {key} {limit}; the longest has {tokens}{own}; {key}={longest} keeps all whole"
 
 
 def writes_itself(content: str, lead: str) -> bool:

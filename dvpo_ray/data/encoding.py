@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dvpo_ray.batch import RaggedBatch
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import DataConfig
 from dvpo_ray.data.chat import PROBE, Answers, Turn, left_out_message, over_limit, probe_turn, render, special_tokens
 from dvpo_ray.data.preferences import PreferencePair
@@ -389,7 +390,8 @@ class Encoder:
         if setting == "error":
             other = "truncate_left" if part == "prompt" else "truncate"
             raise InputError(
-                f"{where}: the {part} has {len(ids)} tokens, data.max_{part}_tokens is {limit}; raise it or set data.long_{part} to {other} or drop"
+                f"{where}: the {part} has {counted(len(ids), 'token')}, data.max_{part}_tokens is {limit}; raise it or set "
+                f"data.long_{part} to {other} or drop"
             )
         if setting == "drop":
             self._drop(f"long_{part}", where)

@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Literal
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import PreferenceData
 from dvpo_ray.data.rows import (
     BadRow,
@@ -243,7 +244,7 @@ def _scored_completions(completions: object) -> list[tuple[float, Mapping]]:
         if completion.get("overall_score") is not None and isinstance(completion.get("response"), str) and completion["response"].strip()
     ]
     if len(scored) < 2:
-        raise BadRow(f"`completions` has {len(scored)} scored responses; a pair needs two")
+        raise BadRow(f"`completions` has {counted(len(scored), 'scored response')}; a pair needs two")
     return scored
 
 

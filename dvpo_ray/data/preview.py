@@ -106,7 +106,7 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
         limit, setting, longest = getattr(config.data, f"max_{part}_tokens"), getattr(config.data, f"long_{part}"), max(lengths)
         over = [item.where for item, length in zip(items, lengths, strict=True) if length > limit]
         row, first = "pair" if pairs else "prompt", f" of the first {ROWS}" if len(items) == ROWS else ""
-        facts[f"longest {part}"] = f"{longest} tokens, data.max_{part}_tokens is {limit}" + (
+        facts[f"longest {part}"] = f"{counted(longest, 'token')}, data.max_{part}_tokens is {limit}" + (
             f"; over it: {counted(len(over), row)}{first}" if over else ""
         )
         if setting == "error" or 2 * len(over) > len(lengths):

@@ -71,7 +71,8 @@ def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T
     if not total:
         raise InputError(f"{path}: no rows; the data set is empty")
     if not items and not left_out:
-        raise InputError(f"{path}: all {total} rows are bad; the first is {next(iter(bad.values()))[0]}")
+        rows = "the only row is bad:" if total == 1 else f"all {total} rows are bad; the first is"
+        raise InputError(f"{path}: {rows} {next(iter(bad.values()))[0]}")
     return items, _bad_notes(path, list(bad.values()), total) + [
         line for why, labels in left_out.items() for line in count_note(f"{path}: left out", labels, total, "rows", why)
     ]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.notes import foreign_heldout
 from dvpo_ray.config.schema import SplitData
 from dvpo_ray.data.reading import has_splits, read_rows
@@ -133,4 +134,5 @@ def _overlap_note(name: str, train: Iterable[Item], heldout: Iterable[Item]) -> 
     shared = heldout_keys & {item.key for item in train}
     if not shared:
         return []
-    return [f"{name}: {len(shared)} of {len(heldout_keys)} held-out prompts are training prompts too; held-out results are too good"]
+    are = "is a training prompt" if len(shared) == 1 else "are training prompts"
+    return [f"{name}: {len(shared)} of {counted(len(heldout_keys), 'held-out prompt')} {are} too; held-out results are too good"]

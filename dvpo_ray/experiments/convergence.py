@@ -10,7 +10,7 @@ import numpy as np
 
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import SAME_RUN, check_equal
+from dvpo_ray.config.arithmetic import SAME_RUN, check_equal, counted
 from dvpo_ray.config.options import add_set_option, refuse_own_key, settings_by_algorithm, whole_number
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.readings import Curve, draw_gold, metrics_of, read_curve, training_seconds
@@ -85,7 +85,7 @@ class Convergence(Study):
         batch, group = self.config.batch, self.options.group
         samples = batch.prompts_per_step * batch.samples_per_prompt
         if samples % group:
-            raise InputError(f"--group {group}: a step has {samples} samples, which is not a multiple of it")
+            raise InputError(f"--group {group}: a step has {counted(samples, 'sample')}, which is not a multiple of it")
         return [override("batch.prompts_per_step", samples // group), override("batch.samples_per_prompt", group)]
 
     # ----------------------------------------------------------------------------------------------------- result

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from dvpo_ray.config import Config, dump_config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.inputs import Needed, is_local, policy_inputs, policy_misfits, preference_inputs, problems, value_model_misfits
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.bound import measure_bound
@@ -112,7 +113,7 @@ def study_problems(study: Study, runs: Sequence[Run], *, ask_hub: bool) -> list[
 
     asked, most = study.training_pairs
     there = len(load_preferences(data.preferences.model_copy(update={"limit": None}), data.on_bad_row).train)
-    return [f"{asked}: {data.preferences.path} has {there} training pairs; ask for fewer"] if most > there else []
+    return [f"{asked}: {data.preferences.path} has {counted(there, 'training pair')}; ask for fewer"] if most > there else []
 
 
 # ------------------------------------------------------------------------------------------------------- experiment

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.options import finite_number, whole_number
 from dvpo_ray.config.resuming import flat_settings
 from dvpo_ray.errors import InputError
@@ -237,7 +238,7 @@ def plan_lines(runs: Sequence[Run]) -> list[str]:
     width = max(len(run.folder.name) for run in runs)
     todo = sum(not run.is_finished for run in runs)
     lines = [f"{'finished' if run.is_finished else 'to do':<9} {run.stage:<12} {run.folder.name:<{width}} {_changes(run)}".rstrip() for run in runs]
-    return [f"{len(runs)} runs, {todo} to do", *lines]
+    return [f"{counted(len(runs), 'run')}, {todo} to do", *lines]
 
 
 def _changes(run: Run) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from dvpo_ray.batch import PROMPT_VERSION, RaggedBatch
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.errors import InputError
 from dvpo_ray.gvm.artifact import ContextSpec
 from dvpo_ray.models.forward import batch_values
@@ -136,7 +137,7 @@ def with_peer_examples(batch: RaggedBatch, origins: Sequence[Origin], spec: Cont
             row, available = error.args
             by = "without a source_model" if source is None else f"of source_model {source}"
             raise InputError(
-                f"{origins[rows[row]].where}: the row needs {spec.examples} examples {by}, but only {available} other prompts have "
+                f"{origins[rows[row]].where}: the row needs {counted(spec.examples, 'example')} {by}, but only {available} other prompts have "
                 f"one of at most {spec.max_tokens} tokens; add such rows, or train the GVM with lower gvm.context.examples or higher "
                 "gvm.context.max_tokens"
             ) from error
@@ -175,7 +176,7 @@ def with_rollout_examples(batch: RaggedBatch, examples: RaggedBatch, spec: Conte
     except TooFewExamples as error:
         _, available = error.args
         raise InputError(
-            f"the value model needs {spec.examples} examples before a row, but only {available} of {examples.num_rows} rollouts of the "
+            f"the value model needs {counted(spec.examples, 'example')} before a row, but only {available} of {examples.num_rows} rollouts of the "
             f"current policy have another prompt and at most {spec.max_tokens} tokens; raise gvm.context.pool, lower "
             "rollout.max_response_tokens, or train the GVM with higher gvm.context.max_tokens"
         ) from error

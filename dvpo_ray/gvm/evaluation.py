@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvpo_ray.config import Config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.files import whole_folder
 from dvpo_ray.gvm.artifact import load_gvm_of_run
 from dvpo_ray.gvm.dataset import load_heldout
@@ -120,7 +121,7 @@ def heldout_warning(heldout: dict[str, float], training_accuracy: float, num_pai
         objective = "" if section == "reward_model" else ", or set gvm.objective=monte_carlo"
         advice = f"it has not fitted its training pairs either: raise {section}.learning_rate or {section}.epochs{objective}"
     else:
-        advice = f"it fitted its {num_pairs} training pairs: give more pairs, fewer {section}.epochs, or responses that differ more"
+        advice = f"it fitted its {counted(num_pairs, 'training pair')}: give more pairs, fewer {section}.epochs, or responses that differ more"
     other = "" if view == "last" else f" ({heldout['last']:.2f} by last value)"
     return (
         f"held-out accuracy {heldout[view]:.2f} by {view} value{other} is under {WEAK_ACCURACY:.2f}; "
@@ -143,7 +144,7 @@ def unmoved_warning(report: dict, section: str = "gvm", after: str = "") -> list
         return []
     return [
         f"the values have hardly moved{after}: they spread by {spread:.3f} where outcomes spread by 1, so the model has hardly learnt, whatever its "
-        f"accuracy on {report['pairs']} pairs; raise {section}.epochs, lower {section}.pairs_per_step, or raise {section}.learning_rate"
+        f"accuracy on {counted(report['pairs'], 'pair')}; raise {section}.epochs, lower {section}.pairs_per_step, or raise {section}.learning_rate"
     ]
 
 
@@ -157,8 +158,8 @@ def chance_warning(report: dict, view: str = "mean") -> list[str]:
     if accuracy < WEAK_ACCURACY or low > 0.5:
         return []
     return [
-        f"held-out accuracy {accuracy:.2f} on {report['pairs']} pairs may be chance: its 95 % interval is {low:.2f} to {high:.2f}; hold out more "
-        "pairs (data.preferences.heldout_fraction or heldout_path)"
+        f"held-out accuracy {accuracy:.2f} on {counted(report['pairs'], 'pair')} may be chance: its 95 % interval is {low:.2f} to {high:.2f}; hold "
+        "out more pairs (data.preferences.heldout_fraction or heldout_path)"
     ]
 
 
@@ -207,7 +208,7 @@ def _plot_accuracy_by_position(file: Path, report: dict) -> None:
     """Pairwise accuracy of the value after 25, 50, 75 and 100 % of the response, with 95 % intervals and two baselines."""
     names = [f"position_{percent}" for percent in POSITIONS]
     share, interval = (np.array([report[key][name] for name in names]) for key in ("heldout_accuracy", "accuracy_ci95"))
-    with _axes(file, f"Accuracy on {report['pairs']} held-out pairs", "response seen, %", "pairs ranked right") as axes:
+    with _axes(file, f"Accuracy on {counted(report['pairs'], 'held-out pair')}", "response seen, %", "pairs ranked right") as axes:
         axes.errorbar(POSITIONS, share, yerr=np.abs(interval.T - share), fmt="o-", capsize=4, color=CHOSEN, label="value at this position")
         axes.axhline(report["heldout_accuracy"]["mean"], color=NEUTRAL, label="mean value of the response")
         axes.axhline(report["heldout_accuracy"]["longer_wins"], color=NEUTRAL, linestyle=":", label="longer wins")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import LoraConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.models.attention import attention_for
@@ -155,7 +156,7 @@ def keep_first_layers(config: PretrainedConfig, num_layers: int, path: str, key:
     text = config.get_text_config()
     total = text.num_hidden_layers
     if num_layers > total:
-        raise InputError(f"{key} is {num_layers}, but {path} has {total} decoder layers; give {total} or fewer")
+        raise InputError(f"{key} is {num_layers}, but {path} has {counted(total, 'decoder layer')}; give {total} or fewer")
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == total and name not in ("architectures", "eos_token_id"):
             setattr(text, name, value[:num_layers])

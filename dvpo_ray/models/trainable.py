@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import LoraConfig, ModelConfig, PolicyConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.models.loading import first_line, load_model_config
@@ -38,7 +39,7 @@ def train_last_layers(model: PreTrainedModel, count: int) -> None:
     """
     layers = decoder_layers(model)
     if count > len(layers):
-        raise InputError(f"policy.trainable_layers is {count}, but the model has {len(layers)} decoder layers")
+        raise InputError(f"policy.trainable_layers is {count}, but the model has {counted(len(layers), 'decoder layer')}")
     trained = {id(p) for layer in layers[-count:] for p in layer.parameters()}
     final_norm = getattr(model.base_model, "norm", None)
     if final_norm is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.inputs import no_data
 from dvpo_ray.config.notes import is_shipped
 from dvpo_ray.evaluation.gain import verdict
@@ -92,7 +93,7 @@ def gold_words(summary: Mapping[str, Any]) -> list[str]:
     gold = summary["gold"]
     before, after = (gold[side]["mean"] for side in ("before", "after"))
     return [
-        f"gold score on {gold['prompts']} held-out prompts: {before:+.3f} before, {after:+.3f} after",
+        f"gold score on {counted(gold['prompts'], 'held-out prompt')}: {before:+.3f} before, {after:+.3f} after",
         f"gain: {gold['gain']:+.3f}, {_interval(gold['gain_ci95'], sign='+')}",
         verdict_of(summary),
     ]
@@ -101,8 +102,8 @@ def gold_words(summary: Mapping[str, Any]) -> list[str]:
 def policy_words(result: Mapping[str, Any]) -> list[str]:
     """The result of `dvpo eval`, as `evaluate_policy` returns it."""
     if "gold" in result:
-        return [f"gold score of {result['policy']} by {result['judge']}: {_mean(result['gold'])}, {result['prompts']} prompts"]
-    responses = f"responses of {result['policy']} to {result['prompts']} held-out prompts"
+        return [f"gold score of {result['policy']} by {result['judge']}: {_mean(result['gold'])}, {counted(result['prompts'], 'prompt')}"]
+    responses = f"responses of {result['policy']} to {counted(result['prompts'], 'held-out prompt')}"
     told = [f"{responses}, beside those of {result['beside']}" if "beside" in result else responses]
     estimate = result.get("estimate", {})
     if "gain" in estimate:
@@ -133,7 +134,7 @@ def accuracy_words(report: Mapping[str, Any], views: Sequence[str] = ("mean", "l
     bars = {f"chance ({CHANCE})": CHANCE, f'"the longer wins" ({longer:.3f})': longer}
     unclear = [name for name, bar in bars.items() if low <= bar]
     found = f"not clearly better than {' and '.join(unclear)}" if unclear else f"better than {' and '.join(bars)}"
-    lines = [f"held-out accuracy: {shown}, {report['pairs']} pairs", f"by {views[0]} value it is {found}: {_interval((low, high))}"]
+    lines = [f"held-out accuracy: {shown}, {counted(report['pairs'], 'pair')}", f"by {views[0]} value it is {found}: {_interval((low, high))}"]
     if len(views) == 1:
         return lines
     return [*lines, "for dvpo train the mean value counts"]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from statistics import fmean
 
 from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.evaluation.gain import gain_of
 from dvpo_ray.health.alarms import trend
 from dvpo_ray.monitoring.catalogue import find_metric
@@ -114,7 +115,7 @@ def headline(run: RunData) -> dict:
         }
     step, scores = next(iter(scored.items()))
     why = "The evaluations are of different prompts." if len(scored) > 1 else "There is no evaluation after training to compare with."
-    return {"title": title, "big": [number(fmean(scores))], "note": f"at step {step}, on {len(scores)} prompts. {why}"}
+    return {"title": title, "big": [number(fmean(scores))], "note": f"at step {step}, on {counted(len(scores), 'prompt')}. {why}"}
 
 
 def _gain(gold: dict) -> dict:
@@ -124,7 +125,7 @@ def _gain(gold: dict) -> dict:
     rows = {side: (gold[side]["mean"], *gold[side]["ci95"]) for side in ("before", "after")}
     return {
         "big": [number(mean) for mean, _, _ in rows.values()],
-        "text": f"{gain} on {gold['prompts']} held-out prompts, 95 % interval {ends[0]} to {ends[1]}:",
+        "text": f"{gain} on {counted(gold['prompts'], 'held-out prompt')}, 95 % interval {ends[0]} to {ends[1]}:",
         "verdict": verdict,
         "plot": range_chart(rows, name="Gold score", x_label="gold score"),
     }
@@ -138,7 +139,7 @@ def _accuracy(run: RunData) -> dict:
         return {"note": "Not evaluated."}
     (value, words), *others = known
     pairs, ends = run.summary_number("gvm.pairs"), setting(run.summary, f"gvm.accuracy_ci95.{'mean' if by_mean else 'last'}")
-    measured = f", on {number(pairs)} pairs, 95 % interval {ends[0]:.1%} to {ends[1]:.1%}" if pairs is not None and ends else ""
+    measured = f", on {counted(pairs, 'pair')}, 95 % interval {ends[0]:.1%} to {ends[1]:.1%}" if pairs is not None and ends else ""
     return {"big": [f"{value:.1%}"], "text": f"{words}{measured}", "note": "; ".join(f"{other:.1%} {text}" for other, text in others)}
 
 
@@ -193,10 +194,10 @@ def findings(run: RunData) -> Iterator[tuple[str, str]]:
     for name in run.names():
         metric, last = find_metric(name), [value for value in run.column(name)[-LAST_STEPS:] if value is not None]
         if metric and last and metric.is_trouble(fmean(last)):
-            yield f"{name} is {number(fmean(last))} on average over the last {len(last)} steps. {metric.trouble}", metric.advice
+            yield f"{name} is {number(fmean(last))} on average over the last {counted(len(last), 'step')}. {metric.trouble}", metric.advice
 
     for name in run.names():
         steps = [row["step"] for row in run.metrics if name in row and row[name] is None]
         if steps:
-            text = f"{name} was not finite at {len(steps)} of {len(run.metrics)} steps, first at step {steps[0]}."
+            text = f"{name} was not finite at {len(steps)} of {counted(len(run.metrics), 'step')}, first at step {steps[0]}."
             yield text, "Look at policy/grad_norm and mismatch/ at the steps before. Lower policy.learning_rate."

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.monitoring.catalogue import Metric, find_metric
 from dvpo_ray.monitoring.charts import Series, line_chart, number
 from dvpo_ray.monitoring.run_data import RunData
@@ -33,12 +34,13 @@ def samples(run: RunData) -> dict | None:
         chosen, lead = pairs[:SAMPLES], f"Responses at step {steps[0]}, the only evaluation of this run."
     elif any(row.get("gold") is None for pair in pairs for row in pair):
         chosen = pairs[:SAMPLES]
-        lead = f"The first {len(chosen)} of {len(pairs)} held-out prompts."
+        lead = f"The first {len(chosen)} of {counted(len(pairs), 'held-out prompt')}."
     else:
         ranked = sorted(pairs, key=lambda pair: pair[0]["gold"] - pair[1]["gold"])
         count = min(SAMPLES, len(ranked))
         chosen = [ranked[round(i * (len(ranked) - 1) / max(count - 1, 1))] for i in range(count)]
-        lead = f"{count} of {len(ranked)} held-out prompts, evenly spaced from the largest gain to the largest loss; none is picked by hand."
+        prompts = counted(len(ranked), "held-out prompt")
+        lead = f"{count} of {prompts}, evenly spaced from the largest gain to the largest loss; none is picked by hand."
     if len(steps) > 1 and any(after.get("kl") is not None for _, after in chosen):
         lead += " The KL of one response is its log-prob by the policy minus that by the reference. It can be negative; its mean is not."
     cards = []
@@ -85,7 +87,7 @@ def token_credit(run: RunData) -> dict | None:
         caption = "Position 0 is the value of the prompt; each step up or down is the credit of one token."
         curve = {"title": title, "svg": svg, "caption": caption}
     lead = (
-        f"The {shown[:-1]} of this response moves most among the {len(run.rollouts)} rollouts of step {run.rollout_step}. "
+        f"The {shown[:-1]} of this response moves most among the {counted(len(run.rollouts), 'rollout')} of step {run.rollout_step}. "
         "Point at a token to see its numbers and to find it in every view."
     )
     return {"lead": lead, "prompt": row["prompt"], "chips": _rollout_chips(row), "curve": curve, "views": views}
@@ -95,7 +97,7 @@ def _rollout_chips(row: dict) -> list[str]:
     texts = [f"{name} {number(row[name])}" for name in ("gold", "reward") if row.get(name) is not None]
     if "values" in row:
         texts += [f"value of the prompt {number(row['values'][0])}", f"value at the end {number(row['values'][-1])}"]
-    texts.append(f"{len(row['tokens'])} tokens")
+    texts.append(counted(len(row["tokens"]), "token"))
     if row.get("truncated"):
         texts.append(CUT_OFF)
     if len(row["tokens"]) > MOST_TOKENS:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.resuming import STAGES
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.run_files import check_step, living, read_json_lines
@@ -203,5 +204,5 @@ def _check_rollout(row: dict) -> str | None:
     for key, length in lengths.items():
         numbers = row.get(key)
         if not isinstance(numbers, list) or len(numbers) != length or any(_number(n) is None for n in numbers):
-            return f"`{key}` is not a list of {length} numbers for {len(tokens)} tokens"
+            return f"`{key}` is not a list of {counted(length, 'number')} for {counted(len(tokens), 'token')}"
     return None

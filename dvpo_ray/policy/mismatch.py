@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.errors import ResourceError
 
 
@@ -78,7 +79,8 @@ def check_same_weights(engine_log_probs: np.ndarray, reference_log_probs: np.nda
     if abs(mean) <= mean_bound + 3 * standard_error and largest <= largest_bound:
         return
     raise ResourceError(
-        f"the engine and the reference have the same weights, but their log-probs differ on the first {len(difference)} tokens: KL {mean:.3g} nats "
-        f"per token (at most {mean_bound:g} in {dtype}), largest difference {largest:.3g} nats (at most {largest_bound:g}); the engine does not "
+        f"the engine and the reference have the same weights, but their log-probs differ on the first "
+        f"{counted(len(difference), 'token')}: KL {mean:.3g} nats per token (at most {mean_bound:g} in "
+        f"{dtype}), largest difference {largest:.3g} nats (at most {largest_bound:g}); the engine does not "
         "compute this model as transformers does: try rollout.backend=transformers, or another vLLM"
     )

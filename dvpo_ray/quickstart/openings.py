@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.options import whole_number
 from dvpo_ray.config.paths import name_or_path_option, path_option
 from dvpo_ray.errors import InputError
@@ -44,8 +45,8 @@ def sample_openings(model_path: str, tokens: int, count: int, seed: int) -> tupl
     sampled = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=tokens)
     texts = sorted({tokenizer.decode(row, skip_special_tokens=True) for row in sampled})
     exact = [text for text in texts if len(tokenizer(text).input_ids) == tokens + 1]
-    why = f"{count - len(texts)} that repeat another one, {len(texts) - len(exact)} whose text does not have {tokens} tokens"
-    return exact, f"of {count} samples, {count - len(exact)} are left out: {why}; a larger --count gives more"
+    why = f"{count - len(texts)} that repeat another one, {len(texts) - len(exact)} whose text does not have {counted(tokens, 'token')}"
+    return exact, f"of {counted(count, 'sample')}, {count - len(exact)} are left out: {why}; a larger --count gives more"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with whole_file(args.out) as file:
         file.writelines(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in openings)
-    print(f"{args.out}: {len(openings)} openings; {left_out}")
+    print(f"{args.out}: {counted(len(openings), 'opening')}; {left_out}")
     return 0
 
 

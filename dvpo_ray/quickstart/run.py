@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.data.rows import content_text
 from dvpo_ray.evaluation.gain import read_evaluation
 from dvpo_ray.monitoring.console import PipedConsole, RunConsole, duration
@@ -84,8 +85,8 @@ def quickstart(out: Path, overrides: Sequence[str] = ()) -> Path:
 def _facts(config: Config, out: Path) -> dict[str, object]:
     return {
         "task": "continue the opening of a sentence; VADER, a sentiment lexicon, is the gold judge",
-        "stages": f"value model from preference pairs, then {config.train.steps} steps of DVPO with it frozen",
-        "judged": f"{config.evaluation.prompts} held-out prompts, before and after",
+        "stages": f"value model from preference pairs, then {counted(config.train.steps, 'step')} of DVPO with it frozen",
+        "judged": f"{counted(config.evaluation.prompts, 'held-out prompt')}, before and after",
         "run folder": out,
     }
 
@@ -111,7 +112,7 @@ def print_result(out: Path) -> None:
 
 def gold_table(gold: dict) -> Table:
     """Mean gold score before and after, and the gain, each with its 95 % interval."""
-    table = Table("", "gold score", "95 % interval", title=f"VADER, {gold['prompts']} held-out prompts")
+    table = Table("", "gold score", "95 % interval", title=f"VADER, {counted(gold['prompts'], 'held-out prompt')}")
     for name in ("before", "after"):
         table.add_row(name, f"{gold[name]['mean']:+.3f}", interval(gold[name]["ci95"]))
     table.add_row("gain", f"{gold['gain']:+.3f}", interval(gold["gain_ci95"]), style="bold")

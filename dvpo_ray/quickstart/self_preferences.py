@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dvpo_ray.config import Config, load_config
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.options import finite_number, whole_number
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.errors import InputError, ResourceError
@@ -104,14 +105,17 @@ def write_self_preferences(config: Config, folder: Path, samples: int, pairs: in
         few = [prompt.where for prompt, usable in answered if 2 <= len(usable) < 2 * pairs]
         why = f"they have fewer than {2 * pairs} different usable samples; raise --samples for more"
         notes = count_note("left out", dropped, len(prompts), f"{split} prompts", "dropped by the settings of data")
-        for note in [*notes, *left_out, *count_note(f"fewer than {pairs} pairs for", few, len(prompts), f"{split} prompts", why)]:
+        for note in [*notes, *left_out, *count_note(f"fewer than {counted(pairs, 'pair')} for", few, len(prompts), f"{split} prompts", why)]:
             console.warn(note)
         path = folder / f"preferences.{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         scores = [sample.score for _, answers in answered for sample in answers]
         mean = f"mean gold {np.mean(scores):.3f}" if scores else "no sample was usable"
-        console.say(f"{path}: {len(rows)} pairs of {len(prompts)} prompts, {pairs * len(prompts)} at most; {len(scores)} different samples, {mean}")
-    console.say(f"{sampler.inexact} samples left out: their text is blank or does not give their tokens again")
+        console.say(
+            f"{path}: {counted(len(rows), 'pair')} of {counted(len(prompts), 'prompt')}, {pairs * len(prompts)} at most; "
+            f"{counted(len(scores), 'different sample')}, {mean}"
+        )
+    console.say(f"{counted(sampler.inexact, 'sample')} left out: the text is blank or does not give the tokens again")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import RefreshConfig
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.errors import InputError, ResourceError
@@ -133,8 +134,8 @@ def labels_from_file(pairs: Sequence[CandidatePair], folder: Path, settings: Ref
     while missing := sum(pair.id not in labels for pair in pairs):
         if time.monotonic() >= deadline:
             raise ResourceError(
-                f"{answers}: {missing} of {len(pairs)} pairs of {questions.name} have no label after {settings.timeout_seconds:g} seconds "
-                "(gvm.refresh.timeout_seconds); label them and go on with --resume"
+                f"{answers}: no label for {missing} of {counted(len(pairs), 'pair')} of {questions.name} after "
+                f"{counted(settings.timeout_seconds, 'second')} (gvm.refresh.timeout_seconds); label them and go on with --resume"
             )
         time.sleep(POLL_SECONDS)
         labels = _read_labels(answers)
@@ -156,7 +157,7 @@ def labels_from_endpoint(pairs: Sequence[CandidatePair], folder: Path, settings:
         labels |= dict(parse_label(row, f"{settings.url}: labels[{i}]") for i, row in enumerate(rows))
         missing = [pair.id for pair in part if pair.id not in labels]
         if missing:
-            raise InputError(f"{settings.url}: the answer has no label for {len(missing)} of {len(part)} pairs, the first is {missing[0]}")
+            raise InputError(f"{settings.url}: the answer has no label for {len(missing)} of {counted(len(part), 'pair')}, the first is {missing[0]}")
         with clear_when_full(kept), kept.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     return labels

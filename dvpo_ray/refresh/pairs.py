@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import DataConfig
 from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
 from dvpo_ray.data.prompts import Prompt
@@ -88,8 +89,9 @@ def write_pairs(
         train, heldout = split_by_prompt(pairs, heldout_fraction)
     except InputError as error:
         raise InputError(
-            f"{folder}: {len(pairs)} new pairs on {len({pair.key for pair in pairs})} prompts are too few to train on some and hold out "
-            f"{heldout_fraction:g}; raise gvm.refresh.prompts or gvm.refresh.samples_per_prompt, or lower gvm.refresh.min_score_gap"
+            f"{folder}: too few to train on some and hold out {heldout_fraction:g}: {counted(len(pairs), 'new pair')} on "
+            f"{counted(len({pair.key for pair in pairs}), 'prompt')}; raise gvm.refresh.prompts or gvm.refresh.samples_per_prompt, or lower "
+            "gvm.refresh.min_score_gap"
         ) from error
     heldout_prompts = {pair.key for pair in heldout}
     usable = [pair for pair in old if pair.key not in heldout_prompts]

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.errors import DiskFull, InputError
 from dvpo_ray.files import clear_when_full, file_sha256
 from dvpo_ray.planning.memory import FULL, MASTER, MOMENTS
@@ -91,7 +92,7 @@ def problem(folder: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
+            return f"{name} has {file.stat().st_size} of {counted(entry['bytes'], 'byte')}"
     hashes = _hashes(folder, entries)
     return next((f"the content of {name} has changed" for name, entry in entries.items() if hashes[name] != entry["sha256"]), None)
 

@@ -137,10 +137,10 @@ def _start_local(config: RayConfig, options: dict, say: Callable[[str], None]) -
                     one.kill()
             if last:
                 raise ResourceError(
-                    f"Ray did not start, twice, within {limit:g} seconds: the machine is overloaded; end other programs, "
+                    f"Ray did not start, twice, within {counted(limit, 'second')}: the machine is overloaded; end other programs, "
                     f"or allow more with {START_PATIENCE}={2 * limit:.0f} in the environment"
                 ) from error
-            say(f"Ray did not start within {limit:g} seconds: the machine is busy; trying once more")
+            say(f"Ray did not start within {counted(limit, 'second')}: the machine is busy; trying once more")
     info = context.address_info
     metrics = f"metrics at http://127.0.0.1:{info['metrics_export_port']}/metrics"
     line = f"Ray: started on this machine with {_resources()}, logs in {info['session_dir']}/logs, {metrics}{_dashboard(context)}"

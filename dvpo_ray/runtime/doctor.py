@@ -14,15 +14,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 Status = Literal["ok", "warn", "fail"]
 
 IMPORT_TIMEOUT_SECONDS = 600.0
+SILENCE_SECONDS = 8.0
 GIB = 2**30
 SHARED_MEMORY_GIB = 2.0
 DISK_GIB, LEAST_DISK_GIB = 10.0, 1.0
@@ -87,8 +89,12 @@ LIBRARIES = (
 )
 
 
-def run_checks() -> Iterator[Check]:
-    """Examine the machine and the Python environment. Each check comes when it is done, those of the libraries last."""
+def run_checks(say: Callable[[str], None] = lambda line: None) -> Iterator[Check]:
+    """Examine the machine and the Python environment. Each check comes when it is done, those of the libraries last.
+
+    Args:
+        say: gets a line on what goes on whenever no check is done for `SILENCE_SECONDS`.
+    """
     yield Check("Python", "ok", f"{platform.python_version()} in {sys.prefix}")
     yield check_cpus(usable_cores())
     yield check_memory(available_memory_bytes())
@@ -99,11 +105,17 @@ def run_checks() -> Iterator[Check]:
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with ThreadPoolExecutor(max_workers=2) as pool:
         results = {pool.submit(import_library, library): library for library in LIBRARIES}
-        for done in as_completed(results):
-            check, facts = done.result()
-            yield check
-            if results[done].name == "PyTorch":
-                yield check_gpus(facts.get("gpus", []), listed_gpus())
+        pending, began = set(results), time.monotonic()
+        while pending:
+            finished, pending = wait(pending, SILENCE_SECONDS, return_when=FIRST_COMPLETED)
+            for done in finished:
+                check, facts = done.result()
+                yield check
+                if results[done].name == "PyTorch":
+                    yield check_gpus(facts.get("gpus", []), listed_gpus())
+            if not finished:
+                names = " and ".join(results[one].name for one in pending if one.running())
+                say(f"{'':<5} still importing {names}: {time.monotonic() - began:.0f} s so far")
 
 
 def print_report(checks: Iterable[Check], say: Callable[[str], None] = print) -> int:

@@ -221,7 +221,7 @@ def wait_until_ready(
         show({known(handle)[0]: "ready" if ref not in late else _state_at_start(known(handle)[1], started) for ref, handle in handles.items()})
         if late and time.time() - started > timeout_seconds:
             name, log = known(next(iter(late.values())))
-            raise ResourceError(f"{name} did not start within {timeout_seconds:g} seconds (rollout.start_timeout_seconds); its log is {log}")
+            raise ResourceError(f"{name} did not start within {counted(timeout_seconds, 'second')} (rollout.start_timeout_seconds); its log is {log}")
     get(list(loaded), what="the start of the actors")
     here = ray.get_runtime_context().get_node_id()
     found = {role: get(refs, what=f"the start of {role}") for role, refs in pending.items()}

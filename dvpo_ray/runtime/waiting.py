@@ -16,6 +16,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.errors import HeadGone, InputError, ResourceError, RoleDied
 from dvpo_ray.monitoring.console import duration
 
@@ -159,7 +160,7 @@ def _slices(refs: list[ObjectRef], what: str, limit: float | None = None) -> Ite
             told = now
             _patience.say(f"still waiting for {what}{_of(refs)} after {duration(passed)}")
         yield min(HEAD_PERIOD_SECONDS, PERIOD_SECONDS, limit - passed)
-    raise ResourceError(f"{what} did not finish within {limit:g} seconds{key}{_of(refs)}")
+    raise ResourceError(f"{what} did not finish within {counted(limit, 'second')}{key}{_of(refs)}")
 
 
 def check_head(what: str) -> None:

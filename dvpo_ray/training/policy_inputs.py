@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.inputs import biased_sampling, too_long_rows
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import Config
@@ -131,21 +132,22 @@ def _check_examples(config: Config, context: ContextSpec, longest: int) -> None:
         return
     if config.gvm.context.pool <= context.examples:
         raise InputError(
-            f"gvm.context.pool is {config.gvm.context.pool}, but {config.gvm.path} takes {context.examples} examples, none of them of "
+            f"gvm.context.pool is {config.gvm.context.pool}, but {config.gvm.path} takes {counted(context.examples, 'example')}, none of them of "
             f"the row's own prompt; set it to {context.examples + 1} or more"
         )
     room = context_tokens(config.gvm.path, config.model.trust_remote_code)
     needed = longest + context.examples * context.max_tokens
     if needed > room:
         raise InputError(
-            f"{config.gvm.path}: {context.examples} examples of at most {context.max_tokens} tokens before rows of {longest} = {needed} tokens, "
-            f"but the GVM has a context of {room}; lower data.max_prompt_tokens or rollout.max_response_tokens, or use a GVM with a shorter context"
+            f"{config.gvm.path}: {counted(context.examples, 'example')} of at most {context.max_tokens} tokens before rows of {longest} = "
+            f"{needed} tokens, but the GVM has a context of {room}; lower data.max_prompt_tokens or rollout.max_response_tokens, or use a GVM with "
+            "a shorter context"
         )
     refresh = config.gvm.refresh
     if refresh.source is not None and int(refresh.prompts * refresh.heldout_fraction) <= context.examples:
         raise InputError(
             f"gvm.refresh.prompts {refresh.prompts} x gvm.refresh.heldout_fraction {refresh.heldout_fraction:g} leaves too few held-out prompts to "
-            f"draw {context.examples} examples from; raise one of them"
+            f"draw {counted(context.examples, 'example')} from; raise one of them"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from dvpo_ray.config.algorithms import ALGORITHMS
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.gain import gold_gain
 from dvpo_ray.health.alarms import RULES, Alarm, HealthMonitor
@@ -117,7 +118,8 @@ class PolicyState:
                 f"{self._scoring_model} (held-out accuracy {accuracy or 'unknown'})"
             ),
             "prompts": f"{len(self.inputs.prompts)} training, {len(self.inputs.heldout)} held out",
-            "batch": f"{batch.prompts_per_step} prompts x {batch.samples_per_prompt} samples, {config.train.steps} steps",
+            "batch": f"{counted(batch.prompts_per_step, 'prompt')} x {counted(batch.samples_per_prompt, 'sample')}, "
+            + counted(config.train.steps, "step"),
             "advantage": f"{self._advantage_mode}, KL in {config.kl.placement} x {config.kl.coefficient:g}",
         }
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dvpo_ray.actors.roles import Roles
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import Config, PreferenceData
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.rows import count_note
@@ -114,7 +115,9 @@ class Refresher:
             )
             with console.stage("start of the scorers", quiet=True):
                 self.run.memory.add_pids(loop.roles.restart("scorer", self.scoring_config))
-        console.say(f"GVM refreshed after step {step} on {len(rows)} new pairs: held-out accuracy {before:.3f} → {self.state.accuracy:.3f}")
+        console.say(
+            f"GVM refreshed after step {step} on {counted(len(rows), 'new pair')}: held-out accuracy {before:.3f} → {self.state.accuracy:.3f}"
+        )
         return {"time/refresh_seconds": time.perf_counter() - started}
 
     def _folder(self, step: int) -> Path:

@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 
 from dvpo_ray.actors.gvm_trainer import SHARES, GVMTrainer
 from dvpo_ray.config import Config
-from dvpo_ray.config.arithmetic import value_model_steps
+from dvpo_ray.config.arithmetic import counted, value_model_steps
 from dvpo_ray.errors import InputError, diverged
 from dvpo_ray.gvm.artifact import GVMManifest
 from dvpo_ray.gvm.dataset import GVMData, TrainingSettings, load_gvm_data, manifest_entries
@@ -91,7 +91,7 @@ class ValueModelTraining:
         return {
             "model": self.summary["model"],
             "objective": self.settings.objective,
-            **({"context": f"{examples} examples before each prompt"} if examples else {}),
+            **({"context": f"{counted(examples, 'example')} before each prompt"} if examples else {}),
             "pairs": f"{self.data.train.num_pairs} training, {self.data.heldout.num_pairs} held out",
             "steps": self.total_steps,
         }
@@ -104,7 +104,7 @@ class ValueModelTraining:
         """
         if state is not None and state["total_steps"] != self.total_steps:
             raise InputError(
-                f"{self.run.checkpoint[0]}: the run had {state['total_steps']} steps, {self.config.data.preferences.path} gives "
+                f"{self.run.checkpoint[0]}: the run had {counted(state['total_steps'], 'step')}, {self.config.data.preferences.path} gives "
                 f"{self.total_steps} now; resume with the data of its start"
             )
 
@@ -201,7 +201,7 @@ class ValueModelTraining:
             console.say(line)
         training_accuracy = float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0]))
         weak = heldout_warning(report["heldout_accuracy"], training_accuracy, self.data.train.num_pairs, self.settings.section, views[0])
-        unmoved = unmoved_warning(report, self.settings.section, f" after {self.total_steps} steps")
+        unmoved = unmoved_warning(report, self.settings.section, f" after {counted(self.total_steps, 'step')}")
         warnings = [*(unmoved or ([weak] if weak is not None else [])), *chance_warning(report, views[0]), *length_warning(report, views[0])]
         for warning in warnings:
             console.warn(warning)
