@@ -267,6 +267,16 @@ def test_dry_run_prints_a_config_and_starts_nothing(command, capsys, tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "cluster_configs").glob("*.yaml")))
+@pytest.mark.parametrize("command", STARTERS, ids=" ".join)
+def test_what_a_dry_run_says_of_the_run_ends_its_output_and_fits_a_terminal(command, config, capsys):
+    assert cli.main([*command, str(ROOT / "cluster_configs" / config), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = next(i for i, line in enumerate(lines) if line.startswith("#"))
+    assert all(line.startswith("#") for line in lines[told:])
+    assert sum(-(-len(line) // 80) for line in lines[told:]) <= 40
+
+
 def test_dry_run_of_train_shows_arithmetic_placement_and_what_is_missing(capsys):
     config = str(ROOT / "cluster_configs" / "single-node-8gpu.yaml")
     assert cli.main(["train", config, "--dry-run", "batch.prompts_per_step=64", "scorer.micro_batch_tokens=100"]) == 0

@@ -13,6 +13,7 @@ from dvpo_ray.config import Config, load_config
 from dvpo_ray.config.inputs import is_local
 from dvpo_ray.config.notes import few_steps, training_notes
 from dvpo_ray.config.schema import GVMConfig, RewardModelConfig
+from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED
 
 LOCAL_CPU = str(Path(__file__).resolve().parents[1] / "cluster_configs" / "local-cpu.yaml")
 
@@ -174,10 +175,10 @@ def test_data_that_cannot_be_read_is_a_note_with_the_file_that_may_be_meant(path
         Path(name).touch()
     settings = [LOCAL_CPU, f"model.path={tiny_model}", "gvm.num_layers=2", f"data.preferences.path={path}", "data.preferences.heldout_path=null"]
     assert dry_run(capsys, "gvm", "train", *settings) == [note]
-    if not note.endswith("hub; did you mean pairs.jsonl?"):
-        assert cli.main(["gvm", "train", *settings]) == 2
-        printed = capsys.readouterr()
-        assert printed.err == f"dvpo: {note}\n" and "loading" not in printed.out
+    refusal = note.replace(" is taken for a name on the hub", f": {NEITHER_HERE_NOR_CACHED}")
+    assert cli.main(["gvm", "train", *settings]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"dvpo: {refusal}\n" and "loading" not in printed.out
 
 
 def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):

@@ -12,6 +12,7 @@ from cli_runs import LOCAL_CPU, SHIPPED
 
 from dvpo_ray import cli
 from dvpo_ray.config import load_config
+from dvpo_ray.data.answers import load_answers
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.data.preview import Preview, preview
@@ -82,6 +83,42 @@ def test_the_dry_run_counts_steps_and_prompts(tiny_model, tmp_path, capsys):
         train = preview(load_config(LOCAL_CPU, [*own, *sections]), "data.prompts").train
         number = round(2.5 * -(-train // 10)) if command[0] == "gvm" else 3200 / train
         assert told.format(train, number) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_chat_model"])
+@pytest.mark.parametrize("limit", [40, 999])
+def test_answers_are_counted_as_the_run_counts_them(model, limit, request, tmp_path, capsys):
+    from dvpo_ray.training.sft import encode_answers
+
+    model = request.getfixturevalue(model)
+    rows = [{"prompt": "Hi", "completion": f" {WORDS}" * 4}, {"prompt": f"{WORDS} " * 30, "completion": " No."}, {"text": f"{WORDS} " * 3}]
+    rows += [{"prompt": "Hi", "completion": " Ho"}, {"prompt": "b"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    settings = load_config(LOCAL_CPU, [f"model.path={model}", "model.chat_template=auto", f"data.sft={path}", f"sft.max_tokens={limit}"])
+    answers, _ = load_answers(str(path), "skip")
+    encoded, said = encode_answers(answers, load_tokenizer(str(model)), settings)
+    found = preview(settings, "data.sft")
+    assert found.notes[:2] == [
+        f"{path}:5: no `completion`; the row has prompt; correct the row, or leave bad rows out with data.on_bad_row=skip",
+        f"with data.on_bad_row=skip, {path}: left out 1 of 5 rows: bad (data.on_bad_row skip); the first is {path}:5: no `completion`; "
+        "the row has prompt",
+    ]
+    told = [line.replace("leaves out", "left out").replace("cuts off", "cut off").removeprefix(f"{path}: ") for line in found.notes[2:]]
+    assert told == said and len(said) == (2 if limit == 40 else 1)
+    assert (found.facts["sft"], found.train) == ("4 answers", len(encoded)) and len(encoded) == 3
+    assert cli.main(["sft", LOCAL_CPU, *(f"model.path={model}", f"data.sft={path}", f"sft.max_tokens={limit}"), "--dry-run"]) == 0
+    assert "x 3 training rows / " in capsys.readouterr().out
+    if limit == 999:
+        alone = write(tmp_path / "b.jsonl", [rows[0], rows[2]])
+        settings = load_config(LOCAL_CPU, [f"model.path={model}", "model.chat_template=auto", f"data.sft={alone}", "sft.max_tokens=200"])
+        encoded, _ = encode_answers(load_answers(str(alone), "skip")[0], load_tokenizer(str(model)), settings)
+        longest = max(len(row["input_ids"]) for row in encoded)
+        assert preview(settings, "data.sft").facts["longest answer"] == f"{longest} tokens with its prompt, the limit is sft.max_tokens 200"
+
+
+def test_answers_elsewhere_are_left_to_the_run(tiny_model, tmp_path):
+    for elsewhere in ("org/name", tmp_path / "absent.jsonl"):
+        assert preview(load_config(LOCAL_CPU, [f"model.path={tiny_model}", f"data.sft={elsewhere}"]), "data.sft") == Preview()
 
 
 def test_a_template_that_fills_the_limit_is_said_with_the_remedy(tiny_chat_model, tmp_path):

@@ -105,3 +105,14 @@ def test_the_hh_pairs_serve_as_prompts(hh_pairs):
     sets = load_prompts(data, "error")
     assert len(sets.train) > 1500 and len(sets.heldout) > 200
     assert not any("training prompts too" in note for note in sets.notes)
+
+
+def test_a_row_that_is_a_bad_pair_still_gives_its_prompt_on_the_same_side(tmp_path):
+    rows = [{"prompt": f"Say {i}", "chosen": " a", "rejected": " a" if i % 3 else " b"} for i in range(90)]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    pairs = load_preferences(PreferenceData(path=path, heldout_fraction=0.3), "skip")
+    prompts = load_prompts(PromptData(path=path, heldout_fraction=0.3), "error")
+    assert len(pairs.train) + len(pairs.heldout) == 30 and len(prompts.train) + len(prompts.heldout) == 90
+    for side in ("train", "heldout"):
+        of_pairs, of_prompts = ({item.key for item in getattr(sets, side)} for sets in (pairs, prompts))
+        assert of_pairs < of_prompts

@@ -191,6 +191,15 @@ def test_an_unreachable_hub_is_one_line(monkeypatch, reachable, missing):
     assert str(error.value) == f"someone/pairs: {missing} (Couldn't reach 'someone/pairs' on the Hub)"
 
 
+def test_a_name_that_the_hub_does_not_give_is_hinted_to_the_file_of_that_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reading, "prepare_hub", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: (_ for _ in ()).throw(FileNotFoundError("not there")))
+    write_jsonl(tmp_path / "pairs.jsonl", ROWS)
+    with pytest.raises(InputError, match=r"^pairs: .* \(not there\); did you mean pairs\.jsonl\?$"):
+        read_rows("pairs", "train")
+
+
 def test_a_bad_parquet_file_is_said_once(tmp_path, caplog):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 and nothing that would be right after it PAR1")
     with pytest.raises(InputError, match="rows.parquet: could not be read"):

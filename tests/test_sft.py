@@ -38,7 +38,7 @@ ASSISTANT = {"role": "assistant", "content": "Good day"}
     ],
 )
 def test_layouts(row, expected):
-    from dvpo_ray.training.sft import parse_answers
+    from dvpo_ray.data.answers import parse_answers
 
     assert [(answer.prompt, answer.answer) for answer in parse_answers(row, "here")] == expected
 
@@ -57,7 +57,7 @@ def test_layouts(row, expected):
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, line):
-    from dvpo_ray.training.sft import load_answers
+    from dvpo_ray.data.answers import load_answers
 
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, row])
     with pytest.raises(InputError) as caught:
@@ -70,8 +70,9 @@ def test_bad_rows_are_named(tmp_path, row, line):
 
 
 def test_only_answers_are_learned_and_each_ends_once(tiny_chat_model):
+    from dvpo_ray.data.answers import Answer
     from dvpo_ray.models.loading import load_tokenizer
-    from dvpo_ray.training.sft import Answer, encode_answers
+    from dvpo_ray.training.sft import encode_answers
 
     tokenizer = load_tokenizer(str(tiny_chat_model))
     answers = [Answer([USER], [ASSISTANT], "a"), Answer(None, "Once", "b"), Answer(None, "Once<|im_end|>\n", "c")]
@@ -86,8 +87,9 @@ def test_only_answers_are_learned_and_each_ends_once(tiny_chat_model):
 
 
 def test_what_is_left_out_or_cut_is_said(tiny_chat_model, tmp_path):
+    from dvpo_ray.data.answers import load_answers
     from dvpo_ray.models.loading import load_tokenizer
-    from dvpo_ray.training.sft import encode_answers, load_answers
+    from dvpo_ray.training.sft import encode_answers
 
     long = {"role": "user", "content": "good day " * 60}
     rows = [

@@ -58,7 +58,7 @@ class Training:
         stage: key of `config.resuming.STAGES`. The default run folder is `runs/<name>-<stage>-<time>`, without the stage for `train`.
         missing: the settings that the config lacks, one line each with what to give.
         inputs: what it reads.
-        notes: what else the dry run should mention, one line each. The last argument is the number of pairs or prompts to train on, None
+        notes: what else the dry run should mention, one line each. The last argument is the number of pairs, prompts or answers to train on, None
             if it is not known yet.
         arithmetic: numbers of the batches by name, of the same arguments. Raises InputError when they don't work out.
         train: trains in a run folder and returns the path of the result. Its last argument is `--resume`.
@@ -123,7 +123,7 @@ class Training:
         config = load(args)
         if args.dry_run:
             inputs = list(self.inputs(config))
-            sections = [one.key.removesuffix(".path") for one in inputs if one.key in ("data.preferences.path", "data.prompts.path")]
+            sections = [one.key.removesuffix(".path") for one in inputs if one.key in ("data.preferences.path", "data.prompts.path", "data.sft")]
             of_data = [preview(config, section) for section in sections]
             data = next(iter(of_data), Preview())  # the first section is what it trains on
             settings = [
@@ -188,12 +188,12 @@ def missing_pairs(config: Config) -> list[str]:
     return ["data.preferences.path is not set; give the preference pairs to train on"] if config.data.preferences is None else []
 
 
-def _optimizer_steps(stage: TRLStageConfig, row: str) -> dict[str, str]:
-    """The batches of a stage that a trainer of TRL runs; `row` is what its rows are."""
+def _optimizer_steps(stage: TRLStageConfig, row: str, known: int | None) -> dict[str, str]:
+    """The batches of a stage that a trainer of TRL runs; `row` is what its rows are, and `known` how many there are to train on."""
     rows = stage.batch_size * stage.gradient_accumulation_steps
     return {
         f"{row}s per optimizer step": f"{rows} = {stage.batch_size} x {stage.gradient_accumulation_steps} accumulated",
-        "optimizer steps": f"{counted(stage.epochs, 'epoch')} x training {row}s / {rows}",
+        "optimizer steps": f"{counted(stage.epochs, 'epoch')} x {'' if known is None else f'{known} '}training {row}s / {rows}",
     }
 
 
@@ -216,7 +216,7 @@ SFT = Training(
     missing=lambda config: [] if config.data.sft else ["data.sft is not set; give the instruction-answer rows to train on"],
     inputs=sft_inputs,
     notes=lambda config, items: [],
-    arithmetic=lambda config, rows: _optimizer_steps(config.sft, "row") | {"longest row": f"{config.sft.max_tokens} tokens"},
+    arithmetic=lambda config, rows: _optimizer_steps(config.sft, "row", rows) | {"longest row": f"{config.sft.max_tokens} tokens"},
     train=_train_sft,
 ).command(
     "fine-tune a model on instruction-answer rows, as the start of the method",
@@ -229,7 +229,7 @@ DPO = Training(
     inputs=partial(preference_inputs, section="dpo"),
     notes=lambda config, items: [],
     arithmetic=lambda config, pairs: (
-        _optimizer_steps(config.dpo, "pair") | {"longest row": _longest_row(config.data.max_prompt_tokens, config.data.max_response_tokens)}
+        _optimizer_steps(config.dpo, "pair", pairs) | {"longest row": _longest_row(config.data.max_prompt_tokens, config.data.max_response_tokens)}
     ),
     train=_train_dpo,
 ).command(

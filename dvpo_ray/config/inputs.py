@@ -119,8 +119,13 @@ def problems(needed: Iterable[Needed]) -> list[str]:
 def names_of_files(needed: Iterable[Needed]) -> list[str]:
     """A line for each name that is taken for one of the hub, while a file of this name lies here with a suffix."""
     on_hub = [one for one in needed if one.kind == "data" and one.path not in NAMED_DATA and not is_local(one.path)]
-    beside = [(one, next((one.path + suffix for suffix in DATA_SUFFIXES if Path(one.path + suffix).is_file()), None)) for one in on_hub]
-    return [f"{one.key} {one.path} is taken for a name on the hub; did you mean {file}?" for one, file in beside if file is not None]
+    return [f"{one.key} {one.path} is taken for a name on the hub{meant}" for one in on_hub if (meant := or_with_suffix(one.path))]
+
+
+def or_with_suffix(name: str) -> str:
+    """What to add to the error about rows that the hub did not give: the file of this name that lies here; empty if there is none."""
+    file = next((name + suffix for suffix in DATA_SUFFIXES if Path(name + suffix).is_file()), None)
+    return f"; did you mean {file}?" if file is not None else ""
 
 
 def _objective(folder: Path) -> str | None:
@@ -135,7 +140,7 @@ def _objective(folder: Path) -> str | None:
 
 def _too_many_layers(key: str, layers: int | None, checkpoint: str) -> list[str]:
     """One line if a checkpoint folder has fewer decoder layers than a setting asks for."""
-    there = _model_number(checkpoint, "num_hidden_layers")
+    there = model_number(checkpoint, "num_hidden_layers")
     if layers is None or there is None or layers <= there:
         return []
     return [f"{key} {layers}: {checkpoint} has {counted(there, 'decoder layer')}; give {there} or fewer"]
@@ -148,7 +153,7 @@ def too_long_rows(config: Config, context: int | None = None) -> str | None:
         context: of the model, in tokens; not given: by its config.json, if that is on this machine.
     """
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
-    context = context or _model_number(config.model.path, "max_position_embeddings")
+    context = context or model_number(config.model.path, "max_position_embeddings")
     if context is None or prompt + response <= context:
         return None
     return (
@@ -178,7 +183,7 @@ def value_model_misfits(config: Config, section: Literal["gvm", "reward_model"] 
     return _too_many_layers(f"{section}.num_layers", getattr(config, section).num_layers, value_model_start(config, section)[1])
 
 
-def _model_number(checkpoint: str, name: str) -> int | None:
+def model_number(checkpoint: str, name: str) -> int | None:
     """A number of a checkpoint folder's config.json; None for a hub name, or if the number is not there."""
     try:
         config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))

@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # a dry run renders templates too, and transformers takes sec
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "dvpo-probe"
+ANCHOR = "\n"
+"""No merge rule joins this text to what follows it. Tokenised before a continuation, it keeps a tokenizer of the SentencePiece kind from
+putting its leading space there."""
 
 TODAY = datetime(2024, 7, 26)
 """The date that every template writes, whatever the day: the default of the Llama 3 family. A fixed date keeps runs repeatable."""

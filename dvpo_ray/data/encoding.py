@@ -20,15 +20,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.schema import DataConfig
-from dvpo_ray.data.chat import PROBE, Answers, Turn, left_out_message, over_limit, probe_turn, render, special_tokens
+from dvpo_ray.data.chat import ANCHOR, PROBE, Answers, Turn, left_out_message, over_limit, probe_turn, render, special_tokens
 from dvpo_ray.data.preferences import PreferencePair
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.rows import Content, Messages, content_text, count_note
 from dvpo_ray.errors import InputError
-
-# No merge rule joins this text to what follows it. Tokenised before a continuation, it keeps a tokenizer of the
-# SentencePiece kind from putting its leading space there.
-ANCHOR = "\n"
 
 
 @dataclass(frozen=True)

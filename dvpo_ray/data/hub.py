@@ -15,7 +15,7 @@ from threading import Thread
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
-from dvpo_ray.config.inputs import NAMED_DATA, Needed, is_local
+from dvpo_ray.config.inputs import NAMED_DATA, Needed, is_local, or_with_suffix
 from dvpo_ray.errors import InputError
 
 CONNECT_SECONDS = 3.0
@@ -55,8 +55,10 @@ def refuse_unreachable(*needed: Needed) -> None:
         return
     for one in on_hub:
         if not _may_be_cached(one):
-            what = "a file or folder of rows" if one.kind == "data" else "a checkpoint folder with config.json"
-            raise InputError(f"{one.key} {one.path}: {NEITHER_HERE_NOR_CACHED}; give {what}")
+            advice = "; give a checkpoint folder with config.json"
+            if one.kind == "data":
+                advice = or_with_suffix(one.path) or "; give a file or folder of rows"
+            raise InputError(f"{one.key} {one.path}: {NEITHER_HERE_NOR_CACHED}{advice}")
 
 
 def _may_be_cached(one: Needed) -> bool:

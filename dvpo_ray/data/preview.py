@@ -7,16 +7,16 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import TemplateError
 
 from dvpo_ray.config import Config
 from dvpo_ray.config.arithmetic import counted
-from dvpo_ray.config.inputs import NAMED_DATA, no_data
+from dvpo_ray.config.inputs import NAMED_DATA, model_number, no_data
 from dvpo_ray.config.notes import foreign_heldout
-from dvpo_ray.config.schema import SplitData
-from dvpo_ray.data.chat import PROBE, TEMPLATE_ARGUMENTS, over_limit
+from dvpo_ray.data.answers import Answer, load_answers
+from dvpo_ray.data.chat import ANCHOR, PROBE, TEMPLATE_ARGUMENTS, over_limit
 from dvpo_ray.data.preferences import PreferencePair, load_preferences
 from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.data.rows import Content, content_text, count_note
@@ -26,18 +26,20 @@ from dvpo_ray.errors import InputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+T = TypeVar("T")
+
 ROWS = 2000
 """Rows whose tokens are counted, from the first."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a dry run says of `data.preferences` or `data.prompts`.
+    """What a dry run says of `data.preferences`, `data.prompts` or `data.sft`.
 
     Attributes:
         facts: numbers by name.
         notes: what the user should know, one line each.
-        train: how many pairs or prompts there are to train on; None where only the run finds it out.
+        train: how many pairs, prompts or answers there are to train on; None where only the run finds it out.
     """
 
     facts: dict[str, str] = field(default_factory=dict)
@@ -49,32 +51,56 @@ def preview(config: Config, section: str) -> Preview:
     """Read the rows that a section of the data names, and count the tokens of the first ones.
 
     Args:
-        section: `data.preferences` or `data.prompts`.
+        section: `data.preferences`, `data.prompts` or `data.sft`, which is set.
 
     Where bad rows stop the run, what is counted is the rest of the rows, and every fault is named.
     """
+    if section == "data.sft":
+        return _preview_answers(config, config.data.sft)
     data = getattr(config.data, section.removeprefix("data."))
-    if not _is_at_hand(data):
+    if not _is_at_hand(data.path, data.heldout_path):
         return Preview(notes=foreign_heldout(section, data))
     load = load_preferences if section == "data.preferences" else load_prompts
+    sets, stops = _load(lambda on_bad_row: load(data, on_bad_row), config)
+    if sets is None:
+        return Preview(notes=[*foreign_heldout(section, data), *stops])
+    longest, of_lengths = _lengths(config, data.path, [*sets.train, *sets.heldout])
+    facts = {section.removeprefix("data."): _counted(sets), **longest}
+    return Preview(facts, [*stops, *_of_rows(sets.notes, stops), *of_lengths], len(sets.train))
+
+
+def _preview_answers(config: Config, path: str) -> Preview:
+    if not _is_at_hand(path):
+        return Preview()
+    loaded, stops = _load(lambda on_bad_row: load_answers(path, on_bad_row), config)
+    if loaded is None:
+        return Preview(notes=stops)
+    answers, notes = loaded
+    longest, of_lengths, too_long = _answer_lengths(config, path, answers)
+    return Preview({"sft": counted(len(answers), "answer"), **longest}, [*stops, *_of_rows(notes, stops), *of_lengths], len(answers) - too_long)
+
+
+def _load(load: Callable[[str], T], config: Config) -> tuple[T | None, list[str]]:
+    """What `load` gives, of the good rows where bad ones stop the run, and the line that the run ends with; None where there are none."""
     stops: list[str] = []
     try:
         try:
-            sets = load(data, config.data.on_bad_row)
+            return load(config.data.on_bad_row), stops
         except InputError as error:
             stops = [str(error)]
-            sets = load(data, "skip")
+            return load("skip"), stops
     except InputError:  # not because of a bad row
-        return Preview(notes=[*foreign_heldout(section, data), *stops])
-    of_rows = [f"with data.on_bad_row=skip, {note}" if stops and "(data.on_bad_row skip)" in note else note for note in sets.notes]
-    longest, of_lengths = _lengths(config, data.path, [*sets.train, *sets.heldout])
-    return Preview({section.removeprefix("data."): _counted(sets), **longest}, [*stops, *of_rows, *of_lengths], len(sets.train))
+        return None, stops
 
 
-def _is_at_hand(data: SplitData) -> bool:
+def _of_rows(notes: Sequence[str], stops: Sequence[str]) -> list[str]:
+    """The notes on rows that are left out, with the condition where bad rows stop the run."""
+    return [f"with data.on_bad_row=skip, {note}" if stops and "(data.on_bad_row skip)" in note else note for note in notes]
+
+
+def _is_at_hand(*paths: str | None) -> bool:
     """Whether all rows are in files and folders of this machine that can be read."""
-    paths = [path for path in (data.path, data.heldout_path) if path is not None]
-    return all(path not in NAMED_DATA and Path(path).exists() and no_data(path) is None for path in paths)
+    return all(path not in NAMED_DATA and Path(path).exists() and no_data(path) is None for path in paths if path is not None)
 
 
 def _counted(sets: Sets) -> str:
@@ -116,6 +142,30 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
     return facts, notes
 
 
+def _answer_lengths(config: Config, path: str, answers: Sequence[Answer]) -> tuple[dict[str, str], list[str], int]:
+    """The longest answer with its prompt, a line for answers that are left out and for those that are cut off, and the number of the former."""
+    counter = _token_counter(Path(config.model.path), config.model.chat_template == "auto")
+    if counter is None or not answers:
+        return {}, [], 0
+    answers, context = answers[:ROWS], model_number(config.model.path, "max_position_embeddings")
+    setting = config.sft.max_tokens
+    limit, named = (context, f"the model's context of {context} tokens") if context and context < setting else (setting, f"sft.max_tokens {setting}")
+    try:
+        prompts = [0 if answer.prompt is None else counter.prompt(answer.prompt) for answer in answers]
+    except TemplateError:  # of some row; the run names it
+        return {}, [], 0
+    lengths = [
+        prompt + (counter.text(answer.answer) if answer.prompt is None else counter.response(answer.answer))
+        for answer, prompt in zip(answers, prompts, strict=True)
+    ]
+    left_out = [answer.where for answer, prompt in zip(answers, prompts, strict=True) if prompt >= limit]
+    cut = [answer.where for answer, prompt, length in zip(answers, prompts, lengths, strict=True) if prompt < limit < length]
+    first = f" of the first {ROWS}" if len(answers) == ROWS else ""
+    notes = count_note(f"{path}: leaves out", left_out, len(answers), f"answers{first}", f"the prompt leaves no room for the answer in {named}")
+    notes += count_note(f"{path}: cuts off the end of", cut, len(answers), f"answers{first}", f"with their prompt they are over {named}")
+    return {"longest answer": f"{counted(max(lengths), 'token')} with its prompt, the limit is {named}"}, notes, len(left_out)
+
+
 @dataclass(frozen=True)
 class _Counter:
     """Counts tokens as the run does.
@@ -136,7 +186,11 @@ class _Counter:
 
     def response(self, content: Content) -> int:
         """With its end token. What a template writes before and after an answer, which is mostly nothing, is left out."""
-        return self._text(content_text(content)) + 1
+        return self._text(ANCHOR + content_text(content)) - self._text(ANCHOR) + 1
+
+    def text(self, content: Content) -> int:
+        """Of a text that is learned without a prompt, with its end token."""
+        return len(self.tokenizer.encode(content_text(content)).ids) + 1
 
     @property
     def template_tokens(self) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow
 
-from dvpo_ray.config.inputs import DATA_SUFFIXES, NAMED_DATA, no_data
+from dvpo_ray.config.inputs import DATA_SUFFIXES, NAMED_DATA, no_data, or_with_suffix
 from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub, unwritable_cache
 from dvpo_ray.errors import InputError
 
@@ -189,7 +189,7 @@ def _read_datasets(label: str, path: str, *, missing: str = "could not be read",
             cause = cause.__cause__  # the error itself says only that something went wrong
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
         unwritable = unwritable_cache() if isinstance(cause, OSError) else None
-        raise InputError(f"{label}: {unwritable or f'{missing} ({reason[0]})'}") from error
+        raise InputError(f"{label}: {unwritable or f'{missing} ({reason[0]})'}{or_with_suffix(path)}") from error
     return _label(label, dataset)
 
 
