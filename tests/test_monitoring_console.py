@@ -119,12 +119,22 @@ def test_a_stage_without_items_says_no_number(plain, clock):
     assert "start of the actors  in 0 s" in out.getvalue()
 
 
-def test_a_silent_stage_is_said_with_its_seconds_ever_more_seldom(plain, clock):
+@pytest.mark.parametrize(
+    ("total", "settings", "said"),
+    [
+        (None, {}, (8, 16, 24, 32, 40, 48, 56)),
+        (None, {"quiet": True}, (5, 13, 21, 29, 37, 45, 53)),
+        (27, {"unit": "held-out prompts"}, (8, 16, 24, 32, 40, 48, 56)),
+        (9, {"unit": "steps"}, (8, 24, 56)),
+    ],
+)
+def test_a_silent_stage_is_said_with_its_seconds_and_steps_ever_more_seldom(total, settings, said, plain, clock):
     console, out = plain
-    with console, console.stage("start of the actors") as stage:
+    with console, console.stage("start of the actors", total, **settings) as stage:
         for clock.now in range(1, 61):
             stage.tick()
-    assert [line.rpartition(" · ")[2] for line in out.getvalue().splitlines()[1:-1]] == ["8 s so far", "24 s so far", "56 s so far"]
+    lines = [line.rpartition(" · ")[2] for line in out.getvalue().splitlines() if "so far" in line]
+    assert lines == [f"{seconds} s so far" for seconds in said]
 
 
 def test_a_silent_console_ticks_by_itself(monkeypatch):

@@ -23,8 +23,9 @@ T = TypeVar("T")
 
 PLAIN_PERIOD_SECONDS = 15.0
 SILENCE_SECONDS = 8.0
-"""After so long without a line, a plain console says what goes on; then after twice as long, up to `LONGEST_SILENCE_SECONDS`."""
+"""After so long without a line, a plain console says what goes on, again and again."""
 LONGEST_SILENCE_SECONDS = 60.0
+"""Steps may take long, so a stage that counts them waits twice as long each time, up to this."""
 QUIET_SECONDS = 5.0
 """A quiet stage that takes less leaves no line."""
 READY = "ready"
@@ -114,6 +115,7 @@ class Stage:
         self._done_before, self._details = done, ""
         self._started = self._spoke = self._advanced = self._clock()
         self._patience = QUIET_SECONDS if quiet else SILENCE_SECONDS
+        self._longest_patience = LONGEST_SILENCE_SECONDS if unit == "steps" else SILENCE_SECONDS
         if self._bars is not None:
             self._task = self._bars.add_task(name, total=total, completed=done, count=self._count(), details="")
         elif not quiet:
@@ -147,7 +149,7 @@ class Stage:
         now = self._clock()
         if self._bars is None and now - self._spoke >= self._patience:
             self._console.say(_joined(self._progress(), f"{duration(now - self._started)} so far", self._remaining(now)))
-            self._spoke, self._patience = now, min(2 * max(self._patience, SILENCE_SECONDS), LONGEST_SILENCE_SECONDS)
+            self._spoke, self._patience = now, min(2 * max(self._patience, SILENCE_SECONDS), self._longest_patience)
 
     def finish(self) -> None:
         """Leave a line that stays, unless it is a quiet stage that was short."""
