@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from gvm_artifacts import make_gvm
+from tiny_models import tiny_config, tiny_language_model
 from transformers import AutoTokenizer
 
-from dvpo_ray.config.schema import Config, PromptData
+from dvpo_ray.config.schema import Config, ModelConfig, PolicyConfig, PromptData
 from dvpo_ray.data.prompts import load_prompts
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.gvm.artifact import ObjectiveSpec
+from dvpo_ray.models.trainable import check_partial_training
 from dvpo_ray.training.policy import train
 from dvpo_ray.training.policy_inputs import load_inputs
 from dvpo_ray.training.value_model import train_value_model
@@ -101,6 +103,15 @@ def test_what_the_policy_does_not_have(settings, tmp_path, monkeypatch, policy, 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     out = tmp_path / "run"
     assert refused(lambda: train(changed(settings, out, policy=policy)), out).startswith(line)
+
+
+def test_adapters_of_experts_do_not_travel_alone(settings, tmp_path):
+    tiny_language_model(tiny_config("qwen3_moe")).save_pretrained(tmp_path / "experts")
+    check_partial_training(Config.model_validate(settings).model, PolicyConfig(lora={"rank": 2}), "adapters")
+    experts = ModelConfig(path=str(tmp_path / "experts"))
+    check_partial_training(experts, PolicyConfig(lora={"rank": 2, "target_modules": ["q_proj"]}), "adapters")
+    with pytest.raises(InputError, match=r"^weight_sync\.transport is adapters, but \S*experts\S* is not a linear layer"):
+        check_partial_training(experts, PolicyConfig(lora={"rank": 2}), "adapters")
 
 
 @pytest.mark.parametrize("policy", [{"trainable_layers": 2}, {"lora": {"rank": 2}}, {"lora": {"target_modules": ".*[qv]_proj"}}])

@@ -119,6 +119,16 @@ def test_adapters_reach_two_engines_and_their_fresh_rollouts_are_the_value_model
 
 
 @needs_vllm
+def test_adapters_alone_reach_an_engine_at_every_version(loop_settings, tmp_path):
+    fast = {"learning_rate": 3e-2, "schedule": "constant", "lora": {"rank": 4, "target_modules": ["q_proj", "o_proj", "down_proj"]}}
+    metrics = run(
+        loop_settings, tmp_path / "run", rollout={"backend": "vllm"}, train={"steps": 3}, policy=fast, weight_sync={"transport": "adapters"}
+    )
+    assert max(row["mismatch/log_prob_abs_max"] for row in metrics) < 1e-3
+    assert metrics[-1]["kl/reference_mean"] > 0.01  # far from the model that the engine began with
+
+
+@needs_vllm
 def test_vllm_samples_from_the_learners_weights_at_every_version_and_value_rises(loop_settings, tmp_path):
     fast = {"learning_rate": 1e-2, "schedule": "constant"}
     metrics = run(loop_settings, tmp_path / "vllm", rollout={"backend": "vllm"}, train={"steps": 15}, policy=fast, batch={"prompts_per_step": 32})

@@ -109,6 +109,7 @@ def test_a_cpu_run_has_no_slots():
         (make(rollout={"gpus_per_actor": 1, "backend": "transformers"}, policy={"gpus_per_actor": 1}), "object_store"),
         (make(rollout={"gpus_per_actor": 1}), "object_store"),
         (on_gpus(weight_sync={"transport": "object_store"}), "object_store"),
+        (make(policy={"lora": {"rank": 512}}, weight_sync={"transport": "adapters"}), "adapters"),
     ],
 )
 def test_transport_follows_from_who_shares_a_gpu(config, expected):
@@ -123,6 +124,9 @@ def test_transport_follows_from_who_shares_a_gpu(config, expected):
         ("ipc", on_gpus(shards=2), "rollout.tensor_parallel_size is 2, and CUDA IPC takes engines of one GPU"),
         ("nccl", on_gpus(), "rollout-0 and learner-0 are both on GPU 0 (placement: colocated)"),
         ("nccl", make(), "rollout.gpus_per_actor is 0"),
+        ("adapters", make(), "policy.lora is not set"),
+        ("adapters", make(policy={"lora": {"rank": 8}}, rollout={"backend": "transformers"}), "rollout.backend is transformers"),
+        ("adapters", make(policy={"lora": {"rank": 513}}), "policy.lora.rank is 513, and vLLM takes at most 512"),
     ],
 )
 def test_a_transport_that_the_placement_does_not_allow_is_refused(transport, config, problem):

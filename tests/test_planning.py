@@ -245,6 +245,17 @@ def test_an_engine_holds_a_bucket_of_new_weights_unless_they_come_by_ipc(llama, 
     assert engine.activations == (layer if gpus else 8 * 10 * 12) + arriving
 
 
+def test_an_engine_with_adapters_has_room_for_a_rank_of_vllms(llama):
+    def engine(rank: int, transport: str):
+        return predict_roles(config_of(llama, rollout={"backend": "vllm"}, policy={"lora": {"rank": rank}}, weight_sync={"transport": transport}))[
+            "rollout"
+        ]
+
+    of_rank_1 = predict_roles(config_of(llama, policy={"lora": {"rank": 1}}))["learner"].model.trained
+    assert engine(9, "adapters").memory.parameters - engine(9, "object_store").memory.parameters == 16 * of_rank_1 * 4
+    assert engine(9, "object_store").memory.activations - engine(9, "adapters").memory.activations == 4 * PARAMETERS  # no bucket arrives
+
+
 def test_an_engines_largest_pass_is_that_of_all_prompts_or_the_limit(llama):
     def activations(**rollout) -> int:
         config = config_of(llama, rollout={"backend": "vllm", "gpus_per_actor": 1} | rollout, policy={"gpus_per_actor": 1})

@@ -79,6 +79,9 @@ def test_who_is_in_host_memory_follows_from_the_memory_of_the_gpu():
     assert plan_of(80, ON_ONE_GPU, offload="always")[1].away == ("scorer", "reward_model", "reference", "learner", "critic")
     _, never = plan_of(16.5, ON_ONE_GPU, offload="never")
     assert not never.away and never.cache_gib == pytest.approx(2)  # two sequences of 8, the least
+    lora = {"policy": {"lora": {}}, "weight_sync": {"transport": "adapters"}}
+    _, alone = plan_of(40, ON_ONE_GPU, **lora)
+    assert alone.away == ("rollout",) and "in host memory: engines in their sleep" in alone.lines[0]
     seats = plan_placement(config)
     host = in_host_memory(seats, ON_ONE_GPU, 100, plan.away)
     assert host.contents["learner-0"] == 9 * GIB + PROCESS_BYTES["cpu"]

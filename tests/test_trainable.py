@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dvpo_ray.config.schema import LoraConfig
-from dvpo_ray.models.trainable import apply_lora, disable_dropout, full_weights, train_last_layers
+from dvpo_ray.models.trainable import adapter_weights, apply_lora, disable_dropout, full_weights, train_last_layers
 
 
 @pytest.fixture
@@ -34,6 +35,18 @@ def test_merged_lora_computes_what_the_adapter_computes(model, tiny_model):
     plain.load_state_dict(weights, strict=False)
     assert not torch.allclose(before, plain(ids).logits, atol=1e-3)
     torch.testing.assert_close(plain(ids).logits, lora(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_travel_alone_as_peft_saves_them(model, tiny_model, tmp_path):
+    lora = apply_lora(model, LoraConfig(rank=2, target_modules=["q_proj"], layers=[1]))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    weights = dict(adapter_weights(lora))
+    lora.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert weights.keys() == saved.keys() and len(saved) == 2
+    assert all(torch.equal(weights[name], saved[name]) and not weights[name].requires_grad for name in saved)
 
 
 def test_last_layers_train_and_travel_whole(model):

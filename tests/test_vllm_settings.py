@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import ResourceError
+from dvpo_ray.planning.placement import ADAPTER_RANKS
+from dvpo_ray.sync.object_store import pack
 
 pytest.importorskip("vllm")
 from dvpo_ray.actors import vllm_backend
@@ -21,11 +28,12 @@ class _LLM:
     """Stands in for vLLM's `LLM`: keeps its settings and the calls, in order."""
 
     def __init__(self, **settings) -> None:
-        self.settings, self.calls = settings, []
+        self.settings, self.calls, self.idle = settings, [], []
         self.resets = True
 
-    def collective_rpc(self, method: str, args: tuple = ()) -> None:
+    def collective_rpc(self, method: str, args: tuple = ()) -> list:
         self.calls.append((method, *args))
+        return [self.idle]
 
     def sleep(self, level: int) -> None:
         self.calls.append(("sleep", level))
@@ -106,6 +114,68 @@ def test_an_engine_sleeps_and_wakes_around_a_sync(backend, on_gpu):
     engine.wake("cache")
     update = [("start_weight_update",), ("update_weights", {"names": []}), ("finish_weight_update",), ("reset_prefix_cache",)]
     assert engine.llm.calls == [("sleep", 2), ("wake_up", "weights"), *update, ("wake_up", "kv_cache")]
+
+
+@pytest.fixture
+def with_adapters(monkeypatch):
+    """An engine that takes adapters of rank 9, with the stand-in, and what its vLLM has been given."""
+    monkeypatch.setattr(vllm_backend, "LLM", _LLM)
+    monkeypatch.setattr(vllm_backend.current_platform, "is_sleep_mode_available", lambda: True)
+    lora = {"rank": 9, "alpha": 6, "target_modules": ["q_proj", "o_proj"]}
+    config = Config.model_validate({"model": {"path": "m"}, "policy": {"lora": lora}, "rollout": {"gpus_per_actor": 1}})
+    return vllm_backend.VLLMBackend(config, frozenset({2}), "adapters", 1024, sleeps=True)
+
+
+def test_an_engine_with_adapters_keeps_its_model_in_its_sleep(with_adapters):
+    settings = with_adapters.llm.settings
+    assert settings["enable_lora"] and settings["max_lora_rank"] == 16 and settings["lora_target_modules"] == ["q_proj", "o_proj"]
+    assert settings["weight_transfer_config"] is None and settings["load_format"] == "auto"
+    assert not with_adapters.sleep()  # nothing is lost
+    with_adapters.wake("weights")
+    assert with_adapters.llm.calls == [("sleep", 1), ("wake_up", "weights")]
+
+
+def test_new_adapters_replace_the_old_in_every_response_to_come(with_adapters):
+    llm, given = with_adapters.llm, []
+    llm.llm_engine = SimpleNamespace(
+        add_lora=lambda request: given.append((request, *read(request.lora_path))), add_request=lambda *_, **more: given.append(more)
+    )
+
+    def read(folder: str) -> tuple[dict, dict]:
+        return json.loads((Path(folder) / "adapter_config.json").read_text()), load_file(Path(folder) / "adapter_model.safetensors")
+
+    weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(9, 4)}
+    (bucket,) = pack(weights.items(), 1000, checksum=True)
+    with_adapters.load_adapters(PeftLoraConfig(r=9, lora_alpha=6, target_modules=["q_proj"]), bucket)
+    request, description, arrived = given.pop()
+    assert request.load_inplace and (description["r"], description["lora_alpha"]) == (9, 6)
+    assert arrived.keys() == weights.keys() and all(torch.equal(arrived[name], weights[name]) for name in weights)
+    assert not Path(request.lora_path).exists() and llm.calls[-1] == ("reset_prefix_cache",)
+    with_adapters.add([0], [[1, 2]], seed=[3])
+    (used,) = given
+    assert used["lora_request"].lora_int_id == request.lora_int_id and not used["lora_request"].load_inplace  # else vLLM would read it at each step
+
+    llm.idle = ["model.layers.0.other"]
+    with pytest.raises(
+        ResourceError, match=r"^weight_sync.transport is adapters, but vLLM has no place for the one of model.layers.0.other; set it to auto$"
+    ):
+        with_adapters.load_adapters(PeftLoraConfig(), bucket)
+
+
+def test_a_model_without_adapters_in_vllm_is_one_line(with_adapters, monkeypatch):
+    def refuse(**_) -> None:
+        raise ValueError("GPT2LMHeadModel does not support LoRA yet.")
+
+    monkeypatch.setattr(vllm_backend, "LLM", refuse)
+    config = Config.model_validate({"model": {"path": "m"}, "policy": {"lora": {}}})
+    with pytest.raises(ResourceError, match=r"^weight_sync.transport is adapters, but vLLM says: GPT2LMHeadModel does not .* Set it to auto$"):
+        vllm_backend.VLLMBackend(config, frozenset({2}), "adapters", 1024)
+
+
+def test_ranks_are_those_that_vllm_has():
+    from vllm.config.lora import MaxLoRARanks
+
+    assert get_args(MaxLoRARanks) == ADAPTER_RANKS
 
 
 def test_an_engine_that_does_not_sleep_says_so(backend):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from dvpo_ray.config.schema import Config, LoraConfig, WeightSyncConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.trainable import apply_lora, describe_weights, full_weights, train_last_layers
+from dvpo_ray.sync.adapters import AdapterSender
 from dvpo_ray.sync.client import EngineClient
 from dvpo_ray.sync.object_store import ObjectStoreSender, pack, unpack
 
@@ -60,6 +61,23 @@ def test_a_damaged_bucket_is_refused():
     bucket["data"][1][5] ^= 1
     with pytest.raises(ValueError, match="weight bucket a … b arrived damaged"):
         list(unpack(**bucket))
+
+
+def test_adapters_travel_in_one_bucket_with_their_description(monkeypatch):
+    done = []
+    monkeypatch.setattr(ray, "put", lambda stored: stored)
+
+    class Client:
+        def __getattr__(self, phase: str):
+            return lambda *args: done.append((phase, *args))
+
+    weights = [("a.lora_A.weight", torch.randn(2, 8).bfloat16()), ("a.lora_B.weight", torch.randn(8, 2).bfloat16())]
+    AdapterSender(Client(), lambda: iter(weights), "described", True, WeightSyncConfig(bucket_mib=1e-6)).send(4, changing_only=False)
+    AdapterSender(Client(), lambda: iter(weights), "described", False, WeightSyncConfig()).send(4, changing_only=False)  # another rank
+    assert [phase for phase, *_ in done] == ["begin", "load_adapters", "set_policy_version"] and done[2][1] == 4
+    description, bucket = done[1][1]
+    assert description == "described"
+    assert all(name == sent and torch.equal(got, weight) for (name, got), (sent, weight) in zip(unpack(**bucket), weights, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "gpt2"])

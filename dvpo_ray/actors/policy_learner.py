@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +43,7 @@ class PolicyLearner(DeepSpeedRank):
 
     def __init__(self, config: Config, index: int, run_folder: str, stop_token_ids: frozenset[int] = frozenset()) -> None:
         super().__init__(index, run_folder)
-        if choose_transport(config) != "object_store":
+        if choose_transport(config) in ("nccl", "ipc"):
             import dvpo_ray.sync.vllm_transports  # noqa: F401 - vLLM, which takes seconds, while the engines start
         self.config = config
         self.sampled = {
@@ -76,15 +75,12 @@ class PolicyLearner(DeepSpeedRank):
 
     def open_channel(self, engines: list[ActorHandle], transport: str) -> None:
         """Open the channel to the rollout engines; a collective of all ranks."""
-        self.sender = make_sender(transport, self.config, engines, self._weights, self.training.describe_weights, self.index)
+        self.sender = make_sender(transport, self.config, engines, self.training, self.index)
 
     def _save(self, weights: dict[str, Tensor], folder: Path) -> None:
         base = self.model.get_base_model() if self.config.policy.lora is not None else self.model
         tokenizer = load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
         save_policy(base, weights, tokenizer, self.config.model, folder)
-
-    def _weights(self, changing_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        return self.training.weights(changing_only, int(self.config.weight_sync.bucket_mib * 2**20))
 
     # ------------------------------------------------------------------------------------------------- update
 
@@ -152,7 +148,8 @@ class PolicyLearner(DeepSpeedRank):
         """Bring the current weights to all rollout engines as policy version `version`; a collective of all ranks.
 
         Args:
-            whole: all weights travel, because an engine has none: at the start, and after a sleep. Otherwise those that training changes.
+            whole: all weights travel, because an engine has none: at the start, and after a sleep. Otherwise those that training
+                changes. With the transport `adapters` engines never lose the others, and those never travel.
         """
         with self.clock.busy():
             self.sender.send(version, changing_only=not whole)

@@ -129,8 +129,8 @@ def started_roles(
                 config = override_config(config, [f"rollout.kv_cache_gib={slots.cache_gib}"])
             more_of = {
                 # Engines beside a learner start with random weights: the first sync brings all of them, and the check of the first
-                # rollouts then shows that every part arrives.
-                "rollout": (stop_token_ids, transport, max_sequence_tokens, not gets_weights, shares_gpus(seats)),
+                # rollouts then shows that every part arrives. Adapters need the model that they belong to.
+                "rollout": (stop_token_ids, transport, max_sequence_tokens, not gets_weights or transport == "adapters", shares_gpus(seats)),
                 "reference": (stop_token_ids,),
                 "learner": (stop_token_ids,),
             }

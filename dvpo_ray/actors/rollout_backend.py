@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from peft import LoraConfig as PeftLoraConfig
+
 Part = Literal["weights", "cache"]
 """What of an engine can wake alone."""
 
@@ -72,10 +74,19 @@ class RolloutBackend(ABC):
     def finish_weight_update(self) -> None:
         """The new weights are whole: drop everything computed from the old ones."""
 
+    def load_adapters(self, description: PeftLoraConfig, bucket: dict) -> None:
+        """Replace the adapters, and drop everything computed with the old ones. Only of backends that the config allows them with.
+
+        Args:
+            description: peft's.
+            bucket: the arguments of `dvpo_ray.sync.object_store.unpack`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def sleep(self) -> bool:
-        """Free the GPU of weights and cache, whose content is lost. False: this engine holds them for good, and nothing has happened."""
+        """Free the GPU of weights and cache. True if the weights are lost then; see `RolloutEngine.sleep`."""
 
     @abstractmethod
     def wake(self, part: Part) -> None:
-        """Take the memory of the weights or of the cache again, without content."""
+        """Take the memory of the weights or of the cache again."""

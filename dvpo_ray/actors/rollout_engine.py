@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from peft import LoraConfig as PeftLoraConfig
 
 from dvpo_ray.actors.rollout_backend import Part, Response, RolloutBackend
 from dvpo_ray.batch import RaggedBatch
@@ -18,7 +19,7 @@ class RolloutEngine(Actor):
 
     Args:
         stop_token_ids: tokens that end a response.
-        transport: how new weights arrive: `object_store`, `nccl` or `ipc`.
+        transport: how new weights arrive: `object_store`, `nccl`, `ipc` or `adapters`.
         max_sequence_tokens: longest prompt and response together.
         loads_weights: take the weights of the checkpoint. Without it the first sync must bring all of them.
         sleeps: the engine shares its GPU, and frees it when `sleep` is called.
@@ -96,10 +97,11 @@ class RolloutEngine(Actor):
     # Sharing a GPU: the memory of an engine that sleeps is free for others.
 
     def sleep(self) -> bool:
-        """Free the GPU of weights and cache; both are lost, so the next sync must bring all weights.
+        """Free the GPU of weights and cache.
 
         Returns:
-            False if the engine keeps its memory: it was not started to sleep. Then nothing has happened.
+            True if the weights are lost, so that the next sync must bring all of them. False if the engine has them: it was not started
+            to sleep, then nothing has happened; or it takes adapters alone, then the weights are in host memory.
         """
         return self.backend.sleep()
 
@@ -121,6 +123,10 @@ class RolloutEngine(Actor):
     def finish_weight_update(self) -> None:
         self.backend.finish_weight_update()
 
+    def load_adapters(self, adapters: tuple[PeftLoraConfig, dict]) -> None:
+        description, bucket = adapters
+        self.backend.load_adapters(description, bucket)
+
     def set_policy_version(self, version: int) -> None:
         self.policy_version = version
 
@@ -132,7 +138,7 @@ def make_backend(
 
     Args:
         stop_token_ids: tokens that end a response.
-        transport: how new weights will arrive: `object_store`, `nccl` or `ipc`.
+        transport: how new weights will arrive: `object_store`, `nccl`, `ipc` or `adapters`.
         max_sequence_tokens: longest prompt and response together.
         loads_weights: take the weights of the checkpoint; transformers always does.
         sleeps: `sleep` is to free the GPU; transformers' never does.

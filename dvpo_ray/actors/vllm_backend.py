@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from peft import LoraConfig as PeftLoraConfig
+from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from dvpo_ray.actors.rollout_backend import Part, Response, RolloutBackend
-from dvpo_ray.config.schema import Config, RolloutConfig
+from dvpo_ray.config.schema import Config, LoraConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.compiling import require_compiler
+from dvpo_ray.models.loading import first_line
+from dvpo_ray.planning.placement import adapter_rank
+from dvpo_ray.sync.object_store import unpack
 
 GIB = 2**30
 _LARGEST_GRAPH = 512
@@ -25,7 +34,8 @@ class VLLMBackend(RolloutBackend):
 
     Args:
         stop_token_ids: tokens that end a response.
-        transport: how new weights arrive.
+        transport: how new weights arrive. With `adapters` the engine has the weights of the checkpoint for good, and in its sleep they are
+            in host memory.
         max_sequence_tokens: longest prompt and response together.
         loads_weights: take the weights of the checkpoint.
         sleeps: `sleep` is to free the GPU.
@@ -49,29 +59,32 @@ class VLLMBackend(RolloutBackend):
         if sleeps and not current_platform.is_sleep_mode_available():
             raise ResourceError(f"rollout: an engine on a {current_platform.device_name} can't sleep; vLLM's sleep mode needs a GPU")
         self.sleeps = sleeps
-        self.llm = LLM(
-            model=config.model.path,
-            dtype=config.model.dtype,
-            load_format="auto" if loads_weights else "dummy",
-            trust_remote_code=config.model.trust_remote_code,
-            skip_tokenizer_init=True,  # prompts arrive as token ids and text is made elsewhere
-            generation_config="vllm",  # sampling is what this config says, not what the checkpoint suggests
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after temperature and minimum length
-            max_model_len=max_sequence_tokens,
-            max_num_seqs=rollout.max_concurrent_sequences,
-            max_num_batched_tokens=rollout.max_batched_tokens,
-            tensor_parallel_size=rollout.tensor_parallel_size,
-            # Inside a placement group vLLM would choose Ray's executor, which needs a bundle for each GPU.
-            distributed_executor_backend="uni" if rollout.tensor_parallel_size == 1 else "mp",
-            worker_extension_cls="dvpo_ray.sync.vllm_receiver.WorkerExtension",
-            enforce_eager=rollout.is_eager,
-            enable_sleep_mode=sleeps,
-            seed=config.seed,
-            weight_transfer_config=WeightTransferConfig(backend=transport),
-            disable_log_stats=True,
-            **_memory(rollout),
-            **_graphs(rollout),
-        )
+        self.adapters = LoRARequest("policy", 1, "the learner sends them") if transport == "adapters" else None
+        with _refusing_adapters():
+            self.llm = LLM(
+                model=config.model.path,
+                dtype=config.model.dtype,
+                load_format="auto" if loads_weights else "dummy",
+                trust_remote_code=config.model.trust_remote_code,
+                skip_tokenizer_init=True,  # prompts arrive as token ids and text is made elsewhere
+                generation_config="vllm",  # sampling is what this config says, not what the checkpoint suggests
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after temperature and minimum length
+                max_model_len=max_sequence_tokens,
+                max_num_seqs=rollout.max_concurrent_sequences,
+                max_num_batched_tokens=rollout.max_batched_tokens,
+                tensor_parallel_size=rollout.tensor_parallel_size,
+                # Inside a placement group vLLM would choose Ray's executor, which needs a bundle for each GPU.
+                distributed_executor_backend="uni" if rollout.tensor_parallel_size == 1 else "mp",
+                worker_extension_cls="dvpo_ray.sync.vllm_receiver.WorkerExtension",
+                enforce_eager=rollout.is_eager,
+                enable_sleep_mode=sleeps,
+                seed=config.seed,
+                weight_transfer_config=None if self.adapters else WeightTransferConfig(backend=transport),
+                disable_log_stats=True,
+                **_memory(rollout),
+                **_graphs(rollout),
+                **(_room_for_adapters(config.policy.lora) if self.adapters else {}),
+            )
         self.params = SamplingParams(
             temperature=rollout.temperature,
             top_p=rollout.top_p,
@@ -99,7 +112,7 @@ class VLLMBackend(RolloutBackend):
             if not isinstance(seed, int):
                 own = params.clone()
                 own.seed = seed[i]
-            self.llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, own)
+            self.llm.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, own, lora_request=self.adapters)
 
     def step(self) -> Iterator[Response]:
         return (_response(output) for output in self.llm.llm_engine.step() if output.finished)
@@ -115,13 +128,27 @@ class VLLMBackend(RolloutBackend):
 
     def finish_weight_update(self) -> None:
         self.llm.collective_rpc("finish_weight_update")
-        if not self.llm.reset_prefix_cache():  # cached keys and values were computed with the old weights
+        self._forget()
+
+    def load_adapters(self, description: PeftLoraConfig, bucket: dict) -> None:
+        with TemporaryDirectory(prefix="dvpo-adapters-") as folder:  # vLLM takes adapters from a folder only
+            description.save_pretrained(folder)
+            save_file(dict(unpack(**bucket)), Path(folder) / "adapter_model.safetensors")
+            self.llm.llm_engine.add_lora(LoRARequest(self.adapters.lora_name, self.adapters.lora_int_id, folder, load_inplace=True))
+        idle = {name for names in self.llm.collective_rpc("idle_adapters", args=(self.adapters.lora_int_id,)) for name in names}
+        if idle:
+            raise ResourceError(f"weight_sync.transport is adapters, but vLLM has no place for the one of {min(idle)}; set it to auto")
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop cached keys and values, which were computed with the old weights."""
+        if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept keys and values of the old weights: a response was unfinished when new weights came")
 
     def sleep(self) -> bool:
         if self.sleeps:
-            self.llm.sleep(level=2)
-        return self.sleeps
+            self.llm.sleep(level=1 if self.adapters else 2)
+        return self.sleeps and self.adapters is None
 
     def wake(self, part: Part) -> None:
         if self.sleeps:
@@ -135,6 +162,23 @@ def _memory(rollout: RolloutConfig) -> dict:
     given = {"kv_cache_memory_bytes": round(rollout.given_cache_gib * GIB)}
     # With a given cache the share only says how much must be free at the start, and the others on the GPU may be there first.
     return given | ({"gpu_memory_utilization": 0.01} if rollout.gpus_per_actor > 0 else {})
+
+
+def _room_for_adapters(lora: LoraConfig) -> dict:
+    """vLLM's settings for one set of adapters, on the matrices that the learner adapts."""
+    targets = lora.target_modules if isinstance(lora.target_modules, list) else None
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": adapter_rank(lora), "lora_target_modules": targets}
+
+
+@contextmanager
+def _refusing_adapters() -> Iterator[None]:
+    """Within this context vLLM's word that it has no adapters for a model is one line with the remedy."""
+    try:
+        yield
+    except ValueError as error:
+        if "does not support LoRA" not in str(error):
+            raise
+        raise ResourceError(f"weight_sync.transport is adapters, but vLLM says: {first_line(error)} Set it to auto") from error
 
 
 def _graphs(rollout: RolloutConfig) -> dict:

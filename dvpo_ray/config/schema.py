@@ -451,10 +451,10 @@ class BatchConfig(Section):
 class WeightSyncConfig(Section):
     """How new weights reach the rollout engines."""
 
-    transport: Literal["auto", "object_store", "nccl", "ipc"] = Field(
+    transport: Literal["auto", "object_store", "nccl", "ipc", "adapters"] = Field(
         "auto",
         description="`auto`: CUDA IPC where each engine shares its GPU with a rank of the learner, NCCL where they share none, the Ray object "
-        "store otherwise.",
+        "store otherwise. `adapters`: the adapters of `policy.lora` alone, through the object store; vLLM adds them to the model as it computes.",
     )
     bucket_mib: Positive = Field(
         256.0,

@@ -27,7 +27,7 @@ from dvpo_ray.files import clear_when_full
 from dvpo_ray.models.compiling import compile_layers, compiles
 from dvpo_ray.models.loading import default_device, each_weight
 from dvpo_ray.models.offload import HostMemory
-from dvpo_ray.models.trainable import WeightShape, describe_weights, full_weights
+from dvpo_ray.models.trainable import WeightShape, adapter_weights, describe_weights, full_weights
 
 if TYPE_CHECKING:
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -248,6 +248,10 @@ class TrainingEngine:
     def describe_weights(self, changing_only: bool = False) -> list[WeightShape]:
         """What `weights` would yield, without gathering anything. No collective."""
         return describe_weights(self.model, changing_only=changing_only)
+
+    def adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of LoRA adapters alone; see `adapter_weights`."""
+        return adapter_weights(self.model, _gathered if self.is_cut else None)
 
     def weights_on_first_rank(self) -> dict[str, Tensor]:
         """The whole weights in the host memory of rank 0; the other ranks help and get none."""

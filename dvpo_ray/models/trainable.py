@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -133,8 +133,11 @@ def _target_modules(model: PreTrainedModel, lora: LoraConfig) -> str | list[str]
     return sorted(name.rpartition(".")[2] for name in names)
 
 
-def check_partial_training(model: ModelConfig, policy: PolicyConfig) -> None:
+def check_partial_training(model: ModelConfig, policy: PolicyConfig, transport: str = "auto") -> None:
     """Refuse a `policy.trainable_layers` or `policy.lora` that does not fit the policy, by its config alone.
+
+    Args:
+        transport: `weight_sync.transport`.
 
     Raises:
         InputError: names the key.
@@ -147,7 +150,18 @@ def check_partial_training(model: ModelConfig, policy: PolicyConfig) -> None:
         if policy.trainable_layers is not None:
             train_last_layers(skeleton, policy.trainable_layers)
         if policy.lora is not None:
-            apply_lora(skeleton, policy.lora, key="policy.lora")
+            skeleton = apply_lora(skeleton, policy.lora, key="policy.lora")
+    if transport == "adapters":
+        _check_adapters_travel(skeleton)
+
+
+def _check_adapters_travel(model: PeftModel) -> None:
+    """Refuse adapters that engines do not take without the model."""
+    other = next((name for name, module in model.get_base_model().named_modules() if isinstance(module, ParamWrapper)), None)
+    if other is not None:
+        raise InputError(
+            f"weight_sync.transport is adapters, but {other} is not a linear layer, and its adapter does not travel alone; set it to auto"
+        )
 
 
 def _adapted(base: PreTrainedModel) -> dict[int, LoraLayer]:
@@ -183,6 +197,18 @@ def _blocks(base: PreTrainedModel) -> list[str]:
     """The prefix of each decoder layer's parameters."""
     layers = {id(layer) for layer in decoder_layers(base)}
     return [f"{name}." for name, module in base.named_modules() if id(module) in layers]
+
+
+def adapter_weights(model: PeftModel, gather=None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model's adapters alone, whole, under the names that peft saves them by.
+
+    Args:
+        gather: as for `full_weights`.
+    """
+    adapters = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    with nullcontext() if gather is None else gather(adapters):
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+            yield name, tensor.detach()
 
 
 class WeightShape(NamedTuple):

@@ -12,7 +12,7 @@ from dvpo_ray.models.head import BLOCK_LOGITS, KEPT_BYTES
 from dvpo_ray.models.loading import torch_dtype
 from dvpo_ray.models.token_log_probs import LOGITS_AT_ONCE
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
-from dvpo_ray.planning.placement import choose_transport, plan_placement, shares_gpus
+from dvpo_ray.planning.placement import adapter_rank, choose_transport, plan_placement, shares_gpus
 
 GIB = 2**30
 MASTER, MOMENTS, FULL = 4, 8, 4
@@ -199,11 +199,12 @@ def predict_roles(config: Config, gpu_memory_gib: float | None = None) -> dict[s
     """
     algorithm, predict = ALGORITHMS[config.algorithm], _Prediction(config)
     frozen, scorer = policy_plan(config, trained=False), value_plan(config, algorithm.section)
+    learner = predict.trained(policy_plan(config, trained=True), config.policy, config.batch.micro_batch_tokens)
     roles = {
-        "rollout": predict.engine(frozen.architecture(), gpu_memory_gib),
+        "rollout": predict.engine(frozen.architecture(), gpu_memory_gib, learner.model.trained),
         algorithm.scorer: predict.frozen(scorer, config.scorer, copies=1 + len(config.scorer.ensemble)),
         "reference": predict.frozen(frozen, config.reference, responses=config.rollout.max_response_tokens),
-        "learner": predict.trained(policy_plan(config, trained=True), config.policy, config.batch.micro_batch_tokens),
+        "learner": learner,
     }
     if algorithm.has_critic:
         roles["critic"] = predict.trained(critic_plan(config), config.critic, config.critic.micro_batch_tokens)
@@ -240,14 +241,20 @@ class _Prediction:
         activations = scoring_activations(plan.saved_bytes(rows, self.length), model, self.element_bytes, rows, responses, on_gpu=on_gpu)
         return RolePlan(model, role.num_actors, ActorMemory(copies * model.parameters * self.element_bytes, activations=activations))
 
-    def engine(self, model: Architecture, gpu_memory_gib: float | None) -> RolePlan:
-        """A rollout engine with all of its tensor-parallel shards."""
-        rollout = self.config.rollout
+    def engine(self, model: Architecture, gpu_memory_gib: float | None, trained: int) -> RolePlan:
+        """A rollout engine with all of its tensor-parallel shards.
+
+        Args:
+            trained: parameters that the learner trains.
+        """
+        rollout, lora, transport = self.config.rollout, self.config.policy.lora, choose_transport(self.config)
         parameters = model.parameters * self.element_bytes
+        if transport == "adapters":
+            parameters += trained * adapter_rank(lora) // lora.rank * self.element_bytes
         together = min(rollout.max_concurrent_sequences, self.batch.max_samples_per_engine)
         # New weights arrive in buckets beside the engine's own; with CUDA IPC the engine reads the learner's.
         bucket = min(parameters, round(self.config.weight_sync.bucket_mib * 2**20))
-        arriving = 0 if choose_transport(self.config) == "ipc" else bucket
+        arriving = 0 if transport in ("ipc", "adapters") else bucket
         if rollout.backend == "transformers":  # it keeps the logits of every step, and the cache lives as long as the batch
             kept = together * self.length * model.cache_per_token * self.element_bytes + together * self.responses * model.vocabulary * 4
             return RolePlan(model, rollout.num_actors, ActorMemory(parameters, activations=kept + arriving))

@@ -15,11 +15,13 @@ from glob import glob
 
 from dvpo_ray.config.algorithms import ALGORITHMS, ROLE_SECTIONS
 from dvpo_ray.config.arithmetic import counted
-from dvpo_ray.config.schema import Config, PreferenceTraining, RayConfig, RoleConfig
+from dvpo_ray.config.schema import Config, LoraConfig, PreferenceTraining, RayConfig, RoleConfig
 from dvpo_ray.errors import InputError
 
 GROUPS = (("rollout",), ("scorer", "reward_model", "reference"), ("learner", "critic"))
 """Roles that share GPUs with `placement: separate`: engines, frozen models, trained models."""
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM has room for in an engine with adapters; it takes adapters up to that rank."""
 _TRAINERS = {"gvm": "gvm_trainer", "reward_model": "rm_trainer"}
 """The role that trains a value or reward model, by its section of the config."""
 
@@ -91,17 +93,17 @@ def shares_gpus(seats: Iterable[Seat]) -> bool:
 
 
 def choose_transport(config: Config) -> str:
-    """`object_store`, `nccl` or `ipc`: how weights travel with this placement.
+    """`object_store`, `nccl`, `ipc` or `adapters`: how weights travel with this placement.
 
     CUDA IPC needs a rank of the learner on the GPU of each engine. NCCL refuses two of its processes on one GPU, so engines and
-    learner must share none.
+    learner must share none. Adapters alone travel only where the config asks for it, because vLLM samples more slowly with them.
 
     Raises:
         InputError: `weight_sync.transport` names one that this placement does not allow; says which actor is in its way.
     """
     asked = config.weight_sync.transport
     seats = plan_placement(config)
-    problems = {"object_store": None, "ipc": _no_ipc(config, seats), "nccl": _no_nccl(config, seats)}
+    problems = {"object_store": None, "ipc": _no_ipc(config, seats), "nccl": _no_nccl(config, seats), "adapters": _no_adapters(config)}
     if asked == "auto":
         return next(name for name in ("ipc", "nccl", "object_store") if problems[name] is None)
     if problems[asked] is not None:
@@ -131,9 +133,28 @@ def _no_nccl(config: Config, seats: Sequence[Seat]) -> str | None:
     return f"{engines[both[0]]} and {both[1]} are both on GPU {both[0]} (placement: {config.placement})" if both else None
 
 
+def _no_adapters(config: Config) -> str | None:
+    """Why adapters can't travel alone; None if they can."""
+    lora = config.policy.lora
+    if lora is None:
+        return "policy.lora is not set"
+    return _no_vllm(config) or (
+        f"policy.lora.rank is {lora.rank}, and vLLM takes at most {ADAPTER_RANKS[-1]}" if lora.rank > ADAPTER_RANKS[-1] else None
+    )
+
+
+def adapter_rank(lora: LoraConfig) -> int:
+    """The rank that an engine has room for."""
+    return next(rank for rank in ADAPTER_RANKS if rank >= lora.rank)
+
+
+def _no_vllm(config: Config) -> str | None:
+    return f"rollout.backend is {config.rollout.backend}" if config.rollout.backend != "vllm" else None
+
+
 def _no_vllm_on_gpus(config: Config) -> str | None:
-    if config.rollout.backend != "vllm":
-        return f"rollout.backend is {config.rollout.backend}"
+    if no_vllm := _no_vllm(config):
+        return no_vllm
     without = next((section for section in ("rollout", "policy") if getattr(config, section).gpus_per_actor == 0), None)
     return f"{without}.gpus_per_actor is 0" if without else None
 

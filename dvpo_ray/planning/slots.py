@@ -16,7 +16,7 @@ from itertools import product
 
 from dvpo_ray.config.schema import Config
 from dvpo_ray.planning.memory import GIB, PROCESS_BYTES, RolePlan
-from dvpo_ray.planning.placement import GROUPS, Seat, shares_gpus
+from dvpo_ray.planning.placement import GROUPS, Seat, choose_transport, shares_gpus
 
 GENERATE, SCORE, SYNC, UPDATE, STEP = "rollouts", "scoring", "sync", "update", "step"
 """Phases; `step` is all of them where nobody takes turns."""
@@ -38,6 +38,7 @@ class SlotPlan:
         cache_gib: KV cache on each GPU of an engine; None where engines measure what they can have.
         offloads_trained: trained models are in host memory while engines sample.
         offloads_frozen: frozen models are in host memory from the end of scoring to the next rollouts.
+        offloads_engines: engines that sleep have their weights in host memory, else they have none.
     """
 
     capacity: int
@@ -46,6 +47,7 @@ class SlotPlan:
     cache_gib: float | None = None
     offloads_trained: bool = False
     offloads_frozen: bool = False
+    offloads_engines: bool = False
 
     @property
     def fullest(self) -> tuple[str, int]:
@@ -62,14 +64,19 @@ class SlotPlan:
     @property
     def away(self) -> tuple[str, ...]:
         """Roles whose models are in host memory in a part of each step."""
-        return (GROUPS[1] if self.offloads_frozen else ()) + (GROUPS[2] if self.offloads_trained else ())
+        leaves = (self.offloads_engines, self.offloads_frozen, self.offloads_trained)
+        return tuple(role for roles, away in zip(GROUPS, leaves, strict=True) if away for role in roles)
 
     @property
     def lines(self) -> list[str]:
         """The turns, for people; nothing where there are none."""
         if self.cache_gib is None:
             return []
-        waiting = {"trained models while engines sample": self.offloads_trained, "frozen models during the update": self.offloads_frozen}
+        waiting = {
+            "engines in their sleep": self.offloads_engines,
+            "trained models while engines sample": self.offloads_trained,
+            "frozen models during the update": self.offloads_frozen,
+        }
         away = " and ".join(who for who, leaves in waiting.items() if leaves)
         return [f"engines sleep during the update; cache {self.cache_gib:.2f} GiB; in host memory: {away or 'nobody'}"]
 
@@ -102,7 +109,7 @@ def plan_slots(config: Config, seats: Sequence[Seat], roles: Mapping[str, RolePl
         for slot, name in engines:
             phases[GENERATE][slot][name] += cache
             resting[GENERATE][slot][name] += cache
-        plan = SlotPlan(capacity, phases, resting, cache / GIB, trained, frozen)
+        plan = SlotPlan(capacity, phases, resting, cache / GIB, trained, frozen, choose_transport(config) == "adapters")
         if plan.used(*plan.fullest) <= usable and 2 * cache * engine.sequences_at_most >= wanted * engine.sequences:
             break
     return plan

@@ -22,6 +22,7 @@ from dvpo_ray.gvm.model import keep_first_layers
 from dvpo_ray.models.loading import default_device, torch_dtype
 from dvpo_ray.planning.architecture import Architecture, policy_plan
 from dvpo_ray.planning.memory import GIB, rows_together
+from dvpo_ray.planning.placement import choose_transport
 
 ADAM_BYTES = 28
 """Of each trained element in an optimizer step, in float32: weight, gradient and two moments read, weight and moments written."""
@@ -89,7 +90,8 @@ def stage_seconds(config: Config, models: Mapping[str, Architecture], device: De
         seconds["score"] += step.scoring(models["critic"], config.critic, samples)
         updates.append(step.update(models["critic"], config.critic, again=0))
     seconds["update"] = sum(updates)
-    seconds["sync"] = SYNC_COPIES * models["rollout"].parameters * step.element_bytes / device.bytes_per_second
+    synced = models["learner"].trained if choose_transport(config) == "adapters" else models["rollout"].parameters
+    seconds["sync"] = SYNC_COPIES * synced * step.element_bytes / device.bytes_per_second
     return seconds | {"step": sum(seconds.values())}
 
 

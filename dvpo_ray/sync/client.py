@@ -80,6 +80,10 @@ class EngineClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._all("finish_weight_update", [()] * len(self.engines))
 
+    def load_adapters(self, stored: ObjectRef) -> None:
+        """Send adapters: a reference to peft's description of them and to their bucket."""
+        self._all("load_adapters", [(stored,)] * len(self.engines))
+
     def set_policy_version(self, version: int) -> None:
         """Tell the engines the version of the weights that have arrived."""
         self._all("set_policy_version", [(version,)] * len(self.engines))

@@ -102,3 +102,8 @@ class WorkerExtension:
     def seed_sampling(self, seed: int) -> None:
         """Seed all sampling from now on that has no seed of its own."""
         set_random_seed(seed)
+
+    def idle_adapters(self, number: int) -> list[str]:
+        """Names of the matrices in a set of adapters that the model of this worker does not have: vLLM leaves them out without a word."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        return sorted(set(manager.get_adapter(number).loras) - set(manager.modules))

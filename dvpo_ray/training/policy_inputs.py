@@ -56,7 +56,7 @@ def load_inputs(config: Config) -> Inputs:
     """
     check_gpus(wanted_gpus(config, plan_placement(config)), config.ray)
     refuse_as_policy(config.model.path, "model.path")
-    check_partial_training(config.model, config.policy)
+    check_partial_training(config.model, config.policy, config.weight_sync.transport)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     context = context_tokens(config.model.path, config.model.trust_remote_code)
     for problem in (biased_sampling(config), too_long_rows(config, context)):

@@ -49,6 +49,7 @@ class Card:
         roles: those of PPO, and `scorer` beside them.
         others: an engine that gets its weights through the object store and samples at another temperature; and where the start was with
             adapters, the roles of a DVPO of its own with a LoRA learner.
+        adapted: the same roles, but an engine that gets adapters alone.
         other_config: of `others`.
         version: of the weights of the engine in `roles`.
         began: when the command began, but for the making of models and for the plans of loops, in seconds since the epoch.
@@ -56,10 +57,19 @@ class Card:
     """
 
     def __init__(
-        self, report: Report, config: Config, other_config: Config, inputs: Inputs, roles: Roles, others: Roles, began: float, is_measured: bool
+        self,
+        report: Report,
+        config: Config,
+        other_config: Config,
+        inputs: Inputs,
+        roles: Roles,
+        others: Roles,
+        adapted: Roles,
+        began: float,
+        is_measured: bool,
     ) -> None:
         self.report, self.config, self.other_config, self.inputs = report, config, other_config, inputs
-        self.roles, self.others, self.began, self.is_measured = roles, others, began, is_measured
+        self.roles, self.others, self.adapted, self.began, self.is_measured = roles, others, adapted, began, is_measured
         self.version = 0
 
     @property
@@ -112,10 +122,10 @@ class Card:
         rows, prompts = derive_batch(self.config).samples_per_step, self.inputs.prompts
         return [prompts[(round_ * rows + row) % len(prompts)] for row in range(rows)]
 
-    def greedy(self) -> np.ndarray:
-        """The likeliest tokens of the engine."""
+    def greedy(self, engine: ActorHandle | None = None) -> np.ndarray:
+        """The likeliest tokens of the engine, or of another one."""
         prompts = self.prompts(0)
-        chunks = ray.get(list(self.engine.generate.remote(prompts, 0, list(range(len(prompts))), 0, True)))
+        chunks = ray.get(list((engine or self.engine).generate.remote(prompts, 0, list(range(len(prompts))), 0, True)))
         return RaggedBatch.concatenate(chunks).sorted_by_id().tokens
 
 
@@ -134,7 +144,7 @@ def timed_syncs(learner: PolicyLearner, engines: list[ActorHandle] | None, trans
         learner.sender.send(version, changing_only=False)
         seconds.append(time.perf_counter() - started)
     learner.sender = own
-    return seconds, sum(tensor.numel() * tensor.element_size() for _, tensor in learner._weights(False))
+    return seconds, sum(tensor.numel() * tensor.element_size() for _, tensor in learner.training.weights())
 
 
 def beside(report: Report, cls: type[Actor], section: str | None, config: Config, folder: str, *more) -> ActorHandle:
@@ -184,17 +194,21 @@ def started_card(report: Report, name: str, *overrides: str, adapters: bool) -> 
     with connect(config.ray, print), patience(seconds=PATIENCE_SECONDS):
         scorer = [beside(report, ValueScorer, "scorer", dvpo, folder)]
         others = {"rollout": [beside(report, RolloutEngine, "rollout", other, second, stops, "object_store", longest, False)]}
+        adapted = []
         if adapters:
+            alone, third = changed(other, "weight_sync.transport=adapters"), str(report.folder / "adapted")
+            adapted = [beside(report, RolloutEngine, "rollout", alone, third, stops, "adapters", longest, True, report.on_gpu)]
             others["reference"] = [beside(report, ReferenceModel, "reference", other, second, stops)]
             others["learner"] = [beside(report, PolicyLearner, "policy", other, second, stops)]
             others["experience"] = [beside(report, ExperienceBuilder, None, other, second)]
         with started_roles(config, folder, stops, longest) as roles:
             wait_until_ready({"scorer": scorer}, config.rollout.start_timeout_seconds)
             with report.part("the other roles"):
-                wait_until_ready(others, config.rollout.start_timeout_seconds)
+                wait_until_ready(others | {"adapted": adapted}, config.rollout.start_timeout_seconds)
                 for learner in others.get("learner", []):
                     connected(learner, others["rollout"], "object_store")
             report.figure("start of the actors, from the command", time.time() - began, "s")
             own = replace(roles, by_role={**roles.by_role, "scorer": scorer})
             apart = Roles({**others, "scorer": scorer}, [], replace(roles.room, seats=[]), second)  # nobody of them takes turns
-            yield Card(report, config, other, inputs, own, apart, began, is_measured=name != "tiny")
+            engines = replace(apart, by_role=apart.by_role | {"rollout": adapted})
+            yield Card(report, config, other, inputs, own, apart, engines, began, is_measured=name != "tiny")

@@ -89,10 +89,22 @@ def algorithms(card: Card) -> None:
 
 
 def adapters(card: Card) -> None:
-    """Two steps of a LoRA learner at a temperature, whose engine gets its weights through the object store."""
+    """Two steps of a LoRA learner at a temperature, whose engine gets merged weights through the object store, and two more with an engine
+    that gets the adapters alone, and that keeps its model in its sleep."""
     loop = PolicyLoop(card.other_config, card.others, card.inputs.prompts, [])
     loop.sync(0)
     _check_steps(card.report, f"LoRA, temperature {TEMPERATURE:g}", [loop.step(number) for number in (1, 2)])
+    (learner,), (engine,) = card.adapted.learners, card.adapted.engines
+    get(learner.open_channel.remote([engine], "adapters"), what="the channel to the engine with adapters")
+    loop = PolicyLoop(card.other_config, card.adapted, card.inputs.prompts, [])
+    loop.start_is_checked = True  # its weights are not those of the reference model
+    loop.sync(2)
+    _check_steps(card.report, "LoRA, adapters alone", [loop.step(number) for number in (3, 4)])
+    before = card.greedy(engine)
+    get(engine.sleep.remote(), what="the engine's sleep")
+    for part in ("weights", "cache"):
+        get(engine.wake.remote(part), what="waking the engine")
+    card.report.check("the same greedy tokens after a sleep with adapters", np.array_equal(before, card.greedy(engine)), f"{len(before)} tokens")
 
 
 def _check_steps(report: Report, name: str, steps: Sequence[dict[str, float]]) -> None:
