@@ -150,6 +150,21 @@ def test_auto_packs_16_bit_models_on_gpus():
     assert attention_for("auto", config, torch.bfloat16, on_gpu=True) == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("head", "dtype", "capability", "reason"),
+    [(64, torch.float32, (9, 0), "bfloat16 or float16"), (20, torch.bfloat16, (9, 0), "20 elements"), (64, torch.float16, (7, 5), "this one has 7.5")],
+)
+def test_what_flash_attention_can_not_compute_is_padded_or_refused(monkeypatch, head, dtype, capability, reason):
+    config = tiny_config("llama", randomness=0.0)
+    config.head_dim = head
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert attention_for("auto", config, dtype, on_gpu=True) == "sdpa"
+    with pytest.raises(InputError, match=reason):
+        attention_for("varlen", config, dtype, on_gpu=True)
+    assert attention_for("varlen", config, dtype, on_gpu=False) == VARLEN
+
+
 def test_packed_attention_without_bounds_of_rows_is_refused():
     _, packed = language_models("llama")
     with pytest.raises(RuntimeError, match="use model.attention sdpa"):

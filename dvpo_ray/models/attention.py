@@ -31,19 +31,29 @@ def attention_for(choice: str, config: PretrainedConfig, dtype: torch.dtype, *, 
     """The attention that `model.attention` means for a model: `auto` packs rows where GPU and model can.
 
     Raises:
-        InputError: `varlen` is asked for, and the model has layers that it can't compute.
+        InputError: `varlen` is asked for, and the model has layers that it can't compute, or the GPU can't compute it.
     """
+    if choice not in ("auto", VARLEN):
+        return choice
+    problem = why_not_packed(config) or (_why_no_kernel(config, dtype) if on_gpu else None)
     if choice == "auto":
-        return VARLEN if on_gpu and _fits_flash_attention(config, dtype) and why_not_packed(config) is None else "sdpa"
-    if choice == VARLEN and (problem := why_not_packed(config)):
+        return VARLEN if on_gpu and problem is None else "sdpa"
+    if problem is not None:
         raise InputError(f"model.attention: varlen can't compute {config.model_type}: {problem}; use auto or sdpa")
     return choice
 
 
-def _fits_flash_attention(config: PretrainedConfig, dtype: torch.dtype) -> bool:
+def _why_no_kernel(config: PretrainedConfig, dtype: torch.dtype) -> str | None:
+    """What FlashAttention, which computes on GPUs, can't take; None if it can. A process without a GPU takes that of others for a new one."""
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return dtype in (torch.bfloat16, torch.float16) and head % 8 == 0 and head <= 256
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "on a GPU it needs model.dtype bfloat16 or float16"
+    if head % 8 or head > 256:
+        return f"its heads have {head} elements, and on a GPU they must be a multiple of 8 up to 256"
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or higher, and this one has {capability[0]}.{capability[1]}"
+    return None
 
 
 def why_not_packed(config: PretrainedConfig) -> str | None:

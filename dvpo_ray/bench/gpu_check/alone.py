@@ -58,7 +58,8 @@ def in_this_process() -> Iterator[None]:
 
 
 def clear_card() -> None:
-    """Give back the memory of models that are no longer used."""
+    """Give back the memory of models that are no longer used, and forget the layers that were compiled for them."""
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -190,13 +191,16 @@ def speed(report: Report, name: str) -> None:
 
 def _measure(report: Report, role: _Role, config: Config, batch: RaggedBatch, peak: float, target: float | None) -> None:
     try:
-        seconds, memory = _rounds(role, config)
+        measured = _rounds(role, config)
     except torch.OutOfMemoryError:
+        measured = None  # the error keeps the model alive, so the next try is outside of it
+    if measured is None:
         tokens = config.batch.micro_batch_tokens // 2
         report.figure(f"{role.name}: no memory for micro-batches above", tokens, "tokens")
         config = changed(config, f"batch.micro_batch_tokens={tokens}", f"gvm.micro_batch_tokens={tokens}")
         clear_card()
-        seconds, memory = _rounds(role, config)
+        measured = _rounds(role, config)
+    seconds, memory = measured
     flops = model_flops(role.model, batch, trained=role.trained) / seconds
     report.figure(f"{role.name}: speed", batch.num_tokens / seconds, "tokens/s")
     report.figure(f"{role.name}: of the matrix product", flops / peak, at_least=target)

@@ -21,8 +21,8 @@ NOT_HERE = ("__init__", "__main__", "trl_ppo_steps")
 """Endings of module names: a package's own, and what runs in TRL's environment."""
 ROWS = (37, 128, 5)
 """Tokens of each row of the attention kernel's test."""
-ERROR = {"cuda": 0.02, "cpu": 1e-5}
-"""Largest error of a kernel on numbers of about 1, in the dtype of the device."""
+ERROR = {"cuda": 0.05, "cpu": 1e-5}
+"""Largest error of a kernel on numbers of about 1, a few of them 4: on a GPU three times what bfloat16 rounds off these."""
 
 
 def imports(report: Report) -> None:
@@ -81,7 +81,7 @@ def _varlen(device: str) -> float:
     ends = torch.tensor([0, *torch.tensor(ROWS).cumsum(0)], device=device, dtype=torch.int32)
     # torch 2.11 and later have a window, earlier ones a flag
     causal = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
-    return _error(varlen_attn(*heads, ends, ends, max(ROWS), max(ROWS), **causal), _by_row(*heads))
+    return _error(varlen_attn(*heads, ends, ends, max(ROWS), max(ROWS), **causal), _by_row(*(tensor.float() for tensor in heads)))
 
 
 def _plain(device: str) -> float:
