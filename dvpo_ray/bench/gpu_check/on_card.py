@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import ray
 import torch
+from ray.actor import ActorHandle
 
 from dvpo_ray.actors.policy_learner import PolicyLearner
 from dvpo_ray.actors.rollout_engine import RolloutEngine
@@ -43,6 +44,8 @@ FREED = 0.9
 """Share of an engine's weights and cache that its sleep must free."""
 SLEEPS = 3
 """Tries to see that: other steps on the card take memory at the same time."""
+SAME = 1e-4
+"""Nats that two forward passes over the same rows with the same weights may differ by."""
 SYNCS, ENGINE_ROUNDS, STEPS = 3, 1, 3
 
 
@@ -162,12 +165,36 @@ def _used_bytes() -> int:
     return total - free
 
 
+def offload(card: Card) -> None:
+    """The learner and a frozen model go to host memory, and come back as they were."""
+    work, reference = _work(card, card.loop("dvpo")), card.roles.by_role["reference"][0]
+    reference_log_probs = lambda: get(reference.score.remote(work.batch), what="log-probs").by_token["reference_log_probs"]  # noqa: E731
+    for name, actor, result in (("learner", card.learner, lambda: _log_probs(card, work)), ("reference", reference, reference_log_probs)):
+        before, held = result(), _reserved(card, actor)
+        with card.learner_here():
+            get(actor.offload.remote(), what="off-loading")
+            left = _reserved(card, actor)
+            get(actor.reload.remote(), what="its way back")
+        apart = float(np.abs(result() - before).max())
+        card.report.check(f"off-load: {name}", apart < SAME and left <= held / 2, f"{left / GIB:.2f} GiB left of {held / GIB:.2f}, {apart:.2g} nats apart")
+
+
+def _reserved(card: Card, actor: ActorHandle) -> int:
+    """Bytes of the card that torch has in an actor; 0 without a GPU."""
+    return get(actor.gpu_memory.remote(), what="its memory")[2] if card.report.on_gpu else 0
+
+
+def _work(card: Card, loop: PolicyLoop) -> Update:
+    """An update on new rollouts."""
+    chunks = loop.rollout(card.prompts(0), card.version, scored_by=())
+    batch = RaggedBatch.concatenate(ray.get([chunk.rollouts for chunk in chunks])).sorted_by_id()
+    return planned(card.config, with_learner_fields(batch, card.config.seed))
+
+
 def checkpoint(card: Card) -> None:
     """Save, train on, kill the learner, start another and load: the weights are those that were saved, in learner and engine."""
     loop, folder = card.loop("dvpo"), card.report.folder / "checkpoint"
-    chunks = loop.rollout(card.prompts(0), card.version, scored_by=())
-    batch = RaggedBatch.concatenate(ray.get([chunk.rollouts for chunk in chunks])).sorted_by_id()
-    work = planned(card.config, with_learner_fields(batch, card.config.seed))
+    work = _work(card, loop)
     loop.save(folder)
     state = {"step": card.version, **loop.state_dict()}
     saved, tokens = _log_probs(card, work), card.greedy()
@@ -262,6 +289,7 @@ PROOFS = {
     "adapters": adapters,
     "transports": transports,
     "sleep": sleep,
+    "offload": offload,
     "checkpoint": checkpoint,
 }
 MEASUREMENTS = {"first rollouts": first_rollouts, "transports": transports, "engine": engine_speed, "dvpo against ppo": against_ppo}
