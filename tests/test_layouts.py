@@ -152,7 +152,11 @@ def test_auto_packs_16_bit_models_on_gpus():
 
 @pytest.mark.parametrize(
     ("head", "dtype", "capability", "reason"),
-    [(64, torch.float32, (9, 0), "bfloat16 or float16"), (20, torch.bfloat16, (9, 0), "20 elements"), (64, torch.float16, (7, 5), "this one has 7.5")],
+    [
+        (64, torch.float32, (9, 0), "bfloat16 or float16"),
+        (20, torch.bfloat16, (9, 0), "20 elements"),
+        (64, torch.float16, (7, 5), "this one has 7.5"),
+    ],
 )
 def test_what_flash_attention_can_not_compute_is_padded_or_refused(monkeypatch, head, dtype, capability, reason):
     config = tiny_config("llama", randomness=0.0)

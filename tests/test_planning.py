@@ -221,9 +221,19 @@ def test_every_role_of_an_algorithm_is_predicted(llama):
 
 def test_an_engine_takes_its_share_of_a_gpu(llama):
     config = config_of(llama, rollout={"backend": "vllm", "gpus_per_actor": 1, "gpu_memory_utilization": 0.5})
-    engine = predict_roles(config, gpu_memory_gib=10)["rollout"].memory
+    engine = predict_roles(config, gpu_memory_gib=10)["rollout"]
     arriving = 4 * PARAMETERS  # new weights, which come on top: all in one bucket
-    assert engine.peak + engine.cache == 5 * GIB + arriving
+    assert engine.memory.peak + engine.memory.cache + engine.graphs == 5 * GIB + arriving
+
+
+def test_cuda_graphs_are_counted_by_size_and_layer(llama):
+    def graphs(sequences: int, **rollout) -> float:
+        rollout = {"backend": "vllm", "gpus_per_actor": 1, "max_concurrent_sequences": sequences} | rollout
+        return predict_roles(config_of(llama, rollout=rollout), gpu_memory_gib=10)["rollout"].graphs / (2 * 2**19)
+
+    # 1, 2, 4, 8, 16, … 240, 248, 256, 272, … 512: those up to the sequences for decoding, and up to twice as many for small passes
+    assert [graphs(sequences) for sequences in (1, 8, 256, 512, 1024)] == [1 + 2, 4 + 5, 35 + 51, 51 + 51, 83 + 83]
+    assert graphs(256, enforce_eager=True) == graphs(256, gpus_per_actor=0) == 0
 
 
 def test_the_cache_on_a_shared_gpu_is_for_the_sequences_that_an_engine_decodes_together(llama):

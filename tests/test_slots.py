@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dvpo_ray.config.schema import Config
@@ -96,6 +98,14 @@ def test_roles_that_cannot_fit_are_refused_with_the_largest():
     config, plan = plan_of(6, engine_alone)
     with pytest.raises(ResourceError, match="GPU 0 in the rollouts: rollout-0 takes most .* GiB\\), raise rollout.tensor_parallel_size, or set"):
         check_fit(plan, engine_alone, config)
+
+
+def test_an_engine_keeps_its_cuda_graphs_in_its_sleep():
+    plain = plan_of(40, ON_ONE_GPU)[1]
+    graphs = plan_of(40, ON_ONE_GPU | {"rollout": replace(ENGINE, graphs=GIB)})[1]
+    for contents in ("phases", "resting"):
+        for phase, slots in getattr(plain, contents).items():
+            assert getattr(graphs, contents)[phase][0] == slots[0] | {"rollout-0": slots[0]["rollout-0"] + GIB}
 
 
 def test_an_engine_that_cannot_sleep_keeps_its_weights():

@@ -21,7 +21,7 @@ from dvpo_ray.planning.placement import GROUPS, Seat, choose_transport, shares_g
 GENERATE, SCORE, SYNC, UPDATE, STEP = "rollouts", "scoring", "sync", "update", "step"
 """Phases; `step` is all of them where nobody takes turns."""
 SPARE_SHARE = 0.05
-"""Of a GPU, for what no arithmetic sees: fragments, CUDA graphs, buffers of libraries."""
+"""Of a GPU, for what no arithmetic sees: fragments, buffers of libraries."""
 
 Contents = dict[int, dict[str, int]]
 """Bytes of each actor, by its name, on each slot."""
@@ -126,7 +126,7 @@ def _contents(seats: Sequence[Seat], roles: Mapping[str, RolePlan], phase: str, 
     for seat in seats:
         for slot in seat.slots:
             held = 0 if seat.role in away else _held(seat.role, roles[seat.role], phase, at_work)
-            contents[slot][seat.name] = round(held / len(seat.slots)) + PROCESS_BYTES["gpu"]
+            contents[slot][seat.name] = round(held / len(seat.slots)) + PROCESS_BYTES["gpu"] + roles[seat.role].graphs
     return contents
 
 

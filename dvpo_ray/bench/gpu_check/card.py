@@ -123,10 +123,17 @@ class Card:
         return [prompts[(round_ * rows + row) % len(prompts)] for row in range(rows)]
 
     def greedy(self, engine: ActorHandle | None = None) -> np.ndarray:
-        """The likeliest tokens of the engine, or of another one."""
-        prompts = self.prompts(0)
-        chunks = ray.get(list((engine or self.engine).generate.remote(prompts, 0, list(range(len(prompts))), 0, True)))
+        """The likeliest tokens of the engine, or of another one. In 16 bits, where ties are common, they depend on which prompts are
+        cached: none is."""
+        engine, prompts = engine or self.engine, self.prompts(0)
+        get(engine.observe.remote(forget_prompts), what="the engine")
+        chunks = ray.get(list(engine.generate.remote(prompts, 0, list(range(len(prompts))), 0, True)))
         return RaggedBatch.concatenate(chunks).sorted_by_id().tokens
+
+
+def forget_prompts(engine: RolloutEngine) -> None:
+    """Inside an engine: no prompt is cached from an earlier round."""
+    engine.backend.llm.reset_prefix_cache()
 
 
 def _begin_again(builder: ExperienceBuilder, config: Config) -> None:

@@ -20,7 +20,7 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.bare import generate_by_vllm
 from dvpo_ray.bench.comparisons import with_learner_fields
 from dvpo_ray.bench.gpu_check.alone import planned
-from dvpo_ray.bench.gpu_check.card import TEMPERATURE, Card, beside, connected, started_card
+from dvpo_ray.bench.gpu_check.card import TEMPERATURE, Card, beside, connected, forget_prompts, started_card
 from dvpo_ray.bench.gpu_check.figures import Report
 from dvpo_ray.bench.ledger import memory_by_role
 from dvpo_ray.bench.ledger_results import algorithm_results, ledger_results
@@ -176,7 +176,8 @@ def offload(card: Card) -> None:
             left = _reserved(card, actor)
             get(actor.reload.remote(), what="its way back")
         apart = float(np.abs(result() - before).max())
-        card.report.check(f"off-load: {name}", apart < SAME and left <= held / 2, f"{left / GIB:.2f} GiB left of {held / GIB:.2f}, {apart:.2g} nats apart")
+        found = f"{left / GIB:.2f} GiB left of {held / GIB:.2f}, {apart:.2g} nats apart"
+        card.report.check(f"off-load: {name}", apart < SAME and left <= held / 2, found)
 
 
 def _reserved(card: Card, actor: ActorHandle) -> int:
@@ -239,11 +240,6 @@ def engine_speed(card: Card) -> None:
     card.report.figure("engine", result["product"]["median"], "tokens/s")
     card.report.figure("bare vLLM", result["bare"]["bare vLLM"]["median"], "tokens/s")
     card.report.figure("engine / bare vLLM", result["ratio"], at_least=ENGINE_RATIO)
-
-
-def forget_prompts(engine: RolloutEngine) -> None:
-    """Inside an engine: no prompt is cached from an earlier round."""
-    engine.backend.llm.reset_prefix_cache()
 
 
 def bare_sample(engine: RolloutEngine, prompts: Sequence[Sequence[int]]) -> Sample:
