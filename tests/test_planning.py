@@ -11,13 +11,14 @@ import yaml
 from cli_runs import without_loading
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from dvpo_ray import cli
 from dvpo_ray.actors.roles import plan_memory
-from dvpo_ray.config.schema import Config, DeepSpeedConfig
+from dvpo_ray.config.schema import Config, DeepSpeedConfig, ModelConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.loading import load_policy
-from dvpo_ray.planning.architecture import Architecture, critic_plan, policy_plan, value_plan
+from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.memory import (
     GIB,
     PROCESS_BYTES,
@@ -47,8 +48,6 @@ VALUE_PARAMETERS = 2 * LAYER + OUTPUT + NORM + 9  # head: 8 weights and a bias i
 
 @pytest.fixture
 def llama(tmp_path):
-    from transformers import LlamaConfig
-
     LlamaConfig(
         vocab_size=10,
         hidden_size=8,
@@ -135,6 +134,15 @@ def test_saved_bytes_are_those_of_a_real_forward_pass(tiny_model, dtype):
     assert policy_plan(config, trained=True).saved_bytes(3, 20) == pytest.approx(real, rel=0.15)
 
 
+def test_working_bytes_are_those_of_one_layer():
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 10}
+    config = LlamaConfig(hidden_size=8, intermediate_size=512, num_hidden_layers=3, **sizes)
+    plan = ModelPlan(config, False, ModelConfig(path="made", dtype="float32"))
+    wide = 4 * 200 * 512  # of the MLP: the activated gate, what it gates, and their product
+    assert 3 * wide <= plan.working_bytes(2, 100) < 3.2 * wide
+    assert plan.saved_bytes(2, 100) > 3 * 3 * wide  # of all layers
+
+
 def test_a_frozen_half_keeps_no_activations(tiny_model):
     whole = policy_plan(config_of(tiny_model), trained=True).saved_bytes(3, 20)
     half = policy_plan(config_of(tiny_model, policy={"trainable_layers": 1}), trained=True).saved_bytes(3, 20)
@@ -197,7 +205,7 @@ def test_activations_by_hand():
     assert training_activations(600, *sizes, deepspeed=DeepSpeedConfig(), on_gpu=False) == 600 + logits
     assert training_activations(6000, *sizes, deepspeed=DeepSpeedConfig(gradient_checkpointing=True), on_gpu=False) == 2 * 10 * 8 * 4 * 2 + 3000
     assert scoring_activations(600, SIZES, 4, rows=2, responses=4, on_gpu=False) == (4 + 12) * 2 * 4 * 10
-    assert scoring_activations(600, SIZES, 4, rows=2, responses=0, on_gpu=False) == 300
+    assert scoring_activations(300, SIZES, 4, rows=2, responses=0, on_gpu=False) == 300
     assert logit_bytes(10**8, 2, gradients=True, on_gpu=True) == 4 * 10**8 + 12 * 2**24
     assert logit_bytes(10**9, 2, gradients=True, on_gpu=True) == 4 * 2**27 + 12 * 2**24  # a block of them at a time
     assert logit_bytes(10**9, 2, gradients=True, on_gpu=True, whole=True) == 4 * 10**9 + 12 * 2**24

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dvpo_ray.config.inputs import is_made, value_model_start
@@ -119,6 +122,43 @@ class ModelPlan:
             size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
             del output
         return size
+
+    def working_bytes(self, rows: int, length: int) -> int:
+        """Bytes of the largest tensors that are there at a time in a forward pass without gradients, without logits; counted as `saved_bytes`."""
+        with FakeTensorMode(), _Alive() as alive, torch.inference_mode():
+            model = self.build().eval()
+            built = alive.size
+            alive.largest = built
+            model.base_model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+        return alive.largest - built
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within this context, while they live.
+
+    Attributes:
+        size: now.
+        largest: at its largest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = self.largest = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._known:
+                self._known.add(key)
+                self.size += storage.nbytes()
+                self.largest = max(self.largest, self.size)
+                weakref.finalize(storage, self._forget, key, storage.nbytes())
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.size -= size
 
 
 def policy_plan(config: Config, *, trained: bool) -> ModelPlan:

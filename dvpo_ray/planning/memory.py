@@ -169,9 +169,9 @@ def training_activations(
     return kept + max(saved // model.layers, logits)
 
 
-def scoring_activations(saved: int, model: Architecture, element_bytes: int, rows: int, responses: int, *, on_gpu: bool) -> int:
-    """Peak of one forward pass of a frozen model: a layer at a time, then the logits of the responses."""
-    return max(saved // model.layers, logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=False, on_gpu=on_gpu))
+def scoring_activations(working: int, model: Architecture, element_bytes: int, rows: int, responses: int, *, on_gpu: bool) -> int:
+    """Peak of one forward pass of a frozen model: a layer at a time, with `working` bytes, then the logits of the responses."""
+    return max(working, logit_bytes(rows * responses * model.vocabulary, element_bytes, gradients=False, on_gpu=on_gpu))
 
 
 def communication_buffers(model: Architecture, element_bytes: int, deepspeed: DeepSpeedConfig) -> int:
@@ -251,7 +251,7 @@ class _Prediction:
         model, on_gpu = plan.architecture(), role.gpus_per_actor > 0
         chunk = min(self.config.rollout.rollouts_per_chunk, self.batch.samples_per_step)
         rows = min(rows_together(role.micro_batch_tokens, self.length), chunk)
-        activations = scoring_activations(plan.saved_bytes(rows, self.length), model, self.element_bytes, rows, responses, on_gpu=on_gpu)
+        activations = scoring_activations(plan.working_bytes(rows, self.length), model, self.element_bytes, rows, responses, on_gpu=on_gpu)
         return RolePlan(model, role.num_actors, ActorMemory(copies * model.parameters * self.element_bytes, activations=activations))
 
     def engine(self, model: Architecture, gpu_memory_gib: float | None, trained: int) -> RolePlan:
