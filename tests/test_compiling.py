@@ -17,9 +17,9 @@ from dvpo_ray.actors.vllm_backend import VLLMBackend
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.schema import Config, DeepSpeedConfig, LoraConfig, ModelConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
-from dvpo_ray.models import compiling, cpu_linear
+from dvpo_ray.models import compiling, cpu_linear, head
 from dvpo_ray.models.compiling import compile_layers, compiles
-from dvpo_ray.models.forward import response_log_probs
+from dvpo_ray.models.forward import check_rows_apart, response_log_probs
 from dvpo_ray.models.layouts import Passes, lay_out
 from dvpo_ray.models.loading import load_policy
 from dvpo_ray.models.trainable import apply_lora
@@ -79,6 +79,17 @@ def test_packed_rows_through_compiled_layers(tiny_model):
     compiled = [gradients(batch) for batch in batches]
     assert 0 < counters["frames"]["ok"] <= 8  # not again for every layer or shape
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_checks_of_a_model_compile_nothing(tiny_model):
+    model = load_policy(ModelConfig(path=str(tiny_model), dtype="float32", attention="varlen"), packs=True)
+    compile_layers(model)
+    batch = RaggedBatch.from_rows([[1, 5]], [[4, 5, 6]])
+    (rows,) = lay_out(model, batch, Passes([np.array([0])]), batch.response_mask, ahead=True)
+    counters.clear()
+    check_rows_apart(model)
+    assert head._is_known(model, rows, None)
+    assert not counters["frames"]
 
 
 def test_layers_are_compiled_where_it_pays(monkeypatch, tmp_path):

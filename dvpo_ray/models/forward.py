@@ -21,6 +21,7 @@ MIXED = 0.02
 Rounding changes those of a mixture of experts in 16 bits by a fifth of it at most; attention across rows changes all by more."""
 
 
+@torch.compiler.set_stance("force_eager")  # compiled layers would be compiled for passes that nobody takes again
 @torch.no_grad()
 def check_rows_apart(model: nn.Module, run: nn.Module | None = None) -> None:
     """Refuse a model that mixes packed rows: two short rows, and then another first row beside the same second one.

@@ -71,6 +71,7 @@ def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits
 
 
+@torch.compiler.set_stance("force_eager")  # as in `check_rows_apart`
 @torch.no_grad()
 def _is_known(model: nn.Module, rows: Rows, run: nn.Module | None) -> bool:
     """Whether `logits_of` gives the model's own logits; compared once for each model, at some tokens of its first rows."""
