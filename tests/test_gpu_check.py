@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_runs import ROOT
 from gpu_check_steps import OUT
 
@@ -261,6 +263,35 @@ def test_flops_are_those_of_the_formula(tiny_model):
     forward = 2 * weights * 15 + attention + 2 * 64 * model.vocabulary * 7
     assert model_flops(model, batch, trained=False) == forward
     assert model_flops(model, batch, trained=True) == 3 * forward
+
+
+def test_a_role_without_enough_memory_is_tried_again_when_the_first_is_gone(monkeypatch, tmp_path):
+    from dvpo_ray.bench.gpu_check import alone
+    from dvpo_ray.planning.architecture import Architecture
+    from dvpo_ray.planning.memory import ActorMemory
+
+    class Model:
+        pass
+
+    tried = []
+
+    def rounds(_role, config):
+        assert not any(model() for model, _ in tried)
+        model = Model()
+        tried.append((weakref.ref(model), config.batch.micro_batch_tokens))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 2.0, ActorMemory(parameters=2**30)
+
+    monkeypatch.setattr(alone, "_rounds", rounds)
+    monkeypatch.setattr(alone, "predict_roles", lambda _: {})
+    report = Report(tmp_path / "figures", "cpu", tmp_path, tmp_path)
+    role = alone._Role("learner", Architecture(1000, 1000, 40, 800, 2, 2, 8, 8, 16, 10), True, None, None)
+    batch = RaggedBatch.from_rows([[5] * 6], [[6] * 4])
+    alone._measure(report, role, base_config(SHAPES["1b"], "cpu"), batch, 1e12, None)
+    assert [tokens for _, tokens in tried] == [8192, 4096]
+    figures = {figure.name: figure.value for figure in read_figures(tmp_path / "figures")}
+    assert figures["learner: speed"] == 5.0 and figures["learner: no memory for micro-batches above"] == 4096
 
 
 def test_the_control_is_one(tiny_model, tmp_path, monkeypatch):
