@@ -20,12 +20,11 @@ from dvpo_ray.config.schema import Config, LoraConfig, RolloutConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.compiling import require_compiler
 from dvpo_ray.models.loading import first_line
+from dvpo_ray.planning.memory import LARGEST_GRAPH
 from dvpo_ray.planning.placement import adapter_rank
 from dvpo_ray.sync.object_store import unpack
 
 GIB = 2**30
-_LARGEST_GRAPH = 512
-"""Sequences up to which vLLM captures CUDA graphs unasked."""
 _TAGS: dict[Part, str] = {"weights": "weights", "cache": "kv_cache"}
 
 
@@ -184,7 +183,7 @@ def _refusing_adapters() -> Iterator[None]:
 def _graphs(rollout: RolloutConfig) -> dict:
     """vLLM's settings for CUDA graphs: one for every number of sequences that can be decoded together."""
     sequences = rollout.max_concurrent_sequences
-    if rollout.gpus_per_actor == 0 or rollout.is_eager or sequences <= _LARGEST_GRAPH:
+    if rollout.gpus_per_actor == 0 or rollout.is_eager or sequences <= LARGEST_GRAPH:
         return {}
     return {"compilation_config": {"max_cudagraph_capture_size": -(-sequences // 16) * 16}}  # vLLM captures every sixteenth size
 

@@ -88,15 +88,15 @@ def _free_port() -> int:
 def random_batch(shape: Shape, seed: int = 0) -> RaggedBatch:
     """Rows of random bytes with the fields that a learner reads."""
     random = np.random.default_rng(seed)
-    prompts, responses = (random.integers(3, 259, (shape.rows, count)).tolist() for count in (shape.prompt_tokens, shape.response_tokens))
-    log_probs = np.full((shape.rows, shape.response_tokens), -np.log(shape.vocabulary)).tolist()
+    prompts, responses = (random.integers(3, 259, (shape.rows_alone, count)).tolist() for count in (shape.prompt_tokens, shape.response_tokens))
+    log_probs = np.full((shape.rows_alone, shape.response_tokens), -np.log(shape.vocabulary)).tolist()
     return with_learner_fields(RaggedBatch.from_rows(prompts, responses, by_response_token={"log_probs": log_probs}), seed)
 
 
 def random_pairs(shape: Shape) -> PairBatch:
     """The same rows as preference pairs."""
     batch = random_batch(shape).only()
-    return PairBatch(batch.with_row_fields(outcome=np.tile(np.array([1.0, -1.0], np.float32), shape.rows // 2)))
+    return PairBatch(batch.with_row_fields(outcome=np.tile(np.array([1.0, -1.0], np.float32), shape.rows_alone // 2)))
 
 
 def planned(config: Config, batch: RaggedBatch, step: int = 1) -> Update:

@@ -37,7 +37,8 @@ class Shape:
         layers, hidden, mlp, heads, kv_heads, head_size, vocabulary: of a Llama.
         tied: the output projection is the embedding.
         prompt_tokens, response_tokens: of every row.
-        rows: in a batch.
+        rows: in a batch. More of them make sampling a smaller part of a step.
+        rows_alone: in the batch of a role that is measured alone.
         micro_batch_tokens: of the trained models; of the frozen ones it is twice as many.
     """
 
@@ -52,7 +53,14 @@ class Shape:
     prompt_tokens: int
     response_tokens: int
     rows: int
+    rows_alone: int
     micro_batch_tokens: int
+
+    @property
+    def cache_gib(self) -> float:
+        """Keys and values of all rows in 16 bit, and room for what vLLM keeps beside them."""
+        of_a_token = 2 * 2 * self.layers * self.kv_heads * self.head_size
+        return 0.5 + 1.1 * self.rows * (self.prompt_tokens + self.response_tokens) * of_a_token / 2**30
 
     def as_json(self) -> dict:
         """The config.json."""
@@ -70,10 +78,10 @@ class Shape:
 
 SHAPES = {
     # Llama 3.2 1B and 3B.
-    "1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, True, 512, 512, 64, 8192),
-    "3b": Shape(28, 3072, 8192, 24, 8, 128, 128256, True, 512, 512, 32, 4096),
-    "tiny": Shape(6, 512, 1536, 8, 4, 64, 2048, False, 64, 32, 16, 1024),
-    "cpu": Shape(2, 64, 128, 2, 2, 32, 320, True, 12, 8, 8, 64),
+    "1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, True, 512, 512, 256, 64, 8192),
+    "3b": Shape(28, 3072, 8192, 24, 8, 128, 128256, True, 512, 512, 32, 32, 4096),
+    "tiny": Shape(6, 512, 1536, 8, 4, 64, 2048, False, 64, 32, 16, 16, 1024),
+    "cpu": Shape(2, 64, 128, 2, 2, 32, 320, True, 12, 8, 8, 8, 64),
 }
 
 
@@ -92,14 +100,14 @@ def base_config(shape: Shape, device: str) -> Config:
             "min_response_tokens": shape.response_tokens,
             "max_concurrent_sequences": shape.rows,
             "rollouts_per_chunk": max(1, shape.rows // 4),
-            "kv_cache_gib": 4 if device == "cuda" else 1,
+            "kv_cache_gib": shape.cache_gib if device == "cuda" else 1,
             "gpu_memory_utilization": 0.15,
         },
         "scorer": {"micro_batch_tokens": 2 * shape.micro_batch_tokens},
         "reference": {"micro_batch_tokens": 2 * shape.micro_batch_tokens},
         "policy": {"learning_rate": 1e-6, "schedule": "constant"},
         "critic": {"learning_rate": 1e-6, "schedule": "constant", "micro_batch_tokens": shape.micro_batch_tokens},
-        "gvm": {"micro_batch_tokens": shape.micro_batch_tokens, "pairs_per_step": max(1, shape.rows // 2)},
+        "gvm": {"micro_batch_tokens": shape.micro_batch_tokens, "pairs_per_step": shape.rows_alone // 2},
         "advantage": {"truncated": "bootstrap"},
         "batch": {"prompts_per_step": shape.rows, "micro_batch_tokens": shape.micro_batch_tokens},
         "evaluation": {"judge": "none"},
