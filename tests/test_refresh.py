@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvpo_ray.batch import RaggedBatch
-from dvpo_ray.config.schema import Config, DataConfig, PreferenceData, RefreshConfig
+from dvpo_ray.config.schema import Config, DataConfig, PreferenceData, PromptData, RefreshConfig
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
-from dvpo_ray.data.prompts import Prompt
+from dvpo_ray.data.prompts import Prompt, load_prompts
 from dvpo_ray.errors import InputError, ResourceError
 from dvpo_ray.evaluation.judges import VaderJudge
 from dvpo_ray.gvm.artifact import ContextSpec, ObjectiveSpec, OutcomeSpec, read_manifest
@@ -26,7 +26,7 @@ from dvpo_ray.gvm.model import new_value_model
 from dvpo_ray.models.loading import load_tokenizer
 from dvpo_ray.refresh import labels as label_sources
 from dvpo_ray.refresh.labels import CandidatePair, Label, candidate_pairs, labelled_rows, labels_from_endpoint, labels_from_file, parse_label
-from dvpo_ray.refresh.pairs import HELDOUT, NEW, TRAINING, as_row, old_pairs, preference_rows, write_pairs
+from dvpo_ray.refresh.pairs import HELDOUT, NEW, TRAINING, as_row, heldout_fraction, pairs_of_data, pairs_of_refreshes, preference_rows, write_pairs
 from dvpo_ray.refresh.samples import Sample, read_samples, usable_samples, write_samples
 from dvpo_ray.training.refresh import Refreshed, Refresher, training_config
 from dvpo_ray.training.run import Run
@@ -283,7 +283,7 @@ def test_a_pair_survives_being_written(changes):
 def test_new_pairs_are_split_by_prompt_and_old_ones_join_the_training_pairs_only(tmp_path):
     rows = [{"prompt": f"prompt {i}", "chosen": "good", "rejected": f"bad {k}"} for i in range(20) for k in range(2)]
     old = [preference(i, chosen="old", where=f"pairs.jsonl:{i}") for i in range(60)]
-    notes = write_pairs(tmp_path, rows, "policy@7", 0.3, old, share=0.5, seed=0)
+    notes = write_pairs(tmp_path, rows, "policy@7", 0.3, old[:30], old[30:], share=0.5, seed=0)
     new, heldout, training = (rows_of(tmp_path / name) for name in (NEW, HELDOUT, TRAINING))
     assert len(new) + len(heldout) == 40 and not {row["prompt"] for row in new} & {row["prompt"] for row in heldout}
     mixed = training[len(new) :]
@@ -297,15 +297,39 @@ def test_new_pairs_are_split_by_prompt_and_old_ones_join_the_training_pairs_only
     assert f"left out {60 - len(set(held)) - len(mixed)} of 60 old pairs: 0.5 old pairs are mixed in for each new one" in notes[1]
 
 
+@pytest.mark.parametrize("settings", [{"heldout_fraction": 0.1}, {"heldout_fraction": 0.4}, {"heldout_path": "heldout.jsonl"}])
+def test_a_share_of_the_policys_training_prompts_is_held_out_whatever_its_own_split_is(tmp_path, settings):
+    """Its prompts are those that `data.prompts` does not hold out, by the same hash."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"prompt {i}"}) + "\n" for i in range(1500)))
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"prompt": "another"}) + "\n")
+    data = PromptData(path=str(prompts), **{name: str(tmp_path / value) if name.endswith("path") else value for name, value in settings.items()})
+    trained = load_prompts(data, "error").train
+    rows = [{"prompt": prompt.content, "chosen": "good", "rejected": "bad"} for prompt in trained]
+    write_pairs(tmp_path, rows, "policy@1", heldout_fraction(data, 0.1), [], [], share=1.0, seed=0)
+    assert len(rows_of(tmp_path / HELDOUT)) == pytest.approx(0.1 * len(trained), rel=0.3)
+
+
+def test_what_a_refresh_holds_out_was_not_trained_on_by_an_earlier_one(tmp_path):
+    """Of few prompts none may be in the fraction; then one is held out that was not trained on, and if there is none, a note says so."""
+    few = sorted((preference(i) for i in range(6)), key=lambda one: one.key)
+    held = {}
+    for name, pairs, earlier in (("new", few[:3], few[:1]), ("known", few[:3], few[:3]), ("first", few[:3], [])):
+        notes = write_pairs(tmp_path / name, [as_row(pair) for pair in pairs], "policy@2", 1e-9, [], earlier, share=0.0, seed=0)
+        held[name] = [row["prompt"] for row in rows_of(tmp_path / name / HELDOUT)]
+        assert any("too good" in note for note in notes) == (name == "known")
+    assert held == {"new": [few[1].prompt], "known": [few[0].prompt], "first": [few[0].prompt]}
+
+
 def test_all_old_pairs_are_taken_where_they_are_too_few(tmp_path):
     rows = [{"prompt": f"prompt {i}", "chosen": "good", "rejected": "bad"} for i in range(10)]
-    write_pairs(tmp_path, rows, "policy@1", 0.3, [preference(100)], share=5.0, seed=0)
+    write_pairs(tmp_path, rows, "policy@1", 0.3, [preference(100)], [], share=5.0, seed=0)
     assert len(rows_of(tmp_path / TRAINING)) == len(rows_of(tmp_path / NEW)) + 1
 
 
 def test_too_few_pairs_are_one_line(tmp_path):
-    with pytest.raises(InputError, match=r"too few to train on some and hold out 0.3: 1 new pair on 1 prompt; raise gvm.refresh.prompts"):
-        write_pairs(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "b"}], "policy@1", 0.3, [], 1.0, 0)
+    with pytest.raises(InputError, match=r"too few to train on some and hold out others: 1 new pair on 1 prompt; raise gvm.refresh.prompts"):
+        write_pairs(tmp_path, [{"prompt": "p", "chosen": "a", "rejected": "b"}], "policy@1", 0.3, [], [], 1.0, 0)
 
 
 def test_old_pairs_are_the_data_and_what_earlier_refreshes_collected(tmp_path):
@@ -315,12 +339,10 @@ def test_old_pairs_are_the_data_and_what_earlier_refreshes_collected(tmp_path):
     earlier.mkdir()
     (earlier / NEW).write_text(json.dumps(as_row(preference(99))) + "\n")
     data = DataConfig(preferences=PreferenceData(path=str(original)))
-    pairs, notes = old_pairs(data, [earlier])
-    assert notes == []
-    assert pairs[-1].prompt == "prompt 99" and len(pairs) == len(load_preferences(data.preferences, "error").train) + 1
-    assert [p.prompt for p in old_pairs(DataConfig(), [earlier])[0]] == ["prompt 99"] and old_pairs(DataConfig(), []) == ([], [])
+    assert pairs_of_data(data) == (load_preferences(data.preferences, "error").train, []) and pairs_of_data(DataConfig()) == ([], [])
+    assert [p.prompt for p in pairs_of_refreshes([earlier])] == ["prompt 99"] and pairs_of_refreshes([]) == []
     limited = data.model_copy(update={"preferences": PreferenceData(path=str(original), limit=3)})
-    assert "data.preferences.limit is 3" in old_pairs(limited, [])[1][0]
+    assert "data.preferences.limit is 3" in pairs_of_data(limited)[1][0]
 
 
 # ------------------------------------------------------------------------------------------------------- training

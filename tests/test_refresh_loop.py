@@ -70,7 +70,8 @@ def test_the_judge_of_the_run_labels_the_policys_own_samples(refreshed):
     new = [rows_of(part / name) for part in (first, second) for name in ("pairs.train.jsonl", "pairs.heldout.jsonl")]
     assert metrics[-1]["refresh/pairs_total"] == sum(map(len, new)) > 10
     assert {row["source_model"] for row in new[0] + new[1]} == {"policy@2"} and all(row["chosen_score"] > row["rejected_score"] for row in new[0])
-    assert not {row["prompt"] for row in new[0]} & {row["prompt"] for row in new[1]}
+    assert not {row["prompt"] for row in new[0] + new[2]} & {row["prompt"] for row in new[1] + new[3]}
+    assert all(len({row["prompt"] for row in heldout}) > 1 for heldout in (new[1], new[3]))
     assert len(rows_of(second / "training.jsonl")) > len(new[2])  # pairs of the first refresh are mixed in
     assert metrics[2]["refresh/heldout_accuracy"] == pytest.approx(
         json.loads((first / "summary.json").read_text())["gvm"]["heldout_accuracy"]["last"]

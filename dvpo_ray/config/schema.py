@@ -137,6 +137,11 @@ class SplitData(Section):
     heldout_fraction: Fraction = Field(0.1, description="Share of the distinct prompts (not of the rows) held out from `path`.")
     limit: Count | None = Field(None, description="Use only this many training rows, from the first.")
 
+    @property
+    def holds_out_a_share(self) -> bool:
+        """Whether the held-out rows are `heldout_fraction` of the prompts in `path`, and not a set of their own."""
+        return self.heldout_path is None and self.heldout_split is None
+
 
 class PreferenceData(SplitData):
     """Preference pairs for the Global Value Model."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -45,10 +45,14 @@ def is_heldout(key: str, fraction: float) -> bool:
     return int(key[:16], 16) / 16**16 < fraction
 
 
-def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item], list[Item]]:
+def split_by_prompt(items: Sequence[Item], fraction: float, trained: Set[str] = frozenset()) -> tuple[list[Item], list[Item]]:
     """Items to train on and items held out, each in their order; all items of a prompt are on one side.
 
     About `fraction` of the distinct prompts is held out, and at least one of them.
+
+    Args:
+        trained: keys of prompts that were trained on before. Where no prompt is in the fraction, another one than these is held out, if
+            there is one.
 
     Raises:
         InputError: there are fewer than two distinct prompts, or all of them fall on the held-out side.
@@ -56,7 +60,7 @@ def split_by_prompt(items: Sequence[Item], fraction: float) -> tuple[list[Item],
     keys = {item.key for item in items}
     if len(keys) < 2:
         raise InputError(f"{len(keys)} distinct prompt cannot be split into training and held-out prompts; give heldout_path")
-    heldout = {key for key in keys if is_heldout(key, fraction)} or {min(keys)}
+    heldout = {key for key in keys if is_heldout(key, fraction)} or {min(keys - trained or keys)}
     if len(heldout) == len(keys):
         raise InputError(f"heldout_fraction {fraction} of {len(keys)} distinct prompts leaves none to train on; lower it")
     return [item for item in items if item.key not in heldout], [item for item in items if item.key in heldout]
@@ -112,7 +116,7 @@ def load_sets(
     if data.split != "train" and not has_splits(data.path):
         raise InputError(f"{section}.split is {data.split}, but {data.path} is a single file and has no splits; leave it out, or cut with limit")
     train = load(data.path, data.split)
-    if data.heldout_path is None and data.heldout_split is None:
+    if data.holds_out_a_share:
         try:
             train, heldout = split_by_prompt(train, data.heldout_fraction)
         except InputError as error:

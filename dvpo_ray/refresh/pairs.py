@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dvpo_ray.config.arithmetic import counted
-from dvpo_ray.config.schema import DataConfig
+from dvpo_ray.config.schema import DataConfig, PromptData
 from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
 from dvpo_ray.data.prompts import Prompt
 from dvpo_ray.data.reading import read_rows
@@ -67,33 +67,57 @@ def single_note(answered: Sequence[tuple[Prompt, list[Sample]]]) -> list[str]:
     return count_note("left out", single, len(answered), "prompts", "fewer than two different usable samples")
 
 
+def heldout_fraction(prompts: PromptData, share: float) -> float:
+    """The fraction of all prompts that a refresh takes as held out, so that it holds out a share of the training prompts.
+
+    The prompts of a refresh are training prompts of the policy. Where `data.prompts` holds out the first `heldout_fraction` of all
+    prompts by their hash, none of these is among them, and the next ones are taken.
+
+    Args:
+        share: `gvm.refresh.heldout_fraction`.
+    """
+    before = prompts.heldout_fraction if prompts.holds_out_a_share else 0.0
+    return before + share * (1.0 - before)
+
+
 def write_pairs(
-    folder: Path, rows: Sequence[dict], source: str, heldout_fraction: float, old: Sequence[PreferencePair], share: float, seed: int
+    folder: Path,
+    rows: Sequence[dict],
+    source: str,
+    fraction: float,
+    old: Sequence[PreferencePair],
+    earlier: Sequence[PreferencePair],
+    share: float,
+    seed: int,
 ) -> list[str]:
     """Write the three files of a refresh: new pairs to train on, new pairs to hold out, and the former mixed with old pairs.
 
     Args:
         rows: of a preference file, all by the current policy.
         source: their `source_model`, a name of the policy.
-        old: pairs to draw from; those whose prompt is held out are left out.
+        fraction: of `heldout_fraction`.
+        old, earlier: pairs to draw from: those of the data, and those that earlier refreshes trained on. Those whose prompt is held out are
+            left out.
         share: old pairs for each new one.
 
     Returns:
-        One line for each reason why old pairs are left out.
+        One line for each reason why old pairs are left out, and one if the held-out prompt was trained on before.
 
     Raises:
         InputError: too few pairs or prompts to train on some and hold out others.
     """
     pairs = [parse_pair(row | {"source_model": source}, str(folder)) for row in rows]
+    trained = {pair.key for pair in earlier}
     try:
-        train, heldout = split_by_prompt(pairs, heldout_fraction)
+        train, heldout = split_by_prompt(pairs, fraction, trained)
     except InputError as error:
         raise InputError(
-            f"{folder}: too few to train on some and hold out {heldout_fraction:g}: {counted(len(pairs), 'new pair')} on "
+            f"{folder}: too few to train on some and hold out others: {counted(len(pairs), 'new pair')} on "
             f"{counted(len({pair.key for pair in pairs}), 'prompt')}; raise gvm.refresh.prompts or gvm.refresh.samples_per_prompt, or lower "
             "gvm.refresh.min_score_gap"
         ) from error
     heldout_prompts = {pair.key for pair in heldout}
+    old = [*old, *earlier]
     usable = [pair for pair in old if pair.key not in heldout_prompts]
     chosen = random.Random(seed).sample(range(len(usable)), min(len(usable), round(share * len(train))))
     mixed = [usable[i] for i in chosen]
@@ -102,24 +126,27 @@ def write_pairs(
             file.writelines(json.dumps(as_row(pair), ensure_ascii=False) + "\n" for pair in content)
     on_other_side = [pair.where for pair in old if pair.key in heldout_prompts]
     not_drawn = [usable[i].where for i in sorted(set(range(len(usable))) - set(chosen))]
+    known = "the held-out prompt was trained on in an earlier refresh, so refresh/heldout_accuracy_before is too good; raise gvm.refresh.prompts"
     why = f"{share:g} old pairs are mixed in for each new one (gvm.refresh.old_pairs_per_new)"
     return [
+        *([known] if heldout_prompts & trained else []),
         *count_note("left out", on_other_side, len(old), "old pairs", "their prompt is held out in this refresh"),
         *count_note("left out", not_drawn, len(old), "old pairs", why),
     ]
 
 
-def old_pairs(data: DataConfig, earlier: Iterable[Path]) -> tuple[list[PreferencePair], list[str]]:
-    """The training pairs of `data.preferences`, where set, and those that earlier refreshes collected in their folders; and the notes
-    on what is left out of `data.preferences`."""
-    pairs, notes = [], []
-    if data.preferences is not None:
-        sets = load_preferences(data.preferences, data.on_bad_row)
-        pairs, notes = sets.train, sets.notes
-    for folder in earlier:
-        path = str(folder / NEW)
-        pairs = [*pairs, *parse_rows(path, read_rows(path, "train"), parse_pair, "error")[0]]
-    return pairs, notes
+def pairs_of_data(data: DataConfig) -> tuple[list[PreferencePair], list[str]]:
+    """The training pairs of `data.preferences`, where it is set, and the notes on what is left out of it."""
+    if data.preferences is None:
+        return [], []
+    sets = load_preferences(data.preferences, data.on_bad_row)
+    return sets.train, sets.notes
+
+
+def pairs_of_refreshes(folders: Iterable[Path]) -> list[PreferencePair]:
+    """The pairs that refreshes collected in their folders and trained on."""
+    paths = [str(folder / NEW) for folder in folders]
+    return [pair for path in paths for pair in parse_rows(path, read_rows(path, "train"), parse_pair, "error")[0]]
 
 
 def as_row(pair: PreferencePair) -> dict:

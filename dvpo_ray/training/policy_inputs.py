@@ -21,7 +21,7 @@ from dvpo_ray.gvm.model import check_trunk
 from dvpo_ray.models.loading import check_vocabulary, context_tokens, load_tokenizer
 from dvpo_ray.models.trainable import check_partial_training
 from dvpo_ray.planning.placement import plan_placement, wanted_gpus
-from dvpo_ray.refresh.pairs import old_pairs
+from dvpo_ray.refresh.pairs import pairs_of_data
 from dvpo_ray.runtime.cluster import check_gpus
 
 
@@ -67,7 +67,7 @@ def load_inputs(config: Config) -> Inputs:
     _check_ensemble(config, manifest, tokenizer)
     pair_notes: list[str] = []
     if config.gvm.refresh.source is not None:
-        _, pair_notes = old_pairs(config.data, [])  # read again at each refresh; a mistake in them shows now
+        _, pair_notes = pairs_of_data(config.data)  # read again at each refresh; a mistake in them shows now
         check_trunk(config.gvm.path, None, config.gvm.lora, "gvm", config.model.trust_remote_code)
     sets = load_prompts(config.data.prompts, config.data.on_bad_row)
     encoder = Encoder(tokenizer, config.data, config.model.chat_template, context)

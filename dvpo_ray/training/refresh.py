@@ -23,7 +23,7 @@ from dvpo_ray.gvm.dataset import load_heldout
 from dvpo_ray.models.loading import load_tokenizer
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.refresh.labels import SOURCES, candidate_pairs, labelled_rows
-from dvpo_ray.refresh.pairs import HELDOUT, TRAINING, old_pairs, preference_rows, single_note, write_pairs
+from dvpo_ray.refresh.pairs import HELDOUT, TRAINING, heldout_fraction, pairs_of_data, pairs_of_refreshes, preference_rows, single_note, write_pairs
 from dvpo_ray.refresh.samples import read_samples
 from dvpo_ray.rollouts.schedule import prompt_indices
 from dvpo_ray.runtime.waiting import get
@@ -98,9 +98,10 @@ class Refresher:
         folder = self._emptied(self._folder(step))
         rows = self._label(folder, step, self._sample(folder, step, loop, console), console)
         settings, manifest = self.config.gvm.refresh, read_manifest(Path(self.state.path))
-        old, _ = old_pairs(self.config.data, [self._folder(earlier) for earlier in self.state.steps])
+        (old, _), earlier = pairs_of_data(self.config.data), pairs_of_refreshes(map(self._folder, self.state.steps))
+        fraction = heldout_fraction(self.config.data.prompts, settings.heldout_fraction)
         share, seed = settings.old_pairs_per_new, self.config.seed + step
-        self._note(step, write_pairs(folder, rows, f"policy@{step}", settings.heldout_fraction, old, share, seed), console)
+        self._note(step, write_pairs(folder, rows, f"policy@{step}", fraction, old, earlier, share, seed), console)
         config = training_config(self.config, manifest, self.state.path, folder)
         with console.stage("accuracy before the refresh", quiet=True):
             before = self._accuracy(config, manifest, loop.roles)
