@@ -50,7 +50,7 @@ def test_no_change_gives_an_interval_around_zero():
 def test_the_gain_of_a_run_is_read_from_its_evaluations(tmp_path):
     (tmp_path / "evaluation").mkdir()
     for step, gold in ((0, [0.1, 0.2]), (30, [0.5, 0.8])):
-        rows = [json.dumps({"prompt": "p", "response": "r", "gold": score, "kl": 0.0}) for score in gold]
+        rows = [json.dumps({"prompt": "p", "response": "a\u2028b\x85", "gold": score, "kl": 0.0}, ensure_ascii=False) for score in gold]
         (tmp_path / "evaluation" / f"step_{step:06d}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     assert gold_gain(tmp_path, 30) == gain_of([0.1, 0.2], [0.5, 0.8])
     assert gold_gain(tmp_path, 30)["prompts"] == 2

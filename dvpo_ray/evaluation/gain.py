@@ -55,7 +55,8 @@ def gain_of(before: Sequence[float], after: Sequence[float]) -> dict:
 def read_evaluation(run_folder: Path, step: int) -> list[dict]:
     """The rows of evaluation/step_*.jsonl: `prompt`, `response`, `gold` (None without a judge) and `kl`."""
     path = run_folder / "evaluation" / f"step_{step:06d}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # str.splitlines would also cut within a text that has a line separator of Unicode
+        return [json.loads(line) for line in lines]
 
 
 def gold_gain(run_folder: Path, last_step: int) -> dict:
