@@ -110,7 +110,7 @@ class PolicyLearner(DeepSpeedRank):
                 result = self._optimizer_step([partial(loss, rows) for rows in passes])
                 tally.end_step(result.grad_norm)
             metrics, norm = tally.of_all_ranks()
-            metrics["mismatch/token_mult_error"] += 1.0
+            metrics["mismatch/token_mult_error"] = 1.0 + metrics.pop("mismatch/token_mult_excess")
             return metrics | {"policy/grad_norm": norm, "policy/learning_rate": result.learning_rate}
 
     def old_log_probs(self, update: Update) -> np.ndarray:

@@ -21,7 +21,7 @@ def mismatch_shares(learner_log_probs: Tensor, engine_log_probs: Tensor, tokens:
         float64 scalars. `mismatch/log_prob_abs_max`, the largest |learner - engine| in nats. The shares of the others add up:
         `mismatch/kl`: KL(engine || learner) in nats per token, Schulman's k3 estimator;
         `mismatch/log_prob_abs_mean`: mean of |learner - engine|, in nats;
-        `mismatch/token_mult_error`: mean of exp(|learner - engine|) - 1, 0 if they agree (`token_mult_prob_error` in NeMo-RL is 1 more).
+        `mismatch/token_mult_excess`: mean of exp(|learner - engine|) - 1, 0 if they agree.
     """
     log_ratio = learner_log_probs.double() - engine_log_probs.double()
     distance = log_ratio.abs()
@@ -29,7 +29,7 @@ def mismatch_shares(learner_log_probs: Tensor, engine_log_probs: Tensor, tokens:
         "mismatch/kl": (log_ratio.expm1() - log_ratio).sum() / tokens,
         "mismatch/log_prob_abs_max": distance.max() if len(distance) else distance.sum(),
         "mismatch/log_prob_abs_mean": distance.sum() / tokens,
-        "mismatch/token_mult_error": distance.expm1().sum() / tokens,
+        "mismatch/token_mult_excess": distance.expm1().sum() / tokens,
     }
 
 
@@ -37,7 +37,7 @@ def check_mismatch(metrics: dict[str, float], max_token_mult_error: float | None
     """Stop the run if the engine samples from another distribution than the learner trains.
 
     Args:
-        metrics: of the whole batch, with the `mismatch/token_mult_error` of NeMo-RL: 1 if they agree.
+        metrics: of the whole batch, with `mismatch/token_mult_error`: 1 if they agree, as `token_mult_prob_error` in NeMo-RL.
         max_token_mult_error: threshold; None turns the check off.
 
     Raises:
