@@ -269,6 +269,8 @@ def test_heldout_file_is_used_as_it_is_and_its_overlap_reported(tmp_path):
     sets = load_preferences(PreferenceData(path=train, heldout_path=heldout), "error")
     assert (len(sets.train), len(sets.heldout)) == (10, 4)
     assert sets.notes == [f"{train}: 2 of 4 held-out prompts are training prompts too; held-out results are too good"]
+    limited = load_preferences(PreferenceData(path=train, heldout_path=heldout, limit=9), "error")
+    assert limited.notes[1] == f"{train}: 1 of 4 held-out prompts is a training prompt too; held-out results are too good"
 
 
 @pytest.mark.parametrize(

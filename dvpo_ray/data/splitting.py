@@ -127,9 +127,9 @@ def load_sets(
         raise InputError(f"{section}.heldout_split: {path} is a single file and has no splits; give {section}.heldout_path instead")
     if path == data.path and (split == data.split or not has_splits(path)):
         raise InputError(f"{section}: the held-out set is the training set; give another heldout_path or heldout_split, or leave both out")
-    heldout = load(path, split)
+    train, heldout = limited(train), load(path, split)
     notes.extend(_overlap_note(data.path, train, heldout))
-    return Sets(limited(train), heldout, notes)
+    return Sets(train, heldout, notes)
 
 
 def _overlap_note(name: str, train: Iterable[Item], heldout: Iterable[Item]) -> list[str]:
