@@ -18,6 +18,7 @@ from dvpo_ray.data.preferences import load_preferences
 from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.data.prompts import load_prompts
 from dvpo_ray.models.loading import load_tokenizer
+from dvpo_ray.monitoring.charts import number
 
 WORDS = "Tell me what the weather will be like in the park tomorrow, please."
 
@@ -77,12 +78,12 @@ def test_the_dry_run_counts_steps_and_prompts(tiny_model, tmp_path, capsys):
     sections = [f"data.{name}.{key}" for name in ("preferences", "prompts") for key in (f"path={path}", "heldout_path=null")]
     for command, told in (
         (["gvm", "train"], "optimizer steps          2.5 epochs x {} training pairs / 10 = {} steps"),
-        (["train"], "samples in the run       3200, 3200 prompts with repeats: {} distinct ones, each about {:.2g} times"),
+        (["train"], "samples in the run       3200, 3200 prompts with repeats: {} distinct ones, each about {} times"),
     ):
         assert cli.main([*command, LOCAL_CPU, *own, *sections, "gvm.epochs=2.5", "gvm.pairs_per_step=10", "--dry-run"]) == 0
         train = preview(load_config(LOCAL_CPU, [*own, *sections]), "data.prompts").train
-        number = round(2.5 * -(-train // 10)) if command[0] == "gvm" else 3200 / train
-        assert told.format(train, number) in capsys.readouterr().out
+        found = round(2.5 * -(-train // 10)) if command[0] == "gvm" else number(3200 / train)
+        assert told.format(train, found) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_chat_model"])

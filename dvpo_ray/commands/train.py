@@ -43,6 +43,7 @@ from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
 from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.errors import InputError
+from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.ending import ending
 from dvpo_ray.monitoring.run_files import SUMMARY
 from dvpo_ray.planning.placement import Seat, check_local_cluster, choose_transport, gpus_not_here, plan_placement, plan_training_placement
@@ -304,7 +305,7 @@ def _missing_for_policy(config: Config) -> list[str]:
 
 def _policy_arithmetic(config: Config, prompts: int | None) -> dict[str, str]:
     plan, batch = derive_batch(config), config.batch
-    distinct = "" if prompts is None else f": {counted(prompts, 'distinct one')}, each about {plan.total_prompts / prompts:.2g} times"
+    distinct = "" if prompts is None else f": {counted(prompts, 'distinct one')}, each about {number(plan.total_prompts / prompts)} times"
     return {
         "samples per step": f"{plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
         "samples per engine": f"{plan.max_samples_per_engine} at most, over {counted(config.rollout.num_actors, 'engine')}",
