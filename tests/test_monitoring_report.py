@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from report_pages import AFTER, BEFORE, HEADLINES, evaluation, finished_run, page, step_metrics, visible, write_rows
+from report_pages import AFTER, BEFORE, HEADLINES, evaluation, finished_run, page, rollout, step_metrics, visible, write_rows
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.evaluation.gain import gain_of
+from dvpo_ray.monitoring import report_texts
 from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report_charts import MOST_POINTS, Curves
@@ -100,6 +101,13 @@ def test_the_response_whose_value_moves_most_is_coloured_twice(run):
     assert "−0.75 worse" in text and "0.75 better" in text and "−1 less likely" in text and "1 more likely" in text
     tip = html.unescape(tokens[1][3])
     assert tip.splitlines() == ["token 2 ' fun'", "value 0.75 (+0.25)", "advantage 0.25", "log-prob −2, reference −2.5"]
+
+
+def test_the_coloured_response_is_of_those_that_fit(run, monkeypatch):
+    monkeypatch.setattr(report_texts, "MOST_TOKENS", 3)
+    long = rollout(**{name: rollout()[name] * 2 for name in ("response_ids", "tokens", "advantages", "log_probs", "reference_log_probs")})
+    write_rows(run / "rollouts" / "step_000003.jsonl", [rollout(), long | {"values": [0.0] * 6 + [9.0]}])
+    assert "moves most among the 1 rollout of step 3 with at most 3 tokens." in visible(page(run))
 
 
 def test_config_and_all_metrics_are_there(run):
@@ -276,6 +284,13 @@ def test_metrics_that_are_null_leave_gaps(run):
     assert "policy/loss was not finite at 1 of 4 steps, first at step 4." in text
 
 
+def test_a_metric_that_is_null_at_every_step_is_a_finding(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2):
+            log.write(step, {"policy/grad_norm": math.nan, "policy/loss": 0.1})
+    assert "policy/grad_norm was not finite at 2 of 2 steps, first at step 1." in visible(page(tmp_path))
+
+
 def test_metrics_of_another_version_are_shown_too(run):
     write_rows(run / "metrics.jsonl", [{"step": 1, "time": 1.0, "policy/novelty": 2.5, "note": "text"}])
     text = page(run)
@@ -315,3 +330,19 @@ def test_a_run_that_trains_a_value_model(tmp_path):
     assert "gold" not in text and "KL" not in text
     write_summary(tmp_path, {"stage": "rm", "state": "finished", "gvm": measured})
     assert "70.8% by the last value, on 48 pairs, 95 % interval 58.3% to 83.3% 51.1% by length alone" in visible(page(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("stage", "accuracy", "found"),
+    [
+        ("gvm", {"mean": 0.55, "last": 0.8}, "The GVM orders only 55% of held-out pairs correctly by its mean value"),
+        ("rm", {"mean": 0.8, "last": 0.55}, "The reward model orders only 55% of held-out pairs correctly by its last value"),
+        ("rm", {"mean": 0.55, "last": 0.8}, None),  # the mean value of a reward model is not trained
+    ],
+)
+def test_a_weak_model_is_found_by_the_value_that_it_was_trained_on(tmp_path, stage, accuracy, found):
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"gvm/loss": 0.5})
+    write_summary(tmp_path, {"stage": stage, "state": "finished", "gvm": {"heldout_accuracy": accuracy}})
+    text = visible(page(tmp_path))
+    assert found in text if found else "orders only" not in text

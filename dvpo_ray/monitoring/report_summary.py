@@ -186,17 +186,20 @@ def findings(run: RunData) -> Iterator[tuple[str, str]]:
         text = "The value rises while the gold score falls over the second half of the run: the policy exploits errors of the GVM."
         yield text, find_metric("reward/gold_mean").advice
 
-    accuracy = run.summary_number("gvm.heldout_accuracy.mean")
+    called, view, more = (
+        ("reward model", "last", "or for more epochs") if run.stage == "rm" else ("GVM", "mean", "for more epochs, or with gvm.bradley_terry_weight")
+    )
+    accuracy = run.summary_number(f"gvm.heldout_accuracy.{view}")
     if accuracy is not None and accuracy < LOW_GVM_ACCURACY:
-        text = f"The GVM orders only {accuracy:.0%} of held-out pairs correctly by its mean value, less than {LOW_GVM_ACCURACY:.0%}."
-        yield text, "Train it on more pairs, for more epochs, or with gvm.bradley_terry_weight."
+        text = f"The {called} orders only {accuracy:.0%} of held-out pairs correctly by its {view} value, less than {LOW_GVM_ACCURACY:.0%}."
+        yield text, f"Train it on more pairs, {more}."
 
     for name in run.names():
         metric, last = find_metric(name), [value for value in run.column(name)[-LAST_STEPS:] if value is not None]
         if metric and last and metric.is_trouble(fmean(last)):
             yield f"{name} is {number(fmean(last))} on average over the last {counted(len(last), 'step')}. {metric.trouble}", metric.advice
 
-    for name in run.names():
+    for name in dict.fromkeys(name for row in run.metrics for name in row):
         steps = [row["step"] for row in run.metrics if name in row and row[name] is None]
         if steps:
             text = f"{name} was not finite at {len(steps)} of {counted(len(run.metrics), 'step')}, first at step {steps[0]}."

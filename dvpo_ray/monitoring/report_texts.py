@@ -87,7 +87,8 @@ def token_credit(run: RunData) -> dict | None:
         caption = "Position 0 is the value of the prompt; each step up or down is the credit of one token."
         curve = {"title": title, "svg": svg, "caption": caption}
     lead = (
-        f"The {shown[:-1]} of this response moves most among the {counted(len(run.rollouts), 'rollout')} of step {run.rollout_step}. "
+        f"The {shown[:-1]} of this response moves most among the {counted(len(short or run.rollouts), 'rollout')} of step {run.rollout_step}"
+        f"{f' with at most {MOST_TOKENS} tokens' if 0 < len(short) < len(run.rollouts) else ''}. "
         "Point at a token to see its numbers and to find it in every view."
     )
     return {"lead": lead, "prompt": row["prompt"], "chips": _rollout_chips(row), "curve": curve, "views": views}
