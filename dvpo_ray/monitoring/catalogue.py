@@ -100,7 +100,7 @@ GROUPS = {
     "padding": "What the learner computes for nothing.",
     "balance": "How evenly the learner's ranks share the work.",
     "throughput": "Work per second.",
-    "memory": "Host memory of the processes of a role.",
+    "memory": "Memory of the actors of a role.",
     "idle": "Time that a role waits.",
     "policy_version": "The weights in use.",
     "gvm": "Training of the GVM (`dvpo gvm train`), measured on the minibatch of each step. Held-out results are in `evaluation/` and `gvm.json`.",
@@ -204,7 +204,8 @@ METRICS = (
     Metric(
         "policy/approx_kl",
         "nats per token",
-        "k3 estimate of the KL between the policy before and after the update.",
+        "k3 estimate of the KL from the policy before the update to the policy at each optimizer step, mean over the steps. With one "
+        "optimizer step per batch it is 0: the policy has not moved yet.",
         "It is above 0.1: the update went far outside the trust region.",
         "Lower policy.learning_rate or batch.update_epochs.",
         above=0.1,
@@ -212,7 +213,7 @@ METRICS = (
     Metric(
         "policy/clip_fraction",
         "fraction",
-        "Share of response tokens whose probability ratio was clipped.",
+        "Share of response tokens whose probability ratio is farther than policy.clip_epsilon from 1, mean over optimizer steps.",
         "It is above 0.3: a large part of the batch teaches nothing. It is exactly 0 with several optimizer steps per batch: the steps are tiny.",
         "Above 0.3: lower policy.learning_rate or batch.update_epochs. At 0: raise policy.learning_rate.",
         above=0.3,
@@ -220,7 +221,8 @@ METRICS = (
     Metric(
         "policy/ratio_max",
         "",
-        "Largest ratio of a token's probability after the update to its probability before.",
+        "Largest ratio of a token's probability at an optimizer step to its probability before the update. With one optimizer step per batch "
+        "it is 1.",
         "It is above 10: single tokens have moved far.",
         "Lower policy.learning_rate. If the ratio is large at the first optimizer step already, check mismatch/.",
         above=10.0,
@@ -397,7 +399,8 @@ METRICS = (
     Metric(
         "memory/<role>_gib",
         "GiB",
-        "Memory of the role's largest actor, as proportional set size: a page shared by n processes counts 1/n. summary.json has the run's peak.",
+        "Memory of the role's largest actor: with a GPU the most that torch has held there so far, else the resident set size, which counts "
+        "shared pages in every actor. summary.json has the peak of the run in host memory.",
         "It grows from step to step.",
         "Lower micro_batch_tokens, rollout.kv_cache_gib or ray.object_store_gib.",
     ),
