@@ -27,6 +27,8 @@ from dvpo_ray.gvm.views import (
     value_spread,
     wilson_interval,
 )
+from dvpo_ray.monitoring.metrics import MetricsLog
+from dvpo_ray.training.value_model import training_accuracy
 
 
 def heldout(*rows, outcomes=None):
@@ -280,3 +282,12 @@ def test_the_spread_is_in_units_of_the_outcomes():
 def test_evaluation_says_that_length_may_be_all(config, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("dvpo_ray.gvm.evaluation.length_warning", lambda report, view: [f"{report['pairs']} pairs by {view}"])
     assert evaluate_gvm(config, make_gvm(tmp_path / "gvm", tiny_model), tmp_path / "out")["notes"][-1] == "12 pairs by mean"
+
+
+def test_the_training_accuracy_of_a_resumed_run_is_that_of_its_whole_last_epoch(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step, accuracy in enumerate((0.0, 0.2, 0.6), start=1):
+            log.write(step, {"gvm/accuracy": accuracy})
+    with MetricsLog(tmp_path, resume_step=2) as log:
+        log.write(3, {"gvm/accuracy": 1.0})
+    assert training_accuracy(tmp_path, 2) == pytest.approx(0.6)

@@ -18,6 +18,7 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config import Config
 from dvpo_ray.errors import DiskFull, InputError
 from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.run_files import read_summary
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
 from dvpo_ray.runtime import checkpoints
@@ -175,7 +176,7 @@ def test_a_run_saves_its_last_step_so_that_it_can_be_made_longer(tmp_path, monke
     """And finishes where the disk has no room for that."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     run = Run("train", Config.model_validate({"model": {"path": "m"}, "train": {"steps": 3, "trackers": []}}), tmp_path)
-    nothing = {name: lambda *_: None for name in ("sync", "collect", "finish", "evaluate_if_due")}
+    nothing = {name: lambda *_: None for name in ("sync_between_steps", "collect", "finish", "evaluate_if_due")}
     numbers = {name: lambda *_: {} for name in ("learn", "refresh", "state_dict")}
     loop = SimpleNamespace(**nothing, **numbers, checkpoint_bytes=lambda: 60, save=Path.touch, save_at_the_end=Path.touch, save_policy=Path.touch)
     health = SimpleNamespace(observe=lambda *_: ({}, []))
@@ -199,3 +200,16 @@ def test_an_interrupted_run_says_what_is_saved_and_a_resumed_one_where_it_goes_o
     resumed.open_checkpoint()
     with RunConsole() as console, resumed.started("GVM", {}, [], dict, console):
         assert "going on from the checkpoint of step 2\n" in capsys.readouterr().out
+
+
+def test_the_peak_memory_of_a_resumed_run_is_that_of_all_its_parts(tmp_path):
+    config = Config.model_validate({"model": {"path": "m"}, "train": {"trackers": []}})
+    write_checkpoint(tmp_path, 2)
+    peaks = []
+    for resume, held in ((False, 50.0), (True, 0.0), (True, 70.0)):
+        run = Run("gvm", config, tmp_path, resume=resume)
+        with RunConsole() as console, pytest.raises(KeyboardInterrupt), run.started("GVM", {}, [], dict, console), run.metrics_log():
+            run.memory.peak_gib = held
+            raise KeyboardInterrupt
+        peaks.append(read_summary(tmp_path)["peak_memory_gib"])
+    assert peaks == [50.0, 50.0, 70.0]

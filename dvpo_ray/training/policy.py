@@ -67,7 +67,7 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
     run.expect_checkpoints(loop.checkpoint_bytes(), config.checkpoint.every_steps, config.train.steps)
     if run.checkpoint is None:
         with console.stage("first weights to the engines", quiet=True):
-            loop.sync(0)  # engines start without weights
+            loop.sync_between_steps(0)  # engines start without weights
     else:
         with console.stage("loading the checkpoint", quiet=True):
             loop.load(*run.checkpoint)

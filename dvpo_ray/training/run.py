@@ -131,7 +131,7 @@ class Run:
             "model": self.config.model.path,
             "seed": self.config.seed,
             "duration_seconds": round(self._earlier.get("duration_seconds", 0) + time.time() - began, 1),
-            "peak_memory_gib": round(self.memory.peak_gib, 3),
+            "peak_memory_gib": max(self._earlier.get("peak_memory_gib", 0.0), round(self.memory.peak_gib, 3)),
             "notes": list(notes),
         }
         # A resumed run that ended before it went on has nothing new to tell of its steps.

@@ -150,6 +150,11 @@ class Stages:
         self.turns.synced()
         self.policy_version = version
 
+    def sync_between_steps(self, version: int) -> None:
+        """`sync`, whose work is not part of the next step."""
+        self.sync(version)
+        self.role_statistics()
+
     @contextmanager
     def gpus_lent(self) -> Iterator[None]:
         """For the time of a `with` block others have the memory of the GPUs that engines and trained models share."""
@@ -158,7 +163,7 @@ class Stages:
             return
         with self.turns.lent():
             yield
-        self.sync(self.policy_version)
+        self.sync_between_steps(self.policy_version)
 
     # ------------------------------------------------------------------------------------------------ between steps
 
@@ -210,7 +215,7 @@ class Stages:
             self.turns.sampled()
         yield
         if away:
-            self.sync(self.policy_version)
+            self.sync_between_steps(self.policy_version)
 
     def state_dict(self) -> dict:
         """What the driver's part of a checkpoint keeps of the loop."""
@@ -220,7 +225,7 @@ class Stages:
         """Bring the actors and the KL coefficient to the state of a checkpoint."""
         get([rank.load_checkpoint.remote(str(folder / role)) for role, rank in self._trained()], what="loading a checkpoint")
         self.kl.load_state_dict(state["kl"])
-        self.sync(state["step"])
+        self.sync_between_steps(state["step"])
 
     def _trained(self) -> list[tuple[str, ActorHandle]]:
         return [(role, rank) for role, ranks in self.roles.trained.items() for rank in ranks]

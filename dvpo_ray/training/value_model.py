@@ -23,6 +23,7 @@ from dvpo_ray.gvm.pairs import minibatches
 from dvpo_ray.gvm.views import HeldoutValues
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.ending import accuracy_words
+from dvpo_ray.monitoring.run_files import read_json_lines
 from dvpo_ray.planning.placement import plan_training_placement
 from dvpo_ray.runtime.checkpoints import trainer_bytes
 from dvpo_ray.runtime.cluster import check_gpus, connect
@@ -80,7 +81,6 @@ class ValueModelTraining:
         self.settings = settings
         self.data = data
         self.steps_per_epoch, self.total_steps = value_model_steps(data.train.num_pairs, settings)
-        self.accuracies: list[float] = []
         self.is_reward_model = settings.objective == "bradley_terry"
         self.title, self.called = ("Reward model", "reward model") if self.is_reward_model else ("Global Value Model", "GVM")
         self.summary: dict = {"model": settings.init_from or self.config.model.path}
@@ -147,7 +147,6 @@ class ValueModelTraining:
                     check_finite(step, metrics, "gvm", self.settings.section, dtype=self.config.model.dtype)
                     self.run.last_step = step
                     log.write(step, metrics)
-                    self.accuracies.append(metrics["gvm/accuracy"])
                     if is_due(step, self.settings.checkpoint_every_steps):
                         with console.stage("saving a checkpoint", quiet=True):
                             self.run.save_checkpoint(write, state)
@@ -199,8 +198,8 @@ class ValueModelTraining:
         views = ["last"] if self.is_reward_model else ["mean", "last"]
         for line in accuracy_words(report, views):
             console.say(line)
-        training_accuracy = float(np.mean(self.accuracies[-self.steps_per_epoch :] or [1.0]))
-        weak = heldout_warning(report["heldout_accuracy"], training_accuracy, self.data.train.num_pairs, self.settings.section, views[0])
+        trained = training_accuracy(self.run.folder, self.steps_per_epoch)
+        weak = heldout_warning(report["heldout_accuracy"], trained, self.data.train.num_pairs, self.settings.section, views[0])
         unmoved = unmoved_warning(report, self.settings.section, f" after {counted(self.total_steps, 'step')}")
         warnings = [*(unmoved or ([weak] if weak is not None else [])), *chance_warning(report, views[0]), *length_warning(report, views[0])]
         for warning in warnings:
@@ -208,3 +207,9 @@ class ValueModelTraining:
         if warnings:
             self.summary["warnings"] = warnings
         return report
+
+
+def training_accuracy(run_folder: Path, steps: int) -> float:
+    """Mean accuracy on the minibatches of the last steps, also of those before the run was resumed."""
+    rows, _ = read_json_lines(run_folder / "metrics.jsonl")
+    return float(np.mean([row["gvm/accuracy"] for row in rows[-steps:]]))
