@@ -123,9 +123,7 @@ RESOURCES = (
         {"throughput/generated_tokens_per_second": "generated", "throughput/trained_tokens_per_second": "trained"},
         "Tokens divided by the time of their stage.",
     ),
-    Lines(
-        "Memory", {"memory/<role>_gib": ""}, "Largest actor of each role: the most that torch has held on its GPU, else host memory."
-    ),
+    Lines("Memory", {"memory/<role>_gib": ""}, "Largest actor of each role: the most that torch has held on its GPU, else host memory."),
     Lines("Idle", {"idle/<role>_fraction": ""}, "Share of the step that each role waited."),
 )
 
