@@ -72,6 +72,26 @@ def test_the_longest_response_is_the_run_s(chat, tiny_model, tiny_chat_model, tm
     assert found.train == len(sets.train)
 
 
+@pytest.mark.parametrize("rows_counted", [2000, 10])
+def test_rows_that_are_left_out_for_their_length_are_none_to_train_on(tiny_model, tmp_path, monkeypatch, rows_counted):
+    """Where more rows are there than are counted, only the run finds out how many these are."""
+    monkeypatch.setattr("dvpo_ray.data.preview.ROWS", rows_counted)
+    rows = [
+        {"prompt": f"{i} {WORDS} " * (i % 4 + 1), "chosen": f" a {i}", "rejected": f" {WORDS}" * (i % 3 + 1), "rejected_truncated": i % 5 < 3}
+        for i in range(48)
+    ]
+    tokens = load_tokenizer(str(tiny_model))
+    limit = len(tokens(f" {WORDS}" * 2, add_special_tokens=False)["input_ids"])  # what has an end token too is over it
+    limits = ["data.max_prompt_tokens=99", "data.long_prompt=drop", f"data.max_response_tokens={limit}", "data.long_response=drop"]
+    settings = config(tiny_model, write(tmp_path / "p.jsonl", rows), *limits, section="preferences")
+    encoder = Encoder(tokens, settings.data, "auto", 4096)
+    train = load_preferences(settings.data.preferences, "error").train
+    kept = sum(encoder.encode_pair(pair) is not None for pair in train)
+    assert 0 < kept < len(train) and preview(settings, "data.preferences").train == (kept if rows_counted == 2000 else None)
+    none_left = config(tiny_model, tmp_path / "p.jsonl", *limits, "data.max_prompt_tokens=1", section="preferences")
+    assert preview(none_left, "data.preferences").train is None
+
+
 def test_the_dry_run_counts_steps_and_prompts(tiny_model, tmp_path, capsys):
     rows = [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b"} for i in range(60)]
     path, own = write(tmp_path / "p.jsonl", rows), [f"model.path={tiny_model}", "gvm.path=g", "data.max_prompt_tokens=99"]

@@ -39,7 +39,7 @@ class Preview:
     Attributes:
         facts: numbers by name.
         notes: what the user should know, one line each.
-        train: how many pairs, prompts or answers there are to train on; None where only the run finds it out.
+        train: how many pairs, prompts or answers there are to train on; None where only the run finds out how many it leaves out.
     """
 
     facts: dict[str, str] = field(default_factory=dict)
@@ -64,9 +64,10 @@ def preview(config: Config, section: str) -> Preview:
     sets, stops = _load(lambda on_bad_row: load(data, on_bad_row), config)
     if sets is None:
         return Preview(notes=[*foreign_heldout(section, data), *stops])
-    longest, of_lengths = _lengths(config, data.path, [*sets.train, *sets.heldout])
+    longest, of_lengths, left_out = _lengths(config, data.path, [*sets.train, *sets.heldout])
     facts = {section.removeprefix("data."): _counted(sets), **longest}
-    return Preview(facts, [*stops, *_of_rows(sets.notes, stops), *of_lengths], len(sets.train))
+    train = _kept(len(sets.train), sum(index < len(sets.train) for index in left_out))
+    return Preview(facts, [*stops, *_of_rows(sets.notes, stops), *of_lengths], train)
 
 
 def _preview_answers(config: Config, path: str) -> Preview:
@@ -77,7 +78,12 @@ def _preview_answers(config: Config, path: str) -> Preview:
         return Preview(notes=stops)
     answers, notes = loaded
     longest, of_lengths, too_long = _answer_lengths(config, path, answers)
-    return Preview({"sft": counted(len(answers), "answer"), **longest}, [*stops, *_of_rows(notes, stops), *of_lengths], len(answers) - too_long)
+    return Preview({"sft": counted(len(answers), "answer"), **longest}, [*stops, *_of_rows(notes, stops), *of_lengths], _kept(len(answers), too_long))
+
+
+def _kept(rows: int, left_out: int) -> int | None:
+    """How many rows are left without those of the first `ROWS` that are left out; None where there are more rows than these, or none is left."""
+    return None if left_out and rows > ROWS else (rows - left_out or None)
 
 
 def _load(load: Callable[[str], T], config: Config) -> tuple[T | None, list[str]]:
@@ -114,23 +120,27 @@ def _counted(sets: Sets) -> str:
 # -------------------------------------------------------------------------------------------------------- lengths
 
 
-def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]) -> tuple[dict[str, str], list[str]]:
-    """The longest prompt and response, and a line for each limit that does not fit; nothing where tokens cannot be counted here."""
+def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]) -> tuple[dict[str, str], list[str], set[int]]:
+    """The longest prompt and response, a line for each limit that does not fit, and the indices of the items that are left out for one;
+    nothing where tokens cannot be counted here."""
     counter = _token_counter(Path(config.model.path), config.model.chat_template == "auto")
     if counter is None:
-        return {}, []
-    items, facts, notes = items[:ROWS], {}, []
+        return {}, [], set()
+    items, facts, notes, left_out = items[:ROWS], {}, [], set()
     pairs = [item for item in items if isinstance(item, PreferencePair)]
     try:
         parts = {"prompt": [counter.prompt(item.prompt if pairs else item.content) for item in items]}
         template = counter.template_tokens
     except TemplateError:  # of some row; the run names it
-        return {}, []
+        return {}, [], set()
     if pairs:
-        parts["response"] = [max(counter.response(pair.chosen), counter.response(pair.rejected)) for pair in pairs]
+        parts["response"] = [
+            max(counter.response(pair.chosen, pair.chosen_truncated), counter.response(pair.rejected, pair.rejected_truncated)) for pair in pairs
+        ]
     for part, lengths in parts.items():
         limit, setting, longest = getattr(config.data, f"max_{part}_tokens"), getattr(config.data, f"long_{part}"), max(lengths)
-        over = [item.where for item, length in zip(items, lengths, strict=True) if length > limit]
+        over = [index for index, length in enumerate(lengths) if length > limit]
+        left_out.update(over if setting == "drop" else [])
         row, first = "pair" if pairs else "prompt", f" of the first {ROWS}" if len(items) == ROWS else ""
         facts[f"longest {part}"] = f"{counted(longest, 'token')}, data.max_{part}_tokens is {limit}" + (
             f"; over it: {counted(len(over), row)}{first}" if over else ""
@@ -138,8 +148,9 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
         if setting == "error" or 2 * len(over) > len(lengths):
             does = {"error": "stops the run at", "drop": "leaves out"}.get(setting, "shortens")
             start = f"{path}: data.long_{part}={setting} {does}"
-            notes += count_note(start, over, len(items), f"{row}s{first}", over_limit(limit, longest, template if part == "prompt" else 0, part))
-    return facts, notes
+            why, labels = over_limit(limit, longest, template if part == "prompt" else 0, part), [items[index].where for index in over]
+            notes += count_note(start, labels, len(items), f"{row}s{first}", why)
+    return facts, notes, left_out
 
 
 def _answer_lengths(config: Config, path: str, answers: Sequence[Answer]) -> tuple[dict[str, str], list[str], int]:
@@ -184,9 +195,9 @@ class _Counter:
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
         return self._text(self.template(messages))
 
-    def response(self, content: Content) -> int:
-        """With its end token. What a template writes before and after an answer, which is mostly nothing, is left out."""
-        return self._text(ANCHOR + content_text(content)) - self._text(ANCHOR) + 1
+    def response(self, content: Content, truncated: bool = False) -> int:
+        """With its end token unless it was cut off. What a template writes before and after an answer, which is mostly nothing, is left out."""
+        return self._text(ANCHOR + content_text(content)) - self._text(ANCHOR) + (not truncated)
 
     def text(self, content: Content) -> int:
         """Of a text that is learned without a prompt, with its end token."""
