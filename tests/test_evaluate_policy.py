@@ -74,6 +74,19 @@ def test_notes_on_the_prompts_come_before_anything_is_sampled(tiny_chat_model, p
     assert "held-out prompts: evaluations use 4 of them (evaluation.prompts)" in capsys.readouterr().out
 
 
+def test_two_policies_that_keep_other_prompts_are_not_compared(tiny_model, tiny_chat_model, prompts, tmp_path, capsys):
+    """Of more prompts than an evaluation takes, each would draw its own."""
+    from dvpo_ray.training.evaluate import evaluate_policy
+
+    prompts.write_text("".join(json.dumps({"prompt": "story " * (n % 6 + 1) + str(n)}) + "\n" for n in range(60)), encoding="utf-8")
+    settings = config(prompts, judge="none", prompts=4)
+    settings.model.path, settings.data.max_prompt_tokens, settings.data.long_prompt = str(tiny_model), 20, "drop"
+    told = f"{tiny_chat_model} and {tiny_model} do not keep the same held-out prompts, so their responses cannot be compared"
+    with pytest.raises(InputError, match=re.escape(told)):
+        evaluate_policy(settings, str(tiny_chat_model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_every_heldout_prompt_is_judged_once(ray_session, tiny_chat_model, prompts, tmp_path):
     from dvpo_ray.data.prompts import load_prompts

@@ -55,7 +55,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         Without one `beside`, the other policy, if there is one, and `estimate`: `gain_of` both, or `mean` and `ci95` of the policy alone.
 
     Raises:
-        InputError: no prompts, no such checkpoint, or a value model of another tokenizer.
+        InputError: no prompts, no such checkpoint, a value model of another tokenizer, or two policies whose tokenizers keep other prompts.
         ResourceError: the cluster has no room for the engines, or the disk is full.
     """
     refuse_as_policy(policy, "--policy" if policy != config.model.path else "model.path")
@@ -64,36 +64,41 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
     with RunConsole() as console:
         tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
         gvm = _estimator(config, tokenizer) if judge is None else None
-        before = _answers(config, config.model.path, out / "before", console) if judge is None and policy != config.model.path else None
-        after = _answers(config, policy, out, console, told=before.notes if before is not None else ())
-        rows, result = after.rows(), {"policy": policy, "judge": config.evaluation.judge, "prompts": len(after.prompts)}
+        with console.stage("reading the prompts", quiet=True):
+            asked = [_questions(config, one) for one in ([config.model.path] if judge is None and policy != config.model.path else []) + [policy]]
+        for note in dict.fromkeys(note for questions in asked for note in questions.notes):
+            console.say(f"note: {note}")
+        _check_same_prompts(asked)
+        *before, after = [_answers(config, one, out if one is asked[-1] else out / "before", console) for one in asked]
+        prompts = asked[-1].prompts
+        result = {"policy": policy, "judge": config.evaluation.judge, "prompts": len(prompts)} | ({"beside": config.model.path} if before else {})
+        columns: dict[str, list] = {"prompt": [prompt.content for prompt in prompts]} | ({"before": before[0].responses} if before else {})
+        columns |= {"response": after.responses, "truncated": after.batch.truncated.tolist()}
         if judge is not None:
             with console.stage("judging", quiet=True):
-                gold = judge.score([prompt.text for prompt in after.prompts], after.responses)
-            rows = [row | {"gold": round(score, 6)} for row, score in zip(rows, gold.tolist(), strict=True)]
-            result["gold"] = _mean(gold)
-        else:
-            sides = [after] if before is None else [before, after]
-            if before is not None:
-                rows = [{"prompt": row["prompt"], "before": response} | row for row, response in zip(rows, before.responses, strict=True)]
-                result["beside"] = config.model.path
-            if gvm is not None:
-                with console.stage("values", quiet=True):
-                    values = [_last_values(config, gvm, side.batch) for side in sides]
-                for name, numbers in zip(("value", "value_before"), reversed(values), strict=False):
-                    rows = [row | {name: round(float(number), 6)} for row, number in zip(rows, numbers, strict=True)]
-                result["estimate"] = _mean(values[0]) if before is None else gain_of(*values)
+                gold = judge.score([prompt.text for prompt in prompts], after.responses)
+            columns["gold"], result["gold"] = _rounded(gold), _mean(gold)
+        elif gvm is not None:
+            with console.stage("values", quiet=True):
+                *value_before, value = [_last_values(config, gvm, side.batch) for side in (*before, after)]
+            columns |= {"value": _rounded(value)} | ({"value_before": _rounded(value_before[0])} if before else {})
+            result["estimate"] = gain_of(*value_before, value) if before else _mean(value)
         cut_off = float(after.batch.truncated.mean())
         of_length = cut_off_note(cut_off, config.health)
         for note in of_length:
             console.say(f"note: {note}")
     result["response_length"] = {"mean": float(after.batch.response_lengths.mean()), "truncated_fraction": cut_off}
-    result["notes"] = [*after.notes, *of_length]
+    result["notes"] = [*asked[-1].notes, *of_length]
     with whole_file(out / "evaluation.jsonl") as lines:
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with whole_file(out / "evaluation.json") as file:
         json.dump(result, file, indent=2)
     return result
+
+
+def _rounded(numbers: np.ndarray) -> list[float]:
+    return [round(float(number), 6) for number in numbers]
 
 
 def _mean(scores: np.ndarray) -> dict:
@@ -102,40 +107,52 @@ def _mean(scores: np.ndarray) -> dict:
 
 
 @dataclass(frozen=True)
+class _Questions:
+    """The held-out prompts that a policy answers, their token ids with its tokenizer, and notes on those left out."""
+
+    policy: str
+    encoder: Encoder
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    notes: list[str]
+
+
+def _questions(config: Config, policy: str) -> _Questions:
+    tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
+    encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
+    return _Questions(policy, encoder, *heldout_prompts(config, encoder))
+
+
+def _check_same_prompts(asked: Sequence[_Questions]) -> None:
+    """Refuse to compare policies that get other prompts: their tokenizers or chat templates leave out different ones."""
+    first, last = asked[0], asked[-1]
+    if first.prompts != last.prompts:
+        raise InputError(
+            f"{last.policy} and {first.policy} do not keep the same held-out prompts, so their responses cannot be compared; "
+            "raise data.max_prompt_tokens, or set data.long_prompt=truncate_left"
+        )
+
+
+@dataclass(frozen=True)
 class _Answers:
     """One response of a policy to each held-out prompt, in the order of the prompts; `batch` has their tokens."""
 
-    prompts: list[Prompt]
     responses: list[str]
     batch: RaggedBatch
-    notes: list[str]
-
-    def rows(self) -> list[dict]:
-        parts = zip(self.prompts, self.responses, self.batch.truncated.tolist(), strict=True)
-        return [{"prompt": prompt.content, "response": response, "truncated": truncated} for prompt, response, truncated in parts]
 
 
-def _answers(config: Config, policy: str, out: Path, console: RunConsole, told: Sequence[str] = ()) -> _Answers:
-    """`told`: notes that the user has seen."""
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": policy})})
-    with console.stage("reading the prompts", quiet=True):
-        tokenizer = load_tokenizer(policy, config.model.trust_remote_code)
-        encoder = Encoder(tokenizer, config.data, config.model.chat_template, context_tokens(policy, config.model.trust_remote_code))
-        prompts, prompt_ids, notes = heldout_prompts(config, encoder)
-    for note in notes:
-        if note not in told:
-            console.say(f"note: {note}")
+def _answers(config: Config, asked: _Questions, out: Path, console: RunConsole) -> _Answers:
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": asked.policy})})
     out.mkdir(parents=True, exist_ok=True)
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    sampler = policy_sampler(config, frozenset(encoder.stop_token_ids), longest, out.resolve(), console.starting)
+    sampler = policy_sampler(config, frozenset(asked.encoder.stop_token_ids), longest, out.resolve(), console.starting)
     with (
         console.entering("start of the engines", sampler) as sample,
-        console.stage(f"responses of {policy}", len(prompts), unit="prompts") as progress,
+        console.stage(f"responses of {asked.policy}", len(asked.prompts), unit="prompts") as progress,
     ):
-        batch = sample(prompt_ids)
-        progress.advance(len(prompts))
-    responses = [encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)]
-    return _Answers(prompts, responses, batch, notes)
+        batch = sample(asked.ids)
+        progress.advance(len(asked.prompts))
+    return _Answers([asked.encoder.decode(batch.tokens[batch.response(row)].tolist()) for row in range(batch.num_rows)], batch)
 
 
 def _estimator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Path | None:
