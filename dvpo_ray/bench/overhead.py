@@ -114,7 +114,7 @@ def profile_steps(
     ):
         memory.add_pids(roles.local_pids)
         loop = PolicyLoop(config, roles, inputs.prompts, [], inputs.manifest.context.examples > 0)
-        loop.sync(0)
+        loop.sync_between_steps(0)
         steps = profile_loop(loop, log, range(1, config.train.steps + 1), after_step, around_last_step)
     return StepProfile(steps, memory.peak_gib)
 

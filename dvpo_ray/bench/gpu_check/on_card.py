@@ -75,7 +75,7 @@ def first_rollouts(card: Card) -> None:
     """The first weights arrive: engine and reference model agree on the first rollouts."""
     report, loop = card.report, card.loop("dvpo")
     started = time.perf_counter()
-    loop.sync(0)
+    loop.sync_between_steps(0)
     report.figure("first weights to the engine", time.perf_counter() - started, "s")
     chunks = loop.rollout(card.prompts(0), 0, loop.roles.frozen)
     report.figure("first rollouts, from the command", time.time() - card.began, "s", at_most=START_SECONDS if card.is_measured else None)
@@ -95,13 +95,13 @@ def adapters(card: Card) -> None:
     """Two steps of a LoRA learner at a temperature, whose engine gets merged weights through the object store, and two more with an engine
     that gets the adapters alone, and that keeps its model in its sleep."""
     loop = PolicyLoop(card.other_config, card.others, card.inputs.prompts, [])
-    loop.sync(0)
+    loop.sync_between_steps(0)
     _check_steps(card.report, f"LoRA, temperature {TEMPERATURE:g}", [loop.step(number) for number in (1, 2)])
     (learner,), (engine,) = card.adapted.learners, card.adapted.engines
     get(learner.open_channel.remote([engine], "adapters"), what="the channel to the engine with adapters")
     loop = PolicyLoop(card.other_config, card.adapted, card.inputs.prompts, [])
     loop.start_is_checked = True  # its weights are not those of the reference model
-    loop.sync(2)
+    loop.sync_between_steps(2)
     _check_steps(card.report, "LoRA, adapters alone", [loop.step(number) for number in (3, 4)])
     before = card.greedy(engine)
     get(engine.sleep.remote(), what="the engine's sleep")
