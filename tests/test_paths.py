@@ -13,7 +13,7 @@ from cli_runs import LOCAL_CPU, ROOT, refusal
 from dvpo_ray import cli
 from dvpo_ray.config import load_config
 from dvpo_ray.config.keys import known_keys
-from dvpo_ray.config.paths import QUICKSTART_MODEL, in_home, path_option
+from dvpo_ray.config.paths import QUICKSTART_MODEL, from_home, in_home, path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.experiments.transfer import Domain
 from dvpo_ray.quickstart import openings, self_preferences
@@ -36,6 +36,8 @@ def test_the_home_folder_stands_at_the_start_only(home):
     assert in_home("~root/a") == str(Path("~root/a").expanduser())
     for path in ("org/name", "runs/~/a", "./~/a", "a~", "", "/b"):
         assert in_home(path) == path
+    for shown in ("~/a", "/b", "org/name", f"{home}er/a"):
+        assert from_home(in_home(shown)) == shown
     with pytest.raises(ValueError, match=r"~nobody-here/a: no user nobody-here has a home folder; a file of this name is \./~nobody-here/a"):
         in_home("~nobody-here/a")
 

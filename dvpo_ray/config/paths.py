@@ -23,6 +23,12 @@ def in_home(path: str) -> str:
     return whole
 
 
+def from_home(path: str) -> str:
+    """The path as people read it: `~` for the home folder at its start; every other path and every hub name as it is."""
+    home = os.path.expanduser("~")
+    return f"~{path.removeprefix(home)}" if path.startswith(f"{home}/") else path
+
+
 def path_option(text: str) -> Path:
     """The type of every option that takes a path, for argparse: the shell leaves the `~` of `--out=~/runs` as it is."""
     return Path(name_or_path_option(text))

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import counted
+from dvpo_ray.config.paths import from_home
 from dvpo_ray.evaluation.gain import gain_of
 from dvpo_ray.health.alarms import trend
 from dvpo_ray.monitoring.catalogue import find_metric
@@ -44,6 +45,8 @@ _SETTINGS = {
 def facts(run: RunData) -> dict[str, object]:
     """The main settings, and when the last step ended."""
     known = {name.replace("_", " "): run.summary.get(name) for name in ("model", "algorithm", "advantage_mode", "seed")}
+    if known["model"] is not None:
+        known["model"] = from_home(known["model"])
     if run.metrics and "time" in run.metrics[-1]:
         known["last step"] = datetime.fromtimestamp(run.metrics[-1]["time"], UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {name: value for name, value in known.items() if value is not None}
