@@ -209,8 +209,9 @@ def test_phases_reach_every_engine_in_order_and_a_hang_is_named(ray_session):
     stuck = EngineClient([engines[0], hangs], ranks_per_engine=1, timeout_seconds=5)
     stuck.begin()
     stuck.start_weight_update()
+    stuck.finish_weight_update()
     with pytest.raises(ResourceError, match=r"rollout engine 1 did not answer finish_weight_update within weight_sync.timeout_seconds=5"):
-        stuck.finish_weight_update()
+        stuck.set_policy_version(1)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -27,47 +26,51 @@ Descriptions = Callable[[bool], Iterable[Description]]
 
 
 class EngineClient:
-    """The four phases, fanned out to all rollout engines; has the methods of vLLM's `VLLMWeightSyncClient` protocol."""
+    """The four phases, fanned out to all rollout engines; has the methods of vLLM's `VLLMWeightSyncClient` protocol.
+
+    An engine does what it is asked in order. So only the phases after which the learner needs an answer wait, for all that was asked before.
+    """
 
     def __init__(self, engines: list[ActorHandle], ranks_per_engine: int, timeout_seconds: float) -> None:
         self.engines = engines
         self.ranks_per_engine = ranks_per_engine
         self.timeout_seconds = timeout_seconds
         self._deadline = float("inf")
+        self._asked: dict[ObjectRef, tuple[int, str]] = {}
 
     def begin(self) -> None:
         """Start the time limit of one whole sync."""
         self._deadline = time.monotonic() + self.timeout_seconds
 
-    def _all(self, phase: str, arguments: list[tuple]) -> None:
-        self._start(phase, arguments)()
+    def _ask(self, phase: str, *arguments: Any) -> None:
+        """Begin a phase on all engines."""
+        for index, engine in enumerate(self.engines):
+            self._asked[getattr(engine, phase).remote(*arguments)] = index, phase
 
-    def _start(self, phase: str, arguments: list[tuple]) -> Callable[[], None]:
-        """Begin a phase on all engines; what it returns waits for them."""
-        pending = {getattr(e, phase).remote(*args): i for i, (e, args) in enumerate(zip(self.engines, arguments, strict=True))}
-        return partial(self._finish, phase, pending)
-
-    def _finish(self, phase: str, pending: dict[ObjectRef, int]) -> None:
-        ready, late = ray.wait(list(pending), num_returns=len(pending), timeout=max(0.0, self._deadline - time.monotonic()))
+    def _wait(self) -> None:
+        """Wait for all that was asked."""
+        asked, self._asked = self._asked, {}
+        _, late = ray.wait(list(asked), num_returns=len(asked), timeout=max(0.0, self._deadline - time.monotonic()))
         if late:
-            index = pending[late[0]]
+            index, phase = asked[late[0]]
             raise ResourceError(
                 f"weight sync: rollout engine {index} did not answer {phase} within weight_sync.timeout_seconds="
                 f"{self.timeout_seconds:g}; see logs/rollout-{index}.log"
             )
-        ray.get(ready)
+        ray.get(list(asked))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the channel. Each engine gets its own first rank in the transfer group."""
         self.begin()
-        infos = [dict(init_info) for _ in self.engines]
-        for index, info in enumerate(infos):
-            if "rank_offset" in info:
-                info["rank_offset"] += index * self.ranks_per_engine
-        self._all("init_weight_transfer_engine", [(info,) for info in infos])
+        for index, engine in enumerate(self.engines):
+            own = dict(init_info)
+            if "rank_offset" in own:
+                own["rank_offset"] += index * self.ranks_per_engine
+            self._asked[engine.init_weight_transfer_engine.remote(own)] = index, "init_weight_transfer_engine"
+        self._wait()
 
     def start_weight_update(self) -> None:
-        self._all("start_weight_update", [()] * len(self.engines))
+        self._ask("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Send one bucket: a dict, or an object reference to one (then it travels through the object store)."""
@@ -75,18 +78,20 @@ class EngineClient:
 
     def start_bucket(self, update_info: Any) -> Callable[[], None]:
         """Begin what `update_weights` does; what it returns waits for the engines."""
-        return self._start("update_weights", [(update_info,)] * len(self.engines))
+        self._ask("update_weights", update_info)
+        return self._wait
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all("finish_weight_update", [()] * len(self.engines))
+        self._ask("finish_weight_update")
 
     def load_adapters(self, stored: ObjectRef) -> None:
         """Send adapters: a reference to peft's description of them and to their bucket."""
-        self._all("load_adapters", [(stored,)] * len(self.engines))
+        self._ask("load_adapters", stored)
 
     def set_policy_version(self, version: int) -> None:
-        """Tell the engines the version of the weights that have arrived."""
-        self._all("set_policy_version", [(version,)] * len(self.engines))
+        """Tell the engines the version of the weights that have arrived, and wait until all of it is done."""
+        self._ask("set_policy_version", version)
+        self._wait()
 
 
 class WeightSender(Protocol):
