@@ -18,11 +18,13 @@ from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config import Config
 from dvpo_ray.errors import DiskFull, InputError
 from dvpo_ray.monitoring.console import RunConsole
+from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import read_summary
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
 from dvpo_ray.runtime import checkpoints
 from dvpo_ray.training.policy import optimise
+from dvpo_ray.training.policy_state import PolicyState
 from dvpo_ray.training.run import Run
 
 
@@ -213,3 +215,23 @@ def test_the_peak_memory_of_a_resumed_run_is_that_of_all_its_parts(tmp_path):
             raise KeyboardInterrupt
         peaks.append(read_summary(tmp_path)["peak_memory_gib"])
     assert peaks == [50.0, 50.0, 70.0]
+
+
+def test_a_run_that_goes_on_has_its_facts_and_alarms_in_the_summary_and_the_report(tmp_path):
+    """So has one that is killed."""
+    config = Config.model_validate({"model": {"path": "m"}, "gvm": {"path": "g"}, "train": {"trackers": []}})
+    run = Run("train", config, tmp_path)
+    measured = {"heldout_accuracy": {"mean": 0.75, "last": 0.7}, "pairs": 40, "accuracy_ci95": {"mean": [0.6, 0.86], "last": [0.55, 0.82]}}
+    state = PolicyState(run, SimpleNamespace(manifest=SimpleNamespace(measured=measured), warnings=[]))
+    with RunConsole() as console, run.started("DVPO", {}, ["a note"], state.summary, console):
+        summary = read_summary(tmp_path)
+        assert summary["state"] == "running" and summary["notes"] == ["a note"]
+        assert summary["algorithm"] == "dvpo" and summary["gvm"]["path"] == "g" and summary["gvm"]["heldout_accuracy"]["mean"] == 0.75
+        cut_off = {"response_length/truncated_fraction": 1.0}
+        with run.metrics_log() as log:
+            log.write(1, cut_off)
+        _, alarms = state.health.observe(1, cut_off)
+        state.heed(alarms, console)
+        assert [alarm["name"] for alarm in read_summary(tmp_path)["alarms"]] == ["cut_off"]
+        page = write_report(tmp_path).read_text(encoding="utf-8")
+        assert "100% of the responses are cut off" in page and "No metric is out of bounds" not in page and "75.0%" in page

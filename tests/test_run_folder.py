@@ -197,7 +197,16 @@ def test_a_resumed_run_keeps_its_numbers_until_there_are_new_ones(tmp_path):
     kept = read_summary(folder) | {"evaluations": {"0": {"gold": 0.5}}}
     write_summary(folder, kept | {"error": "the disk was full", "resume_command": "dvpo train"})
     begin(folder, "train", config_with(), resumed=True)
-    assert read_summary(folder) == kept | {"state": "running", "command": read_summary(folder)["command"]}
+    assert read_summary(folder) == kept | {"state": "running", "resumed_by": read_summary(folder)["resumed_by"]}
+
+
+def test_a_resumed_run_keeps_the_command_that_made_it(tmp_path, monkeypatch):
+    for words in (["train", "c.yaml", "--out", "r"], *[["train", "r/config.yaml", "--out", "r", "--resume"]] * 2, ["train", "c.yaml", "--resume"]):
+        monkeypatch.setattr(sys, "argv", ["/bin/dvpo", *words])
+        begin(tmp_path, "train", config_with(), resumed="--resume" in words)
+    summary = read_summary(tmp_path)
+    assert summary["command"] == ["dvpo", "train", "c.yaml", "--out", "r"]
+    assert summary["resumed_by"] == [["dvpo", "train", "r/config.yaml", "--out", "r", "--resume"], ["dvpo", "train", "c.yaml", "--resume"]]
 
 
 # ----------------------------------------------------------------------------------------------------- a new run

@@ -144,7 +144,8 @@ def train_with_trl(model: PreTrainedModel, data: GVMData, config: Config, out: P
         trainer.add_callback(_Progress(stage))
         trainer.train()
     right = ranked_right(heldout_scores(trainer))
-    return Accuracy(float(right.mean()), *wilson_interval(right))
+    accuracy = float(right.mean())
+    return Accuracy(accuracy, *wilson_interval(accuracy, len(right)))
 
 
 def pair_rows(pairs: PairBatch) -> Dataset:

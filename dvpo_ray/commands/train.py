@@ -35,6 +35,7 @@ from dvpo_ray.config.inputs import (
     policy_misfits,
     preference_inputs,
     problems,
+    scoring_warnings,
     sft_inputs,
     value_model_misfits,
 )
@@ -336,7 +337,7 @@ POLICY = Training(
     stage="train",
     missing=_missing_for_policy,
     inputs=policy_inputs,
-    notes=lambda config, prompts: [*policy_misfits(config), *training_notes(config)],
+    notes=lambda config, prompts: [*policy_misfits(config), *scoring_warnings(config), *training_notes(config)],
     arithmetic=_policy_arithmetic,
     train=_train_policy,
     placement=_policy_placement,

@@ -130,9 +130,24 @@ def or_with_suffix(name: str) -> str:
 
 def _objective(folder: Path) -> str | None:
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["objective"]["name"]
-    except (ValueError, KeyError, TypeError):  # a damaged manifest; loading it says what is wrong
+        return _manifest(folder)["objective"]["name"]
+    except (KeyError, TypeError):  # a damaged manifest; loading it says what is wrong
         return None
+
+
+def _manifest(folder: Path) -> dict:
+    """gvm.json; nothing where it is missing or damaged."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def scoring_warnings(config: Config) -> list[str]:
+    """What the training of the model that scores rollouts said against its accuracy, one line each that begins with its path."""
+    path = getattr(config, ALGORITHMS[config.algorithm].section).path
+    return [f"{path}: {line}" for line in _manifest(Path(path)).get("heldout_warnings", [])] if path is not None else []
 
 
 # ------------------------------------------------------------------------------------- what a checkpoint allows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,7 @@ from dvpo_ray.config.schema import ModelConfig
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import file_sha256, whole_folder
 from dvpo_ray.gvm.model import head_weight_name, load_value_model, value_head
+from dvpo_ray.gvm.views import wilson_interval
 from dvpo_ray.models.loading import check_vocabulary, default_device, first_line, load_model_config, torch_dtype
 
 FORMAT_VERSION = 1
@@ -89,8 +90,16 @@ class GVMManifest(_Part):
     training_data: TrainingDataSpec
     heldout_accuracy: dict[str, float] = Field(description="Pairwise accuracy on held-out prompts, by view of the values.")
     heldout_regression: dict[str, float | None] = Field(description="Mean squared error and explained variance on held-out prompts.")
+    heldout_warnings: list[str] = Field([], description="What training said against these numbers, one line each; older artifacts have none.")
     weights_sha256: dict[str, str] = Field(default_factory=dict, description="Hash of each weight file; set by `save_gvm`.")
     config_sha256: str | None = Field(None, description="Hash of config.json; set by `save_gvm`, missing in older artifacts.")
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """Its entry in summary.json: `heldout_accuracy` by view, the number of `pairs`, and `accuracy_ci95` of the mean and the last value."""
+        accuracy, pairs = self.heldout_accuracy, self.training_data.heldout_pairs
+        known = [view for view in ("mean", "last") if view in accuracy]
+        return {"heldout_accuracy": accuracy, "pairs": pairs, "accuracy_ci95": {view: list(wilson_interval(accuracy[view], pairs)) for view in known}}
 
 
 # ---------------------------------------------------------------------------------------------------------- saving

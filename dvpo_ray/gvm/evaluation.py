@@ -90,7 +90,7 @@ def heldout_report(heldout: HeldoutValues, outcome: str) -> dict:
         "length_matched_pairs": int(length_matched(heldout).sum()),
         "value_spread": value_spread(heldout),
         "heldout_accuracy": {name: float(pairs.mean()) for name, pairs in right.items()},
-        "accuracy_ci95": {name: list(wilson_interval(pairs)) for name, pairs in right.items()},
+        "accuracy_ci95": {name: list(wilson_interval(float(pairs.mean()), len(pairs))) for name, pairs in right.items()},
         "regression": regression_metrics(heldout.values, heldout.state_outcomes) | {"by_position_decile": regression_by_decile(heldout)},
         "calibration": calibrate(heldout.values, heldout.state_outcomes) | {"outcome": outcome},
     }
@@ -179,9 +179,10 @@ def length_warning(report: dict, view: str = "mean") -> list[str]:
     knows_more = interval[view][0] > by_length or interval.get(matched, [0.0])[0] > 0.5
     if not length_tells or knows_more or accuracy[view] < WEAK_ACCURACY:
         return []
+    called = "reward model" if view == "last" else "value model"
     alike = f" and {accuracy[matched]:.2f} of them are ranked right" if matched in accuracy else ""
     return [
-        f"the value model may have learnt length alone: held-out accuracy is {accuracy[view]:.2f} by {view} value, and {by_length:.2f} by the "
+        f"the {called} may have learnt length alone: held-out accuracy is {accuracy[view]:.2f} by {view} value, and {by_length:.2f} by the "
         f"rule that the {rule} response wins; {report['length_matched_pairs']} of {report['pairs']} pairs have responses of like lengths{alike}; "
         "train on pairs whose responses are about as long as each other, or the policy will learn length too"
     ]

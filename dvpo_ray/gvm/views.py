@@ -99,13 +99,12 @@ def accuracies(heldout: HeldoutValues) -> dict[str, np.ndarray]:
     return views
 
 
-def wilson_interval(right: np.ndarray) -> tuple[float, float]:
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """95 % interval of a share of n pairs (Wilson 1927); a tie counts as half a success.
 
     Pairs count as independent, also those of one prompt. On the quickstart's held-out pairs, three or four a prompt of different samples,
     the variance of the share over prompts differs from this by less than a fifth.
     """
-    n, share = len(right), float(np.mean(right))
     centre = share + _Z95**2 / (2 * n)
     spread = _Z95 * np.sqrt(share * (1 - share) / n + _Z95**2 / (4 * n * n))
     scale = 1 + _Z95**2 / n

@@ -33,9 +33,10 @@ NARROW = 64
 """Columns under which a bar shows its name, two numbers and the time only."""
 
 _KEY_METRICS = {
-    "reward/gold_mean": "gold {:.3f}",
-    "kl/reference_mean": "KL {:.2f} nats",
-    "value/terminal_mean": "value {:.3f}",
+    "reward/gold_mean": "gold {:z.3f}",
+    "kl/reference_mean": "KL {:z.2f} nats",
+    "reward/model_mean": "reward {:z.3f}",
+    "value/terminal_mean": "value {:z.3f}",
     "time/step_seconds": "last step {:.1f} s",
 }
 

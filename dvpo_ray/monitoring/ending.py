@@ -17,6 +17,8 @@ from dvpo_ray.monitoring.run_data import parse_config, setting
 from dvpo_ray.monitoring.run_files import read_summary, resume_command
 
 CHANCE = 0.5
+RESULTS = {"train": "model", "sft": "model", "dpo": "model", "gvm": "value model", "rm": "reward model"}
+"""What `final/` of a run is, by its stage."""
 _LOADERS = {"model": "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}
 
 
@@ -34,7 +36,7 @@ def whereabouts(folder: Path, stage: str) -> list[str]:
     """Where the report and the result of a run are, as far as they are there, and the command that uses the result."""
     lines = [f"report: {folder / 'report.html'}"] if (folder / "report.html").is_file() else []
     if (folder / "final").is_dir():
-        lines.append(f"{'model' if stage in ('train', 'sft', 'dpo') else 'value model'}: {folder / 'final'}")
+        lines.append(f"{RESULTS.get(stage, 'model')}: {folder / 'final'}")
         for purpose, command in list(uses(folder, stage, _settings(folder)).items())[:1]:
             lines += [f"next, to {purpose}:", Shell(command)]
     return lines
@@ -64,7 +66,7 @@ def _result(summary: Mapping[str, Any]) -> list[str]:
     if _stage(summary) != "train":
         return []  # the training of a value model has said how good it is
     kl = summary.get("kl", {}).get("after_mean")
-    moved = [f"KL from the reference: {kl:.2f} nats per response to a held-out prompt (a step shows that of its rollouts)"] if kl is not None else []
+    moved = [f"KL from the reference: {kl:z.2f} nats per response to a held-out prompt (a step shows that of its rollouts)"] if kl is not None else []
     if "gold" in summary:
         return [*gold_words(summary), *moved]
     unknown = "no judge scored held-out prompts before and after (evaluation.judge is none), so nothing independent says what the run gained"

@@ -11,7 +11,7 @@ from jinja2 import Environment
 from dvpo_ray import __version__
 from dvpo_ray.files import whole_file
 from dvpo_ray.monitoring import report_summary, report_texts
-from dvpo_ray.monitoring.ending import uses
+from dvpo_ray.monitoring.ending import RESULTS, uses
 from dvpo_ray.monitoring.report_charts import chart_sections
 from dvpo_ray.monitoring.run_data import DIED, RunData, load_run
 
@@ -53,6 +53,7 @@ def _content(run: RunData) -> dict:
     return {
         "run": run,
         "kind": _KINDS[run.stage],
+        "result": RESULTS[run.stage],
         "badge": _BADGES.get(run.state, ""),
         "outcome": report_summary.outcome(run),
         "origin": report_summary.origin(run),
@@ -60,7 +61,9 @@ def _content(run: RunData) -> dict:
         "facts": report_summary.facts(run),
         "headline": report_summary.headline(run),
         "tiles": report_summary.tiles(run),
+        "alarms": report_summary.alarms(run),
         "findings": list(report_summary.findings(run)),
+        "notes": [note for note in run.summary.get("notes") or () if note not in (run.summary.get("warnings") or ())],
         "sections": chart_sections(run) if run.metrics else {},
         "samples": report_texts.samples(run),
         "credit": report_texts.token_credit(run),

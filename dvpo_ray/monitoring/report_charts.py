@@ -48,6 +48,13 @@ VALUE = Lines(
     spread="value/std",
     unit="",
 )
+REWARD = Lines(
+    "Reward",
+    {"reward/model_mean": "mean"},
+    "What the reward model gives the rollouts, before KL. It is what the policy is optimised for, so it should rise.",
+    from_zero=False,
+    spread="reward/model_std",
+)
 VALUE_MODEL = (
     Lines(
         "GVM loss",
@@ -135,7 +142,7 @@ def chart_sections(run: RunData) -> dict[str, dict]:
         "learning": (
             "Learning",
             "Is the policy better, and how far has it moved to get there?",
-            [curves.gold(), curves.lines(DISTANCE), curves.gold_against_kl(), curves.value()],
+            [curves.gold(), curves.lines(DISTANCE), curves.gold_against_kl(), curves.optimised(REWARD), curves.value()],
         ),
         "trainer": ("Training", "Does the model learn its rows?", list(map(curves.lines, TRAINER))),
         "value_model": (
@@ -207,9 +214,15 @@ class Curves:
         unit = first.unit if chart.unit is None else chart.unit
         return self.figure(chart.title, svg, chart.caption or first.meaning, keys, unit=unit, shown=series[0].ys if alone or spread else ())
 
-    def value(self) -> dict | None:
+    def optimised(self, chart: Lines) -> dict | None:
+        """What the policy is optimised for."""
         beside_gold = " With the gold score, not instead of it." if "reward/gold_mean" in self.names else ""
-        return self.lines(replace(VALUE, caption=VALUE.caption + beside_gold))
+        return self.lines(replace(chart, caption=chart.caption + beside_gold))
+
+    def value(self) -> dict | None:
+        if "reward/model_mean" in self.names:  # the values are those of PPO's critic
+            return self.lines(replace(VALUE, caption="What the critic predicts for the rollouts; it is trained beside the policy."))
+        return self.optimised(VALUE)
 
     def gold(self) -> dict | None:
         series = self.series({"reward/gold_mean": "rollouts"})

@@ -40,11 +40,15 @@ _SETTINGS = {
     "dpo": tuple(f"dpo.{key}" for key in (*_TRAINER, "beta")),
 }
 """What a reader asks for first; the whole config is below."""
+_OF_DVPO, _OF_BASELINES = ("advantage.mode", "gvm.path"), ("reward_model.path",)
+"""Settings that the other algorithms do not read."""
 
 
 def facts(run: RunData) -> dict[str, object]:
     """The main settings, and when the last step ended."""
     known = {name.replace("_", " "): run.summary.get(name) for name in ("model", "algorithm", "advantage_mode", "seed")}
+    if known["advantage mode"] == known["algorithm"]:  # a baseline has no mode of its advantage
+        del known["advantage mode"]
     if known["model"] is not None:
         known["model"] = from_home(known["model"])
     if run.metrics and "time" in run.metrics[-1]:
@@ -82,12 +86,15 @@ def outcome(run: RunData) -> dict | None:
 
 
 def origin(run: RunData) -> dict:
-    """How a run was made: its `command`, its `data` and its main `settings`, as pairs of key and value."""
-    command = run.summary.get("command")
+    """How a run was made: its `command`, those that `resumed` it, its `data` and its main `settings`, as pairs of key and value."""
+    command, resumed = run.summary.get("command"), run.summary.get("resumed_by") or ()
     data, own = (*_DATA[run.stage], *_ANY_DATA), _SETTINGS.get(run.stage, ())
     known = {key: setting(run.settings, key) for key in (*data, *_COMMON, *own)}
+    unread = _OF_BASELINES if _section(run) == "gvm" else _OF_DVPO
+    own = tuple(key for key in own if key not in unread)
     return {
         "command": shlex.join(map(str, command)) if isinstance(command, list) else "",
+        "resumed": [shlex.join(map(str, words)) for words in resumed],
         "data": [(key, known[key]) for key in data if known[key] is not None],
         "settings": [(key, known[key]) for key in (*_COMMON, *own) if known[key] is not None],
     }
@@ -166,19 +173,37 @@ def tiles(run: RunData) -> list[tuple[str, str, str]]:
     ]
 
 
+def _section(run: RunData) -> str:
+    """The section of the config that names the model that scores the rollouts."""
+    algorithm = run.summary.get("algorithm") or setting(run.settings, "algorithm")  # a run that ended before it began has no summary of it
+    return ALGORITHMS.get(str(algorithm), ALGORITHMS["dvpo"]).section
+
+
 def _scoring_accuracy(run: RunData) -> tuple[str, str, str]:
     """The tile of the model that scores the rollouts: the GVM, or the reward model of a baseline, of which only the last value is trained."""
-    algorithm = run.summary.get("algorithm") or setting(run.settings, "algorithm")  # a run that is not over has no summary of it
-    section = ALGORITHMS.get(str(algorithm), ALGORITHMS["dvpo"]).section
+    section = _section(run)
     name, views = {"gvm": ("GVM accuracy", ("mean", "last")), "reward_model": ("Reward model accuracy", ("last",))}[section]
     accuracy = {view: value for view in views if (value := run.summary_number(f"{section}.heldout_accuracy.{view}")) is not None}
     if not accuracy:
         return name, "–", "not in the summary"
-    return (
-        name,
-        f"{next(iter(accuracy.values())):.1%}",
-        f"of held-out pairs: {', '.join(f'{view} {value:.1%}' for view, value in accuracy.items())} value",
-    )
+    pairs, ends = run.summary_number(f"{section}.pairs"), setting(run.summary, f"{section}.accuracy_ci95.{next(iter(accuracy))}")
+    measured = f"of {counted(pairs, 'held-out pair')}, 95 % interval {ends[0]:.1%} to {ends[1]:.1%}" if pairs and ends else "of held-out pairs"
+    longer = run.summary_number(f"{section}.heldout_accuracy.longer_wins")
+    by_length = f"; by length alone, the longer wins, {longer:.1%}" if longer is not None else ""
+    shown = ", ".join(f"{view} {value:.1%}" for view, value in accuracy.items())
+    return name, f"{next(iter(accuracy.values())):.1%}", f"{measured}: {shown} value{by_length}"
+
+
+def alarms(run: RunData) -> list[dict]:
+    """The alarms of a run by their rule, in the order of their first: `name`, `when`, and the `text` and `advice` of the last one."""
+    by_rule: dict[str, list[dict]] = {}
+    for alarm in run.summary.get("alarms") or ():
+        by_rule.setdefault(alarm["name"], []).append(alarm)
+    return [{**raised[-1], "when": _when([alarm["step"] for alarm in raised])} for raised in by_rule.values()]
+
+
+def _when(steps: list[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} times, from step {steps[0]} to step {steps[-1]}"
 
 
 def findings(run: RunData) -> Iterator[tuple[str, str]]:

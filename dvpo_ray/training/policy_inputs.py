@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import counted
-from dvpo_ray.config.inputs import biased_sampling, too_long_rows
+from dvpo_ray.config.inputs import biased_sampling, scoring_warnings, too_long_rows
 from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
@@ -36,6 +36,7 @@ class Inputs:
         contents: all of these prompts as the data has them, by the `ids_key` of their token ids.
         stop_token_ids: tokens that end a response.
         manifest: of the GVM, or of a baseline's reward model.
+        warnings: what its training said against its accuracy, one line each; `notes` begin with them.
         notes: settings that are probably a mistake, and rows that are left out or shortened, one line for each reason.
     """
 
@@ -45,6 +46,7 @@ class Inputs:
     contents: dict[bytes, Content]
     stop_token_ids: frozenset[int]
     manifest: GVMManifest
+    warnings: list[str]
     notes: list[str]
 
 
@@ -74,6 +76,7 @@ def load_inputs(config: Config) -> Inputs:
     train, heldout = _encode(encoder, sets.train), _encode(encoder, sets.heldout)
     if not train:
         raise InputError(f"{config.data.prompts.path}: no prompt is left; {'; '.join(encoder.notes('prompts')) or 'give more prompts'}")
+    warnings = scoring_warnings(config)
     evaluated, evaluation_notes = sample_prompts(heldout, config.evaluation.prompts, config.seed)
     return Inputs(
         prompts=[ids for _, ids in train],
@@ -82,7 +85,8 @@ def load_inputs(config: Config) -> Inputs:
         contents={ids_key(ids): prompt.content for prompt, ids in [*train, *evaluated]},
         stop_token_ids=frozenset(encoder.stop_token_ids),
         manifest=manifest,
-        notes=[*training_notes(config), *pair_notes, *sets.notes, *encoder.notes("prompts"), *evaluation_notes],
+        warnings=warnings,
+        notes=[*warnings, *training_notes(config), *pair_notes, *sets.notes, *encoder.notes("prompts"), *evaluation_notes],
     )
 
 

@@ -46,7 +46,7 @@ class PolicyState:
         step, prompts = self.run.last_step, len(self.inputs.heldout)
         with console.stage(f"evaluation at step {step}", total=prompts, unit="held-out prompts") as progress:
             result = self.evaluations[step] = loop.evaluate(step)
-            progress.advance(prompts, " · ".join(f"{name} {value:.3f}" for name, value in result.items()))
+            progress.advance(prompts, " · ".join(f"{name} {value:z.3f}" for name, value in result.items()))
 
     def evaluate_if_due(self, loop: Stages, console: RunConsole) -> None:
         """Evaluate before the first step and every `evaluation.every_steps`, unless it was done before the run was interrupted."""
@@ -57,6 +57,8 @@ class PolicyState:
         """Tell the user of the alarms of the last step, and decide what follows it. Returns whether the run stops here."""
         for alarm in alarms:
             console.warn(f"ALARM {alarm.name} at {alarm}")
+        if alarms:
+            self.run.tell(alarms=self._alarms)
         goes_on = self.run.last_step < self.config.train.steps
         alarmed = any(not RULES[alarm.name].once for alarm in alarms)
         self.refresh_is_due = goes_on and self.refresher.is_due(self.run.last_step, alarmed=alarmed)
@@ -108,20 +110,31 @@ class PolicyState:
     def _scoring_model(self) -> str:
         return getattr(self.config, self._section).path
 
+    @property
+    def _alarms(self) -> list[dict]:
+        return [asdict(alarm) for alarm in self.health.alarms]
+
     def header(self) -> dict[str, object]:
         """What runs, and with what."""
-        config, batch, known = self.config, self.config.batch, self.inputs.manifest.heldout_accuracy
-        accuracy = ", ".join(f"{view} {known[view]:.3f}" for view in ("mean", "last") if view in known)
+        config, batch = self.config, self.config.batch
         return {
             "model": config.model.path,
-            {"gvm": "value model", "reward_model": "reward model"}[self._section]: (
-                f"{self._scoring_model} (held-out accuracy {accuracy or 'unknown'})"
-            ),
+            {"gvm": "value model", "reward_model": "reward model"}[self._section]: f"{self._scoring_model} ({self._accuracy()})",
             "prompts": f"{len(self.inputs.prompts)} training, {len(self.inputs.heldout)} held out",
             "batch": f"{counted(batch.prompts_per_step, 'prompt')} x {counted(batch.samples_per_prompt, 'sample')}, "
             + counted(config.train.steps, "step"),
             "advantage": f"{self._advantage_mode}, KL in {config.kl.placement} x {config.kl.coefficient:g}",
         }
+
+    def _accuracy(self) -> str:
+        """How well the scoring model orders held-out pairs; a baseline reads the last value alone."""
+        known = self.inputs.manifest.measured
+        views = [view for view in (["mean", "last"] if self._section == "gvm" else ["last"]) if view in known["accuracy_ci95"]]
+        if not views:
+            return "held-out accuracy unknown"
+        shown = ", ".join(f"{view} {known['heldout_accuracy'][view]:.3f}" for view in views)
+        low, high = known["accuracy_ci95"][views[0]]
+        return f"held-out accuracy {shown}, on {counted(known['pairs'], 'pair')}, 95 % interval {low:.2f} to {high:.2f}"
 
     def summary(self) -> dict[str, object]:
         """The entries of summary.json that only policy optimisation has."""
@@ -129,8 +142,9 @@ class PolicyState:
         entries: dict[str, object] = {
             "algorithm": self.config.algorithm,
             "advantage_mode": self._advantage_mode,
-            self._section: {"path": self._scoring_model, "heldout_accuracy": self.inputs.manifest.heldout_accuracy},
-            "alarms": [asdict(alarm) for alarm in self.health.alarms],
+            self._section: {"path": self._scoring_model, **self.inputs.manifest.measured},
+            **({"warnings": self.inputs.warnings} if self.inputs.warnings else {}),
+            "alarms": self._alarms,
             **({"refresh": asdict(refreshed)} if refreshed.steps else {}),
             "evaluations": {str(step): result for step, result in sorted(self.evaluations.items())},
         }

@@ -87,7 +87,7 @@ class Run:
         Args:
             title, facts: what runs, and with what, for the header.
             notes: what the user should know of settings and data, one line each.
-            summary: entries of summary.json beside those that every run has; asked for at the end.
+            summary: entries of summary.json beside those that every run has; asked for at the start of a new run and at the end.
             console: shows the header, the notes, and what the run waits for.
             is_part: of a larger run.
 
@@ -99,6 +99,8 @@ class Run:
         record = partial(self._record, began, notes, summary)
         with locked(self.folder):
             begin(self.folder, self.stage, self.config, resumed=self.resumed)
+            if not self.resumed:  # the summary of a resumed run has it all
+                self.tell(model=self.config.model.path, notes=list(notes), **summary())
             try:
                 with self.memory, patience(say=console.say):
                     self._say = console.say
@@ -144,6 +146,10 @@ class Run:
         except DiskFull:  # not even for a second file beside the first
             amend_summary(self.folder, {name: value for name, value in entries.items() if name == "steps"} | end)
         write_report(self.folder)
+
+    def tell(self, **entries: Any) -> None:
+        """Put entries into summary.json now, for a report of a run that goes on or is killed."""
+        write_summary(self.folder, read_summary(self.folder) | entries)
 
     def metrics_log(self) -> MetricsLog:
         """metrics.jsonl and the trackers; of a resumed run it goes on after `last_step`."""
@@ -220,7 +226,7 @@ class Run:
                     console.warn(f"no checkpoint of step {self.last_step}: {why}")
             # Now, because the same signal may have ended Ray, and then this process may not come to its own end.
             end = {"state": "interrupted", "steps": self.last_step, "resume_command": resume_command(self.folder, self.stage)}
-            write_summary(self.folder, read_summary(self.folder) | end)
+            self.tell(**end)
             raise
 
     @contextmanager

@@ -35,7 +35,8 @@ class RunIsFinished(InputError):
 def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
     """Make the folder belong to a run that starts now: write its settings and a summary. Call it when all inputs are loaded.
 
-    Files of a run that never took a step are removed first. The summary of a resumed run keeps its numbers until there are new ones.
+    Files of a run that never took a step are removed first. The summary of a resumed run keeps its numbers until there are new ones, and the
+    command that made the run; those that went on with it are beside it.
     """
     if not resumed and _ended_before_its_first_step(folder):
         _remove_leftovers(folder)
@@ -43,8 +44,11 @@ def begin(folder: Path, stage: str, config: Config, *, resumed: bool) -> None:
     with whole_file(folder / CONFIG) as file:
         file.write(dump_config(config))
     kept = {key: value for key, value in read_summary(folder).items() if key not in _OF_AN_END} if resumed else {}
-    own = {"name": config.name, "stage": stage, "state": "running", "seed": config.seed}
-    write_summary(folder, kept | own | {"process": this_process(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]})
+    own = {"name": config.name, "stage": stage, "state": "running", "seed": config.seed, "process": this_process()}
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    later = kept.get("resumed_by", [])
+    commands = {"resumed_by": [*later, *([command] if command not in later else [])]} if "command" in kept else {"command": command}
+    write_summary(folder, kept | own | commands)
 
 
 def locked(folder: Path) -> TextIO:

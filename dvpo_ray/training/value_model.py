@@ -159,12 +159,12 @@ class ValueModelTraining:
             num_layers=num_layers,
             heldout_accuracy=report["heldout_accuracy"],
             heldout_regression={name: report["regression"][name] for name in ("mse", "explained_variance")},
+            heldout_warnings=self.summary.get("warnings", []),
         )
         final = self.run.folder / "final"
         with console.stage(f"saving the {self.called}", quiet=True):
             get([trainer.save_artifact.remote(str(final), manifest) for trainer in trainers], what=f"saving the {self.called}")
-        measured = {"pairs": report["pairs"], "accuracy_ci95": {view: report["accuracy_ci95"][view] for view in ("mean", "last")}}
-        self.summary["gvm"] = {"path": str(final), "heldout_accuracy": manifest.heldout_accuracy, **measured}
+        self.summary["gvm"] = {"path": str(final), **manifest.measured}
         return final
 
     def step(self, trainers: list[ActorHandle], step: int) -> dict[str, float]:
