@@ -46,6 +46,7 @@ def live(width: int = 80) -> tuple[RunConsole, io.StringIO]:
 def test_key_metrics():
     assert key_metrics(METRICS) == "gold 0.612 · KL 4.20 nats · value 0.331 · last step 8.1 s"
     assert key_metrics({"kl/reference_mean": 0.5, "reward/gold_mean": None}) == "KL 0.50 nats"
+    assert key_metrics({"kl/reference_mean": -2.5e-5, "reward/model_mean": -0.47188}) == "KL 0.00 nats · reward -0.472"  # of a baseline
     assert key_metrics({}) == ""
 
 

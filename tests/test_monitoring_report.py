@@ -59,10 +59,59 @@ def test_a_baseline_shows_its_reward_model_and_no_gvm(run, algorithm):
     write_summary(run, summary | {"algorithm": algorithm} | trained)
     text = visible(page(run))
     assert "Reward model accuracy 68.8% of held-out pairs: last 68.8% value" in text and "GVM accuracy" not in text and "51.2%" not in text
-    write_summary(run, summary)  # of a run that goes on
+    write_summary(run, summary)  # of a run that ended before it began
     (run / "config.yaml").write_text(f"algorithm: {algorithm}\n", encoding="utf-8")
     text = visible(page(run))
     assert "Reward model accuracy – not in the summary" in text and "GVM accuracy" not in text
+
+
+def test_the_accuracy_of_the_scoring_model_comes_with_its_pairs_and_its_warnings(run):
+    measured = {"heldout_accuracy": {"mean": 1.0, "last": 1.0, "longer_wins": 1.0}, "pairs": 6, "accuracy_ci95": {"mean": [0.61, 1.0]}}
+    write_summary(run, {"state": "finished", "gvm": measured, "warnings": ["g: length alone"], "notes": ["g: length alone", "a note"]})
+    text = visible(page(run))
+    assert "100.0% of 6 held-out pairs, 95 % interval 61.0% to 100.0%: mean 100.0%, last 100.0% value; the longer wins 100.0%" in text
+    assert "Worth a look g: length alone Notes on data and settings: 1 a note" in text
+
+
+def test_alarms_are_grouped_by_rule_and_those_of_many_rules_are_folded(run):
+    raised = [(1, "cut_off"), *((step, name) for step in range(10, 40, 10) for name in ("calibration", "value_bias", "gold_divergence"))]
+    summary = json.loads((run / "summary.json").read_text())
+    told = [{"step": step, "name": name, "text": f"{name} at {step}.", "advice": f"Mend {name}."} for step, name in raised]
+    write_summary(run, summary | {"alarms": told})
+    text = visible(page(run))
+    assert "Alarms: 10 Step 1, cut_off: cut_off at 1. Mend cut_off. 3 times from step 10 to step 30, calibration. The last: calibration at 30." in text
+    assert text.count("Mend calibration.") == 1 and "calibration at 20." not in text
+    assert "<summary>Of other rules: 1</summary><ul><li>3 times from step 10 to step 30, gold_divergence" in page(run)
+    write_summary(run, summary | {"alarms": told[:3]})
+    assert "Of other rules" not in page(run)
+
+
+@pytest.mark.parametrize("has_critic", [False, True])
+def test_a_baseline_shows_what_it_optimises(run, has_critic):
+    for path in (run / "evaluation").iterdir():
+        path.unlink()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = {key for key in rows[0] if key.startswith("value/") and not has_critic} | {"reward/gold_mean"}
+    rewards = [
+        {key: number for key, number in row.items() if key not in values} | {"reward/model_mean": row["step"] - 3.5, "reward/model_std": 1.0}
+        for row in rows
+    ]
+    write_rows(run / "metrics.jsonl", rewards)
+    text = visible(page(run))
+    assert "Reward −2.5 → −0.5" in text and "What the reward model gives the rollouts, before KL." in text
+    assert ("What the critic predicts for the rollouts" in text) is has_critic and "What the value model predicts" not in text
+
+
+def test_a_baseline_lists_the_settings_that_it_reads(run):
+    config = "algorithm: grpo\nadvantage: {mode: release}\ngvm: {path: runs/gvm/final}\nreward_model: {path: runs/rm/final}\n"
+    (run / "config.yaml").write_text(config, encoding="utf-8")
+    write_summary(run, {"stage": "train", "state": "finished", "algorithm": "grpo", "advantage_mode": "grpo"})
+    assert dict(origin(load_run(run))["settings"]) == {"algorithm": "grpo", "reward_model.path": "runs/rm/final"}
+    assert "algorithm grpo" in visible(page(run)) and "advantage mode" not in visible(page(run))
+    (run / "config.yaml").write_text(config.replace("grpo", "dvpo"), encoding="utf-8")
+    write_summary(run, {"stage": "train", "state": "finished", "algorithm": "dvpo", "advantage_mode": "release"})
+    assert dict(origin(load_run(run))["settings"]) == {"algorithm": "dvpo", "advantage.mode": "release", "gvm.path": "runs/gvm/final"}
+    assert "advantage mode release" in visible(page(run))
 
 
 def test_every_curve_is_drawn(run):
@@ -225,11 +274,14 @@ def test_command_data_settings_and_uses_are_there(run):
     (run / "final").mkdir()
     write_summary(run, {"stage": "train", "state": "finished", "command": ["dvpo", "train", "c.yaml", "--out", "my run"]})
     text = visible(page(run))
+    assert "Resumed by" not in text
     assert "Command dvpo train c.yaml --out 'my run' Data data.prompts.path p.jsonl Main settings policy.learning_rate 3e-05" in text
     assert f"To judge it on held-out prompts dvpo eval {run}/config.yaml --policy {run}/final To serve it vllm serve {run}/final" in text
     assert f"AutoModelForCausalLM.from_pretrained('{run}/final')" in text
     (run / "final").rmdir()
     assert "Use the result" not in page(run)
+    write_summary(run, {"stage": "train", "command": ["dvpo", "train", "c.yaml"], "resumed_by": [["dvpo", "train", "r/config.yaml", "--resume"]]})
+    assert "Command dvpo train c.yaml Resumed by: 1 dvpo train r/config.yaml --resume Data" in visible(page(run))
 
 
 def test_notes_have_their_own_title(run):
@@ -329,7 +381,10 @@ def test_a_run_that_trains_a_value_model(tmp_path):
     assert "Worth a look few pairs" in text
     assert "gold" not in text and "KL" not in text
     write_summary(tmp_path, {"stage": "rm", "state": "finished", "gvm": measured})
-    assert "70.8% by the last value, on 48 pairs, 95 % interval 58.3% to 83.3% 51.1% by length alone" in visible(page(tmp_path))
+    (tmp_path / "final").mkdir()
+    text = visible(page(tmp_path))
+    assert "70.8% by the last value, on 48 pairs, 95 % interval 58.3% to 83.3% 51.1% by length alone" in text
+    assert "Reward model loss" in text and "final/ is a reward model." in text and "GVM loss" not in text
 
 
 @pytest.mark.parametrize(

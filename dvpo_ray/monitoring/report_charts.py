@@ -54,6 +54,7 @@ REWARD = Lines(
     "What the reward model gives the rollouts, before KL. It is what the policy is optimised for, so it should rise.",
     from_zero=False,
     spread="reward/model_std",
+    unit="",
 )
 VALUE_MODEL = (
     Lines(
@@ -148,7 +149,7 @@ def chart_sections(run: RunData) -> dict[str, dict]:
         "value_model": (
             "Reward model" if run.stage == "rm" else "Global Value Model",
             "How good is the model that training takes its values or rewards from?",
-            [curves.accuracy_by_position(), *map(curves.lines, VALUE_MODEL)],
+            [curves.accuracy_by_position(), *map(curves.value_model, VALUE_MODEL)],
         ),
         "update": ("Update", "Is each policy update sound?", list(map(curves.lines, UPDATE))),
         "resources": ("Resources", "Where do time and memory go?", [curves.time(), *map(curves.lines, RESOURCES)]),
@@ -223,6 +224,12 @@ class Curves:
         if "reward/model_mean" in self.names:  # the values are those of PPO's critic
             return self.lines(replace(VALUE, caption="What the critic predicts for the rollouts; it is trained beside the policy."))
         return self.optimised(VALUE)
+
+    def value_model(self, chart: Lines) -> dict | None:
+        """A chart of the training of a GVM or, under its own name, of a reward model."""
+        if self.run.stage == "rm":
+            chart = replace(chart, title=chart.title.replace("GVM", "Reward model"), caption=chart.caption.replace("GVM", "reward model"))
+        return self.lines(chart)
 
     def gold(self) -> dict | None:
         series = self.series({"reward/gold_mean": "rollouts"})

@@ -189,21 +189,24 @@ def _scoring_accuracy(run: RunData) -> tuple[str, str, str]:
     pairs, ends = run.summary_number(f"{section}.pairs"), setting(run.summary, f"{section}.accuracy_ci95.{next(iter(accuracy))}")
     measured = f"of {counted(pairs, 'held-out pair')}, 95 % interval {ends[0]:.1%} to {ends[1]:.1%}" if pairs and ends else "of held-out pairs"
     longer = run.summary_number(f"{section}.heldout_accuracy.longer_wins")
-    by_length = f"; by length alone, the longer wins, {longer:.1%}" if longer is not None else ""
+    by_length = f"; the longer wins {longer:.1%}" if longer is not None else ""
     shown = ", ".join(f"{view} {value:.1%}" for view, value in accuracy.items())
     return name, f"{next(iter(accuracy.values())):.1%}", f"{measured}: {shown} value{by_length}"
 
 
-def alarms(run: RunData) -> list[dict]:
-    """The alarms of a run by their rule, in the order of their first: `name`, `when`, and the `text` and `advice` of the last one."""
+def alarms(run: RunData) -> list[tuple[str, str]]:
+    """The alarms of a run, one entry for each rule in the order of their first alarms: when and, of the last one, what was observed; the advice."""
     by_rule: dict[str, list[dict]] = {}
     for alarm in run.summary.get("alarms") or ():
         by_rule.setdefault(alarm["name"], []).append(alarm)
-    return [{**raised[-1], "when": _when([alarm["step"] for alarm in raised])} for raised in by_rule.values()]
+    return [(_raised(name, raised), raised[-1]["advice"]) for name, raised in by_rule.items()]
 
 
-def _when(steps: list[int]) -> str:
-    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} times, from step {steps[0]} to step {steps[-1]}"
+def _raised(name: str, raised: list[dict]) -> str:
+    first, last = raised[0], raised[-1]
+    if len(raised) == 1:
+        return f"Step {last['step']}, {name}: {last['text']}"
+    return f"{len(raised)} times from step {first['step']} to step {last['step']}, {name}. The last: {last['text']}"
 
 
 def findings(run: RunData) -> Iterator[tuple[str, str]]:
