@@ -86,6 +86,15 @@ def test_bad_input_is_one_line_and_status_2(argv, line, capsys):
     assert refusal(capsys, *argv).startswith(line)
 
 
+def test_a_report_of_what_lies_in_a_run_folder_names_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "sp").mkdir(parents=True)
+    for name in ("summary.json", "report.html"):
+        (tmp_path / "runs" / "sp" / name).write_text("{}")
+    assert refusal(capsys, "report", "runs/sp/report.html") == "runs/sp/report.html: a file, not a run folder; did you mean runs/sp?"
+    assert refusal(capsys, "report", "runs/sp/fnal") == "runs/sp/fnal: no such run folder; did you mean runs/sp?"
+
+
 @pytest.mark.parametrize(("command", "section"), [(["train"], "data.prompts"), (["gvm", "train"], "data.preferences"), (["dpo"], "data.preferences")])
 def test_data_that_a_command_needs(command, section, capsys):
     assert f"{section}.path is not set" in refusal(capsys, *command, LOCAL_CPU, f"{section}=null", "gvm.path=g")

@@ -123,6 +123,42 @@ def test_a_run_warns_of_them(tiny_model, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("algorithm", "section"), [("dvpo", "gvm"), ("ppo", "reward_model")])
+def test_what_training_said_against_the_scoring_model_is_said_again(tiny_model, tmp_path, capsys, algorithm, section):
+    """In the dry run, in the header and the notes of the run, and in its summary."""
+    from dvpo_ray.training.policy_inputs import load_inputs
+    from dvpo_ray.training.policy_state import PolicyState
+    from dvpo_ray.training.run import Run
+
+    Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"a good day {i}"}) + "\n" for i in range(30)))
+    accuracy = {"mean": 0.5, "last": 1.0, "longer_wins": 1.0}
+    model = make_gvm(tmp_path / "scoring", tiny_model, heldout_accuracy=accuracy, heldout_warnings=["it may have learnt length alone"])
+    settings = {
+        "model": {"path": str(tiny_model), "dtype": "float32"},
+        "algorithm": algorithm,
+        "data": {"prompts": {"path": "prompts.jsonl", "heldout_fraction": 0.3}, "max_prompt_tokens": 24},
+        section: {"path": str(model)},
+        "rollout": {"max_response_tokens": 12},
+    }
+    config, warning = Config(**settings), f"{model}: it may have learnt length alone"
+    inputs = load_inputs(config)
+    state = PolicyState(Run("train", config, tmp_path / "run"), inputs)
+    assert inputs.notes[0] == warning and state.summary()["warnings"] == [warning]
+    assert state.summary()[section] == {
+        "path": str(model),
+        "heldout_accuracy": accuracy,
+        "pairs": 4,
+        "accuracy_ci95": {"mean": pytest.approx([0.15, 0.85], abs=1e-3), "last": pytest.approx([0.5101, 1.0], abs=1e-3)},
+    }
+    called, shown = {
+        "gvm": ("value model", "mean 0.500, last 1.000, on 4 pairs, 95 % interval 0.15 to 0.85"),
+        "reward_model": ("reward model", "last 1.000, on 4 pairs, 95 % interval 0.51 to 1.00"),
+    }[section]
+    assert state.header()[called] == f"{model} (held-out accuracy {shown})"
+    assert cli.main(["train", LOCAL_CPU, f"algorithm={algorithm}", f"{section}.path={model}", "--dry-run"]) == 0
+    assert warning in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------------- paths
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 from conftest import make_tiny_model
@@ -87,6 +88,25 @@ def test_two_policies_that_keep_other_prompts_are_not_compared(tiny_model, tiny_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_says_of_both_responses_whether_they_are_cut_off(tiny_model, prompts, tmp_path, monkeypatch):
+    from dvpo_ray.batch import RaggedBatch
+    from dvpo_ray.training import evaluate
+
+    other = make_tiny_model(tmp_path / "other", seed=1)
+
+    @contextmanager
+    def engines(config, *_):
+        """Those of the policy cut off every response."""
+        yield lambda ids: RaggedBatch.from_rows(ids, [[3, 4]] * len(ids), truncated=[config.model.path == str(other)] * len(ids))
+
+    monkeypatch.setattr(evaluate, "policy_sampler", engines)
+    settings = config(prompts, judge="none", prompts=3)
+    settings.model.path = str(tiny_model)
+    evaluate.evaluate_policy(settings, str(other), tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["truncated"], row["truncated_before"]) for row in rows] == [(True, False)] * 3
+
+
 @pytest.mark.slow
 def test_every_heldout_prompt_is_judged_once(ray_session, tiny_chat_model, prompts, tmp_path):
     from dvpo_ray.data.prompts import load_prompts
@@ -116,9 +136,10 @@ def test_without_a_judge_the_responses_of_both_models_are_laid_side_by_side(ray_
     rows = [json.loads(line) for line in (tmp_path / "out" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == summary["prompts"] == 9 and summary["beside"] == str(tiny_model) and "gold" not in summary
     assert [row["before"] for row in rows] != [row["response"] for row in rows]
-    assert list(rows[0]) == ["prompt", "before", "response", "truncated", "value", "value_before"]
+    assert list(rows[0]) == ["prompt", "before", "response", "truncated", "truncated_before", "value", "value_before"]
     assert summary["estimate"]["after"]["mean"] == pytest.approx(sum(row["value"] for row in rows) / 9, abs=1e-6)
     again = evaluate_policy(settings, str(tiny_model), tmp_path / "before")
     assert again["estimate"] == summary["estimate"]["before"] and "beside" not in again
     kept = [json.loads(line) for line in (tmp_path / "before" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["response"] for row in kept] == [row["before"] for row in rows]
+    assert [row["truncated"] for row in kept] == [row["truncated_before"] for row in rows]

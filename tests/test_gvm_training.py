@@ -109,6 +109,7 @@ def test_the_run_folder(run, settings):
     assert evaluation["pairs"] == 40 and evaluation["value_spread"] > 0.2
     manifest = json.loads((run / "final" / "gvm.json").read_text())
     assert manifest["training_data"]["pairs"] == 65 and manifest["heldout_accuracy"] == evaluation["heldout_accuracy"]
+    assert manifest["heldout_warnings"] == summary.get("warnings", [])
     from dvpo_ray.config import load_config
 
     assert load_config(run / "config.yaml").gvm.pairs_per_step == settings["gvm"]["pairs_per_step"]

@@ -29,6 +29,7 @@ from dvpo_ray.config.paths import name_or_path_option, path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.console import Shell
 from dvpo_ray.monitoring.ending import accuracy_words, own_prompts, policy_words
+from dvpo_ray.monitoring.run_files import SUMMARY
 from dvpo_ray.planning.placement import check_local_cluster, plan_placement
 
 
@@ -134,7 +135,9 @@ def score(args: Namespace) -> None:
 )
 def report(args: Namespace) -> None:
     if not args.run_folder.is_dir():
-        raise InputError(f"{args.run_folder}: no such run folder")
+        around = next((parent for parent in args.run_folder.parents if (parent / SUMMARY).is_file()), None)
+        meant = f"; did you mean {around}?" if around is not None else ""
+        raise InputError(f"{args.run_folder}: {'a file, not a' if args.run_folder.exists() else 'no such'} run folder{meant}")
 
     from dvpo_ray.monitoring.report import write_report
 

@@ -74,6 +74,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         result = {"policy": policy, "judge": config.evaluation.judge, "prompts": len(prompts)} | ({"beside": config.model.path} if before else {})
         columns: dict[str, list] = {"prompt": [prompt.content for prompt in prompts]} | ({"before": before[0].responses} if before else {})
         columns |= {"response": after.responses, "truncated": after.batch.truncated.tolist()}
+        columns |= {"truncated_before": before[0].batch.truncated.tolist()} if before else {}
         if judge is not None:
             with console.stage("judging", quiet=True):
                 gold = judge.score([prompt.text for prompt in prompts], after.responses)
@@ -170,7 +171,7 @@ def _estimator(config: Config, tokenizer: PreTrainedTokenizerBase) -> Path | Non
 
 
 def _last_values(config: Config, gvm: Path, batch: RaggedBatch) -> np.ndarray:
-    """The value of each finished response, [R]. The engines are gone by now, so the device is free."""
+    """The value of each response after its last token, [R], also of one that is cut off. The engines are gone by now, so the device is free."""
     model, _ = load_gvm_of_run(config.model, gvm)
     return batch_values(model, batch, config.scorer.micro_batch_tokens)[batch.offsets[1:] - 1]
 
