@@ -81,6 +81,15 @@ def test_the_manifest_says_what_the_values_mean(artifact):
     assert set(manifest.weights_sha256) == {"model.safetensors"}
 
 
+def test_a_manifest_of_an_older_version_is_read(copy):
+    content = json.loads((copy / "gvm.json").read_text())
+    for name in ("heldout_warnings", "config_sha256"):
+        del content[name]
+    (copy / "gvm.json").write_text(json.dumps(content))
+    load_gvm(copy)
+    assert read_manifest(copy).heldout_warnings == []
+
+
 def test_the_artifact_brings_its_tokenizer(artifact, tiny_model):
     assert tokenizer_hash(AutoTokenizer.from_pretrained(artifact)) == tokenizer_hash(AutoTokenizer.from_pretrained(tiny_model))
 
