@@ -79,7 +79,9 @@ def test_alarms_are_grouped_by_rule_and_those_of_many_rules_are_folded(run):
     told = [{"step": step, "name": name, "text": f"{name} at {step}.", "advice": f"Mend {name}."} for step, name in raised]
     write_summary(run, summary | {"alarms": told})
     text = visible(page(run))
-    assert "Alarms: 10 Step 1, cut_off: cut_off at 1. Mend cut_off. 3 times from step 10 to step 30, calibration. The last: calibration at 30." in text
+    assert (
+        "Alarms: 10 Step 1, cut_off: cut_off at 1. Mend cut_off. 3 times from step 10 to step 30, calibration. The last: calibration at 30." in text
+    )
     assert text.count("Mend calibration.") == 1 and "calibration at 20." not in text
     assert "<summary>Of other rules: 1</summary><ul><li>3 times from step 10 to step 30, gold_divergence" in page(run)
     write_summary(run, summary | {"alarms": told[:3]})

@@ -158,6 +158,9 @@ def test_value_up_while_gold_falls_is_an_alarm():
     falling = [min(i, 20 - i) / 40 + w for i, w in enumerate(wiggle)]
     ((text, advice),) = findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": falling}))
     assert "exploits errors of the GVM" in text
+    ppo = {"value/terminal_mean": wiggle, "reward/model_mean": rising, "reward/gold_mean": falling}
+    ((text, advice),) = findings(run_with(ppo, algorithm="ppo"))
+    assert "exploits errors of the reward model" in text and "train the reward model on more pairs" in advice
     assert list(findings(run_with({"value/terminal_mean": rising, "reward/gold_mean": rising}))) == []
     assert list(findings(run_with({"value/terminal_mean": wiggle, "reward/gold_mean": falling}))) == []
 

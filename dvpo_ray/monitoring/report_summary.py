@@ -211,11 +211,13 @@ def _raised(name: str, raised: list[dict]) -> str:
 
 def findings(run: RunData) -> Iterator[tuple[str, str]]:
     """Everything in a run that deserves attention, the worst first: what it is, and what to do about it."""
-    # The value rises while the gold score falls: the policy exploits errors of the GVM.
-    value, gold = (run.column(name)[len(run.metrics) // 2 :] for name in ("value/terminal_mean", "reward/gold_mean"))
-    if len(run.metrics) >= LEAST_STEPS and None not in (*value, *gold) and trend(value) > LEAST_TREND and trend(gold) < -LEAST_TREND:
-        text = "The value rises while the gold score falls over the second half of the run: the policy exploits errors of the GVM."
-        yield text, find_metric("reward/gold_mean").advice
+    # What the policy is optimised for rises while the gold score falls.
+    baseline = _section(run) == "reward_model"
+    estimate, what, judge = ("reward/model_mean", "reward", "reward model") if baseline else ("value/terminal_mean", "value", "GVM")
+    known, gold = (run.column(name)[len(run.metrics) // 2 :] for name in (estimate, "reward/gold_mean"))
+    if len(run.metrics) >= LEAST_STEPS and None not in (*known, *gold) and trend(known) > LEAST_TREND and trend(gold) < -LEAST_TREND:
+        text = f"The {what} rises while the gold score falls over the second half of the run: the policy exploits errors of the {judge}."
+        yield text, find_metric("reward/gold_mean").advice.replace("GVM", judge)
 
     called, view, more = (
         ("reward model", "last", "or for more epochs") if run.stage == "rm" else ("GVM", "mean", "for more epochs, or with gvm.bradley_terry_weight")

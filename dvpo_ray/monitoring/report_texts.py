@@ -42,7 +42,8 @@ def samples(run: RunData) -> dict | None:
         prompts = counted(len(ranked), "held-out prompt")
         lead = f"{count} of {prompts}, evenly spaced from the largest gain to the largest loss; none is picked by hand."
     if len(steps) > 1 and any(after.get("kl") is not None for _, after in chosen):
-        lead += " The KL of one response is its log-prob by the policy minus that by the reference. It can be negative, and so can the mean of few responses."
+        lead += " The KL of one response is its log-prob by the policy minus that by the reference."
+        lead += " It can be negative, and so can the mean of few responses."
     cards = []
     for before, after in chosen:
         sides = [_side(f"Before (step {steps[0]})", before, None)]
