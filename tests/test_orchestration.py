@@ -194,7 +194,8 @@ def test_an_interrupted_run_says_what_is_saved_and_a_resumed_one_where_it_goes_o
     config = Config.model_validate({"model": {"path": "m"}})
     write_checkpoint(tmp_path, 2)
     run = Run("gvm", config, tmp_path)
-    with pytest.raises(KeyboardInterrupt), RunConsole() as console, run.started("GVM", {}, [], dict, console):
+    with pytest.raises(KeyboardInterrupt), RunConsole() as console, run.started("GVM", {}, [], lambda: {"model": "trunk"}, console):
+        assert read_summary(tmp_path)["model"] == "trunk"
         run.last_step = 3
         raise KeyboardInterrupt
     assert "\nstep 2 is saved; continue with: dvpo gvm train " in capsys.readouterr().out

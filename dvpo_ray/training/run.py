@@ -100,7 +100,7 @@ class Run:
         with locked(self.folder):
             begin(self.folder, self.stage, self.config, resumed=self.resumed)
             if not self.resumed:  # the summary of a resumed run has it all
-                self.tell(model=self.config.model.path, notes=list(notes), **summary())
+                self.tell(**{"model": self.config.model.path, "notes": list(notes)} | dict(summary()))
             try:
                 with self.memory, patience(say=console.say):
                     self._say = console.say
