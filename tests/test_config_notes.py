@@ -103,6 +103,27 @@ def test_settings_with_effect(overrides):
     assert training_notes(load_config(LOCAL_CPU, overrides)) == []
 
 
+@pytest.mark.parametrize(
+    ("prompts", "pairs", "judge", "told"),
+    [
+        ("mine.jsonl", "mine.jsonl", "vader", True),
+        ("mine.jsonl", None, "vader", True),
+        ("runs/prompts.jsonl", "runs/preferences.train.jsonl", "vader", False),  # the judge labelled these
+        ("mine.jsonl", "runs/preferences.train.jsonl", "vader", True),
+        ("mine.jsonl", "mine.jsonl", "none", False),
+        ("org/prompts", "mine.jsonl", "vader", False),
+        ("dvpo_ray/quickstart/data/prompts.train.jsonl", None, "vader", False),
+    ],
+)
+def test_a_judge_of_sentiment_beside_prompts_of_ones_own_is_told(prompts, pairs, judge, told, capsys):
+    settings = [f"data.prompts.path={prompts}", f"evaluation.judge={judge}", f"data.preferences={'null' if pairs is None else f'{{path: {pairs}}}'}"]
+    found = [note for note in training_notes(load_config(LOCAL_CPU, settings)) if note.startswith("evaluation.judge is vader, which scores sentiment")]
+    assert len(found) == told
+    if told:
+        assert "mine.jsonl are prompts of your own" in found[0] and "set evaluation.judge=none (docs/training.md, Without a judge)" in found[0]
+        assert found[0] in dry_run(capsys, "train", LOCAL_CPU, *settings)
+
+
 def test_a_default_coefficient_gets_no_note():
     assert training_notes(Config(model={"path": "m"}, kl={"placement": "off"})) == []
 
@@ -188,7 +209,7 @@ def test_what_training_said_against_the_scoring_model_is_said_again(tiny_model, 
 )
 def test_a_dry_run_names_the_paths_that_are_missing(command, missing, capsys):
     settings = {"model.path": "hub/model", "data.prompts.heldout_path": "null", "data.preferences.heldout_path": "null"}
-    more = [f"{key}={value}" for key, value in settings.items() if not any(text.startswith(key) for text in command)]
+    more = ["evaluation.judge=none"] + [f"{key}={value}" for key, value in settings.items() if not any(text.startswith(key) for text in command)]
     found = dry_run(capsys, *command, *more)
     assert len(found) == len(missing) and all(note.startswith(start) for note, start in zip(found, missing, strict=True)), found
 
@@ -220,7 +241,7 @@ def test_data_that_cannot_be_read_is_a_note_with_the_file_that_may_be_meant(path
 def test_what_is_there_is_no_note(capsys, tiny_model, tmp_path):
     Path("p.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n', encoding="utf-8")
     gvm = make_gvm(tmp_path / "run" / "final", tiny_model)
-    settings = [f"model.path={tiny_model}", "data.prompts.path=p.jsonl", "data.prompts.heldout_path=null"]
+    settings = [f"model.path={tiny_model}", "data.prompts.path=p.jsonl", "data.prompts.heldout_path=null", "evaluation.judge=none"]
     assert dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm}") == []
     (note,) = dry_run(capsys, "train", LOCAL_CPU, *settings, f"gvm.path={gvm.parent}")
     assert note == f"gvm.path {gvm.parent}: no gvm.json, so this is not a GVM artifact; did you mean {gvm}?"

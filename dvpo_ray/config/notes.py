@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import counted, derive_batch, value_model_steps
+from dvpo_ray.config.inputs import is_local
 from dvpo_ray.config.schema import Config, PreferenceTraining, SplitData
 
 
@@ -17,7 +18,7 @@ def training_notes(config: Config) -> list[str]:
     Raises:
         InputError: as in `derive_batch`.
     """
-    return [*foreign_prompts(config), *_placement_notes(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
+    return [*foreign_prompts(config), *foreign_judge(config), *_placement_notes(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
 
 
 def foreign_heldout(section: str, data: SplitData) -> list[str]:
@@ -45,6 +46,25 @@ def foreign_prompts(config: Config) -> list[str]:
     ]
 
 
+def has_own_prompts(config: Config) -> bool:
+    """Whether the policy's prompts are on this machine, and not those that the package ships."""
+    prompts = config.data.prompts
+    return prompts is not None and is_local(prompts.path) and not is_shipped(prompts.path)
+
+
+def foreign_judge(config: Config) -> list[str]:
+    """One line if the judge of the package, which knows sentiment alone, would score responses to prompts of one's own."""
+    if config.evaluation.judge != "vader" or not has_own_prompts(config):
+        return []
+    pairs, prompts = config.data.preferences, Path(config.data.prompts.path)
+    if pairs is not None and Path(pairs.path) == prompts.with_name(JUDGED_PAIRS):  # sentiment is what they are about
+        return []
+    return [
+        f"evaluation.judge is vader, which scores sentiment and nothing else, and {prompts} are prompts of your own: unless sentiment is what counts, "
+        "its gold score and its alarms say nothing of your responses; set evaluation.judge=none (docs/training.md, Without a judge)"
+    ]
+
+
 FEW_STEPS = 30
 """Optimizer steps under which a value model has hardly begun to learn (docs/gvm.md, "How many pairs and epochs")."""
 
@@ -65,6 +85,10 @@ def few_steps(pairs: int, training: PreferenceTraining) -> list[str]:
         f"{training.section}.pairs_per_step={small.pairs_per_step} {training.section}.epochs={epochs}, or raise {training.section}.learning_rate "
         "(docs/gvm.md, How many pairs and epochs)"
     ]
+
+
+JUDGED_PAIRS = "preferences.train.jsonl"
+"""The file of pairs that the judge labelled, which `dvpo_ray.quickstart.self_preferences` writes."""
 
 
 def is_shipped(path: str) -> bool:

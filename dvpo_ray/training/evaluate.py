@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dvpo_ray.actors.roles import started_roles
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config.inputs import is_made
+from dvpo_ray.config.notes import foreign_judge
 from dvpo_ray.config.schema import Config
 from dvpo_ray.data.encoding import Encoder
 from dvpo_ray.data.prompts import Prompt, load_prompts, sample_prompts
@@ -66,7 +67,8 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         gvm = _estimator(config, tokenizer) if judge is None else None
         with console.stage("reading the prompts", quiet=True):
             asked = [_questions(config, one) for one in ([config.model.path] if judge is None and policy != config.model.path else []) + [policy]]
-        for note in dict.fromkeys(note for questions in asked for note in questions.notes):
+        of_judge = foreign_judge(config)
+        for note in dict.fromkeys([*of_judge, *(note for questions in asked for note in questions.notes)]):
             console.say(f"note: {note}")
         _check_same_prompts(asked)
         *before, after = [_answers(config, one, out if one is asked[-1] else out / "before", console) for one in asked]
@@ -89,7 +91,7 @@ def evaluate_policy(config: Config, policy: str, out: Path) -> dict:
         for note in of_length:
             console.say(f"note: {note}")
     result["response_length"] = {"mean": float(after.batch.response_lengths.mean()), "truncated_fraction": cut_off}
-    result["notes"] = [*asked[-1].notes, *of_length]
+    result["notes"] = [*of_judge, *asked[-1].notes, *of_length]
     with whole_file(out / "evaluation.jsonl") as lines:
         rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
