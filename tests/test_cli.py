@@ -271,7 +271,7 @@ def test_dry_run_prints_a_config_and_starts_nothing(command, capsys, tmp_path):
     assert cli.main([*command, LOCAL_CPU, "--dry-run", "seed=11", "--out", "run"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "resolved.yaml").write_text(printed, encoding="utf-8")
-    assert load_config(tmp_path / "resolved.yaml") == load_config(LOCAL_CPU, ["seed=11"])
+    assert load_config(tmp_path / "resolved.yaml") == load_config(LOCAL_CPU, ["seed=11", "out=run"])
     assert "# batch arithmetic\n" in printed and "# placement\n" in printed
     assert not (tmp_path / "run").exists() and not (tmp_path / "runs").exists()
 
@@ -376,6 +376,26 @@ def test_an_evaluation_replaces_no_folder(command, capsys, tmp_path):
 def test_a_folder_without_permission_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("os.access", lambda *_: False)
     assert refusal(capsys, "eval", LOCAL_CPU, "--out", "there") == "there: you may not write to .; give another path"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system of the kernel")
+def test_a_folder_that_nobody_can_write_to_is_refused(capsys):
+    if not os.access("/proc", os.W_OK):
+        pytest.skip("only root is told that it may")
+    line = "/proc/there: nothing can be written to /proc (No such file or directory); give another path"
+    assert refusal(capsys, "eval", LOCAL_CPU, "--out", "/proc/there") == line
+    assert cli.main(["gvm", "train", LOCAL_CPU, "--out", "/proc/there", "--dry-run"]) == 0
+    assert f"# note: {line}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", STARTERS, ids=" ".join)
+def test_a_tracker_that_is_not_installed_is_known_before_anything_is_loaded(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    argv = [*command, LOCAL_CPU, "gvm.path=g", "data.sft=s.jsonl", "train.trackers=[tensorboard,wandb]"]
+    told = "train.trackers: wandb is not installed; run: launch/install.sh wandb"
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert f"# note: {told}\n" in capsys.readouterr().out
+    assert refusal(capsys, *argv) == f"{LOCAL_CPU}: {told}"
 
 
 def test_scores_replace_no_file(capsys, tmp_path):

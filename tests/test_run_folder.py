@@ -184,6 +184,14 @@ def test_a_finished_run_is_left_alone_unless_it_gets_more_steps(tmp_path, stage,
         assert refusal in str(finished.value)
 
 
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path):
+    folder = make_run(tmp_path / "run")
+    check_resume(folder, "train", config_with(train__steps=4))
+    line = refused(check_resume, folder, "train", config_with(train__steps=2))
+    assert line == f"{folder}: train.steps is 2, but the run has a checkpoint of step 4; give 4 or more to resume"
+    check_resume(make_run(tmp_path / "gvm", "gvm", checkpoint="step_000004/trainer"), "gvm", config_with(train__steps=2))  # not its steps
+
+
 @pytest.mark.parametrize("steps", [4, 5])
 def test_a_finished_run_without_a_checkpoint_does_not_promise_to_go_on(tmp_path, steps):
     folder = make_run(tmp_path / "run", state="finished", checkpoint=None)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.inputs import Needed
@@ -114,7 +115,7 @@ def check_new_output(path: Path, what: str) -> None:
 
 
 def check_writable_folder(folder: Path) -> None:
-    """Refuse a place where nothing can be written. Nothing is made.
+    """Refuse a place where nothing can be written. Nothing is left there.
 
     Raises:
         InputError: names the place, and what is in the way.
@@ -124,6 +125,10 @@ def check_writable_folder(folder: Path) -> None:
         raise InputError(f"{folder}: nothing can be written there: {there} is a file; give another path")
     if not os.access(there, os.W_OK):
         raise InputError(f"{folder}: you may not write to {there}; give another path")
+    try:
+        TemporaryDirectory(dir=there).cleanup()  # root may write to a file system of the kernel, and cannot
+    except OSError as error:
+        raise InputError(f"{folder}: nothing can be written to {there} ({error.strerror}); give another path") from None
 
 
 # ------------------------------------------------------------------------------------------------- what a user sees

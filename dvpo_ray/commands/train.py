@@ -47,6 +47,7 @@ from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.charts import number
 from dvpo_ray.monitoring.ending import ending
 from dvpo_ray.monitoring.run_files import SUMMARY
+from dvpo_ray.monitoring.trackers import missing_trackers
 from dvpo_ray.planning.placement import Seat, check_local_cluster, choose_transport, gpus_not_here, plan_placement, plan_training_placement
 from dvpo_ray.runtime.fork_server import prepare
 from dvpo_ray.training.run_folder import RunIsFinished, check_new, check_resume
@@ -90,10 +91,10 @@ class Training:
         """Refuse a config that can't be trained with, before anything is loaded.
 
         Raises:
-            InputError: impossible arithmetic or placement, or a setting that the file at `path` lacks.
+            InputError: impossible arithmetic or placement, a setting that the file at `path` lacks, or a tracker that is not installed.
         """
         self.arithmetic(config, None)
-        for problem in self.missing(config):
+        for problem in [*self.missing(config), *missing_trackers(config.train.trackers)]:
             raise InputError(f"{path}: {problem}")
         check_local_cluster(config, self.placement(config))
 
@@ -131,11 +132,13 @@ class Training:
             settings = [
                 *self._folder_problem(args, config),
                 *self.missing(config),
+                *missing_trackers(config.train.trackers),
                 *problems(inputs),
                 *names_of_files(inputs),
                 *gpus_not_here(config, self.placement(config)),
                 *self.notes(config, data.train),
             ]
+            config = config.model_copy(update={"out": str(args.out)}) if args.out is not None else config
             self.print_plan(config, [*settings, *(line for one in of_data for line in one.notes)], data)
             return
         self.check(args.config, config)

@@ -10,6 +10,8 @@ import json
 import re
 import sys
 import threading
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -129,11 +131,19 @@ TRACKERS = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "mlflow": 
 """By their names in `train.trackers`."""
 
 
+_INSTALL = {"tensorboard": "launch/install.sh", "wandb": "launch/install.sh wandb", "mlflow": "launch/install.sh mlflow"}
+
+
+def missing_trackers(names: Iterable[str]) -> list[str]:
+    """A line for each tracker whose library is not installed. It is looked for, and not imported."""
+    return [f"train.trackers: {name} is not installed; run: {_INSTALL[name]}" for name in names if find_spec(name) is None]
+
+
 def _import(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ResourceError(f"train.trackers: {package} is not installed ({error}); run: pip install {package}") from None
+        raise ResourceError(f"train.trackers: {package} is not installed ({error}); run: {_INSTALL[package]}") from None
 
 
 def _recall_run(run_folder: Path, tracker: str) -> str | None:

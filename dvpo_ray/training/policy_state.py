@@ -6,7 +6,6 @@ from dataclasses import asdict
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import counted
-from dvpo_ray.errors import InputError
 from dvpo_ray.evaluation.gain import gold_gain
 from dvpo_ray.health.alarms import RULES, Alarm, HealthMonitor
 from dvpo_ray.monitoring.console import RunConsole
@@ -24,7 +23,7 @@ class PolicyState:
         refresh_is_due: the GVM is refreshed before the next step.
 
     Raises:
-        InputError: a resumed run has no whole checkpoint, or one of a later step than `train.steps`.
+        InputError: a resumed run has no whole checkpoint.
     """
 
     def __init__(self, run: Run, inputs: Inputs) -> None:
@@ -88,12 +87,9 @@ class PolicyState:
         }
 
     def _load_state_dict(self, state: dict) -> None:
-        last, steps = state["step"], self.config.train.steps
-        if last > steps:
-            raise InputError(f"train.steps is {steps}, but {self.run.checkpoint[0]} is at step {last}; give {last} or more to resume")
         self.refresher.load_state_dict(state["refresh"])
         self.health.load_state_dict(state["health"])
-        self.refresh_is_due = state["refresh_is_due"] and last < steps
+        self.refresh_is_due = state["refresh_is_due"] and state["step"] < self.config.train.steps
         self.evaluations = {int(step): result for step, result in state["evaluations"].items()}
 
     # ------------------------------------------------------------------------------------------ header and summary

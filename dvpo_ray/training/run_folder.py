@@ -16,7 +16,7 @@ from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.resuming import STAGES, check_resumable
 from dvpo_ray.errors import InputError
 from dvpo_ray.files import whole_file
-from dvpo_ray.monitoring.run_files import CONFIG, SUMMARY, living, read_summary, saved_checkpoints, this_process, write_summary
+from dvpo_ray.monitoring.run_files import CONFIG, SUMMARY, last_saved_step, living, read_summary, saved_checkpoints, this_process, write_summary
 
 LOCK = ".lock"
 _OF_AN_END = ("error", "error_actor", "resume_command")
@@ -157,7 +157,7 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
         config: its settings.
 
     Raises:
-        InputError: another command made the folder, the settings differ, there is no checkpoint, or it is not a run folder.
+        InputError: another command made the folder, the settings differ, there is no checkpoint or one of a later step, or it is not a run folder.
     """
     kept_file = folder / CONFIG
     if not kept_file.is_file():
@@ -172,7 +172,10 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
     check_resumable(stage, load_config(kept_file), config, folder)
     if _is_over(folder, stage, config):
         raise RunIsFinished(f"{folder}: the run is finished and its result is in final/{_longer(folder, stage)}")
-    if not any(saved_checkpoints(folder)):
+    saved = last_saved_step(folder)
+    if stage == "train" and saved > config.train.steps:
+        raise InputError(f"{folder}: train.steps is {config.train.steps}, but the run has a checkpoint of step {saved}; give {saved} or more to resume")
+    if not saved:
         if summary.get("state") == "finished":
             raise InputError(f"{folder}: the run is finished{_longer(folder, stage)}")
         over = "start it again without --resume" if _ended_before_its_first_step(folder) else "give another --out, or remove the folder to start anew"
