@@ -121,8 +121,7 @@ def test_answers_are_counted_as_the_run_counts_them(model, limit, request, tmp_p
     found = preview(settings, "data.sft")
     assert found.notes[:2] == [
         f"{path}:5: no `completion`; the row has prompt; correct the row, or leave bad rows out with data.on_bad_row=skip",
-        f"with data.on_bad_row=skip, {path}: left out 1 of 5 rows: bad (data.on_bad_row skip); the first is {path}:5: no `completion`; "
-        "the row has prompt",
+        f"{path}: 1 of 5 rows are bad; the counts above are without them, as with data.on_bad_row=skip",
     ]
     told = [line.replace("leaves out", "left out").replace("cuts off", "cut off").removeprefix(f"{path}: ") for line in found.notes[2:]]
     assert told == said and len(said) == (2 if limit == 40 else 1)
@@ -166,13 +165,80 @@ def test_every_fault_and_the_other_rows_are_shown_where_bad_rows_stop_the_run(ti
     found = preview(config(tiny_model, path, "data.on_bad_row=error"), "data.prompts")
     assert found.notes == [
         f"{path}:2: no `prompt`; the row has text; correct the row, or leave bad rows out with data.on_bad_row=skip",
-        f"with data.on_bad_row=skip, {path}: left out 3 of 5 rows: bad (data.on_bad_row skip), with 2 faults",
-        f"{path}:2: no `prompt`; the row has text (2 such rows)",
+        f"{path}: 3 of 5 rows are bad, with 2 faults; the counts above are without them, as with data.on_bad_row=skip",
         f"{path}:3: `prompt` must be text or a list of messages, got int",
     ]
     assert found.facts["prompts"].startswith("2 distinct prompts: ") and "longest prompt" in found.facts
     skipped = preview(config(tiny_model, path, "data.on_bad_row=skip"), "data.prompts")
-    assert skipped.facts == found.facts and skipped.notes[0] == found.notes[1].removeprefix("with data.on_bad_row=skip, ")
+    assert skipped.facts == found.facts and skipped.notes[0] == f"{path}: left out 3 of 5 rows: bad (data.on_bad_row skip), with 2 faults"
+    own, other = write(tmp_path / "q.jsonl", [{"prompt": "a"}, {"prompt": ""}]), f"data.prompts.heldout_path={path}"
+    told = f"{path}: 3 of 5 rows are bad, with 2 faults; the counts above are without them, as with data.on_bad_row=skip"
+    assert [note for note in preview(config(tiny_model, own, other), "data.prompts").notes[1:3]] == [
+        f"{own}: 1 of 2 rows are bad; the counts above are without them, as with data.on_bad_row=skip",
+        told,
+    ]
+
+
+def test_the_first_row_that_is_too_long_is_the_first_of_the_file(tiny_model, tmp_path):
+    """Whatever its side: held-out rows come after the others."""
+    path = write(tmp_path / "p.jsonl", [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b"} for i in range(40)])
+    for section in ("prompts", "preferences"):
+        settings = config(tiny_model, path, "data.max_prompt_tokens=2", f"data.{section}.heldout_fraction=0.6", section=section)
+        load = load_prompts if section == "prompts" else load_preferences
+        heldout = load(getattr(settings.data, section), "error").heldout
+        first = min((one.where for one in heldout), key=lambda where: int(where.rpartition(":")[2]))
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join([rows[int(first.rpartition(":")[2]) - 1], *rows]), encoding="utf-8")  # the first line is held out
+        [note] = preview(settings, f"data.{section}").notes[-1:]
+        assert note.endswith(f"; the first is {path}:1")
+
+
+def test_steps_of_dpo_and_sft_are_counted_as_the_trainer_counts_them(tiny_model, tmp_path, capsys):
+    rows = [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b"} for i in range(60)]
+    path = write(tmp_path / "p.jsonl", rows)
+    own = [f"model.path={tiny_model}", "data.max_prompt_tokens=99", f"data.preferences.path={path}", "data.preferences.heldout_path=null"]
+
+    def dry_run(*settings):
+        assert cli.main(["dpo", LOCAL_CPU, *own, *settings, "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    train = preview(load_config(LOCAL_CPU, own), "data.preferences").train
+    few = dry_run("dpo.epochs=1.5")
+    steps = -(-3 * -(-train // 8) // 2)
+    assert f"1.5 epochs x {train} training pairs / 8 = {steps} steps" in few
+    assert f"{steps} optimizer steps are too few to learn much: take 30 or more, for example by dpo.epochs=4, or raise dpo.learning_rate\n" in few
+    assert "too few" not in dry_run("dpo.epochs=4")
+    assert cli.main(["sft", LOCAL_CPU, *own, f"data.sft={write(tmp_path / 's.jsonl', [{'prompt': 'a', 'completion': ' b'}] * 9)}", "--dry-run"]) == 0
+    assert "1 epoch x 9 training rows / 8 = 2 steps\n" in capsys.readouterr().out
+
+
+def test_pairs_without_the_scores_that_the_outcome_asks_for_are_told(tiny_model, tmp_path, capsys):
+    rows = [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b", "chosen_score": 1, "rejected_score": 0} for i in range(60)]
+    del rows[4]["chosen_score"], rows[4]["rejected_score"], rows[9]["chosen_score"], rows[9]["rejected_score"]
+    path = write(tmp_path / "p.jsonl", rows)
+    argv = ["train", LOCAL_CPU, f"model.path={tiny_model}", f"data.preferences.path={path}", "data.preferences.heldout_path=null", "--dry-run"]
+    told = f"# note: {path}:5: gvm.outcome is score, but the row has no chosen_score and rejected_score; add them or set gvm.outcome=binary\n"
+    for command, outcome, expected in (("gvm", "score", True), ("gvm", "binary", False), ("rm", "score", False)):
+        assert cli.main([command, *argv, f"gvm.outcome={outcome}"]) == 0
+        assert (told in capsys.readouterr().out) is expected
+
+
+def test_a_rollout_limit_below_the_responses_of_ones_own_pairs_is_told(tiny_model, tmp_path):
+    """Of the pairs of the config, else of those in the prompts' file."""
+    pairs = write(tmp_path / "p.jsonl", [{"prompt": f"{i}", "chosen": " a", "rejected": f" {WORDS}" * (i % 2 + 1)} for i in range(10)])
+    longest = len(load_tokenizer(str(tiny_model))(f" {WORDS}" * 2, add_special_tokens=False)["input_ids"]) + 1
+    prompts = write(tmp_path / "q.jsonl", [{"prompt": f"{i}"} for i in range(10)])
+    line = (
+        f"rollout.max_response_tokens {longest - 1} is below the responses of 5 pairs of 10 in {pairs}, the longest of {longest} tokens: a policy that "
+        f"writes as they do is cut off there; rollout.max_response_tokens={longest} has room for all"
+    )
+
+    def notes(prompts, *settings):
+        return preview(config(tiny_model, prompts, f"rollout.max_response_tokens={longest - 1}", *settings), "data.prompts").notes
+
+    assert notes(prompts) == []
+    assert notes(pairs) == notes(prompts, f"data.preferences.path={pairs}") == [line]
+    assert notes(pairs, f"rollout.max_response_tokens={longest}") == notes(pairs, "health.max_cut_off_fraction=null") == []
 
 
 def test_what_cannot_be_counted_in_a_moment_is_left_to_the_run(tiny_model, tmp_path):

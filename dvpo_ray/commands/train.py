@@ -27,7 +27,7 @@ from dvpo_ray.commands.common import (
 )
 from dvpo_ray.config import Config
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import counted, derive_batch, value_model_steps
+from dvpo_ray.config.arithmetic import counted, derive_batch, trainer_steps, value_model_steps
 from dvpo_ray.config.inputs import (
     Needed,
     names_of_files,
@@ -39,9 +39,10 @@ from dvpo_ray.config.inputs import (
     sft_inputs,
     value_model_misfits,
 )
-from dvpo_ray.config.notes import few_steps, training_notes
+from dvpo_ray.config.notes import few_dpo_steps, few_steps, training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
+from dvpo_ray.data.preferences import no_scores
 from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.charts import number
@@ -61,9 +62,9 @@ class Training:
         stage: key of `config.resuming.STAGES`. The default run folder is `runs/<name>-<stage>-<time>`, without the stage for `train`.
         missing: the settings that the config lacks, one line each with what to give.
         inputs: what it reads.
-        notes: what else the dry run should mention, one line each. The last argument is the number of pairs, prompts or answers to train on, None
-            if it is not known yet.
-        arithmetic: numbers of the batches by name, of the same arguments. Raises InputError when they don't work out.
+        notes: what else the dry run should mention, one line each. The last argument is what is known of the data to train on.
+        arithmetic: numbers of the batches by name. The last argument is the number of pairs, prompts or answers to train on, None if it is not
+            known yet. Raises InputError when they don't work out.
         train: trains in a run folder and returns the path of the result. Its last argument is `--resume`.
         placement: of the actors; empty when the command trains in its own process.
     """
@@ -71,7 +72,7 @@ class Training:
     stage: str
     missing: Callable[[Config], list[str]]
     inputs: Callable[[Config], Iterable[Needed]]
-    notes: Callable[[Config, int | None], list[str]]
+    notes: Callable[[Config, Preview], list[str]]
     arithmetic: Callable[[Config, int | None], dict[str, str]]
     train: Callable[[Config, Path, bool], Path]
     placement: Callable[[Config], list[Seat]] = lambda config: []
@@ -136,7 +137,7 @@ class Training:
                 *problems(inputs),
                 *names_of_files(inputs),
                 *gpus_not_here(config, self.placement(config)),
-                *self.notes(config, data.train),
+                *self.notes(config, data),
             ]
             config = config.model_copy(update={"out": str(args.out)}) if args.out is not None else config
             self.print_plan(config, [*settings, *(line for one in of_data for line in one.notes)], data)
@@ -198,7 +199,8 @@ def _optimizer_steps(stage: TRLStageConfig, row: str, known: int | None) -> dict
     rows = stage.batch_size * stage.gradient_accumulation_steps
     return {
         f"{row}s per optimizer step": f"{rows} = {stage.batch_size} x {stage.gradient_accumulation_steps} accumulated",
-        "optimizer steps": f"{counted(stage.epochs, 'epoch')} x {'' if known is None else f'{known} '}training {row}s / {rows}",
+        "optimizer steps": f"{counted(stage.epochs, 'epoch')} x {'' if known is None else f'{known} '}training {row}s / {rows}"
+        + ("" if known is None else f" = {counted(trainer_steps(known, stage), 'step')}"),
     }
 
 
@@ -220,7 +222,7 @@ SFT = Training(
     stage="sft",
     missing=lambda config: [] if config.data.sft else ["data.sft is not set; give the instruction-answer rows to train on"],
     inputs=sft_inputs,
-    notes=lambda config, items: [],
+    notes=lambda config, data: [],
     arithmetic=lambda config, rows: _optimizer_steps(config.sft, "row", rows) | {"longest row": f"{config.sft.max_tokens} tokens"},
     train=_train_sft,
 ).command(
@@ -232,7 +234,7 @@ DPO = Training(
     stage="dpo",
     missing=missing_pairs,
     inputs=partial(preference_inputs, section="dpo"),
-    notes=lambda config, items: [],
+    notes=lambda config, data: few_dpo_steps(data.train, config.dpo) if data.train is not None else [],
     arithmetic=lambda config, pairs: (
         _optimizer_steps(config.dpo, "pair", pairs) | {"longest row": _longest_row(config.data.max_prompt_tokens, config.data.max_response_tokens)}
     ),
@@ -262,8 +264,10 @@ def _value_model_training(section: str, stage: str) -> Training:
             "longest row": f"{_longest_row(*lengths)}; micro-batches of {trained.micro_batch_tokens} padded tokens",
         }
 
-    def notes(config: Config, pairs: int | None) -> list[str]:
-        return [*value_model_misfits(config, section), *(few_steps(pairs, getattr(config, section)) if pairs is not None else [])]
+    def notes(config: Config, data: Preview) -> list[str]:
+        trained = getattr(config, section)
+        unscored = [no_scores(data.unscored)] if trained.outcome == "score" and data.unscored is not None else []
+        return [*value_model_misfits(config, section), *unscored, *(few_steps(data.train, trained) if data.train is not None else [])]
 
     def train(config: Config, out: Path, resume: bool) -> Path:
         with loading():
@@ -340,7 +344,7 @@ POLICY = Training(
     stage="train",
     missing=_missing_for_policy,
     inputs=policy_inputs,
-    notes=lambda config, prompts: [*policy_misfits(config), *scoring_warnings(config), *training_notes(config)],
+    notes=lambda config, data: [*policy_misfits(config), *scoring_warnings(config), *training_notes(config)],
     arithmetic=_policy_arithmetic,
     train=_train_policy,
     placement=_policy_placement,

@@ -9,7 +9,7 @@ from functools import reduce
 from operator import attrgetter, mul
 
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.schema import Config, PreferenceTraining
+from dvpo_ray.config.schema import Config, PreferenceTraining, TRLStageConfig
 from dvpo_ray.errors import InputError
 
 MAX_KL_ERROR = 0.2
@@ -116,6 +116,15 @@ def value_model_steps(pairs: int, training: PreferenceTraining) -> tuple[int, in
     """
     in_epoch = math.ceil(pairs / training.pairs_per_step)
     return in_epoch, max(1, round(training.epochs * in_epoch))
+
+
+def trainer_steps(rows: int, stage: TRLStageConfig) -> int:
+    """Optimizer steps of a stage that a trainer of TRL runs.
+
+    Args:
+        rows: to train on, at least 1.
+    """
+    return math.ceil(stage.epochs * math.ceil(rows / (stage.batch_size * stage.gradient_accumulation_steps)))
 
 
 def shortest_horizon(samples: int) -> float:

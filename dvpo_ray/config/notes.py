@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dvpo_ray.config.algorithms import ALGORITHMS
-from dvpo_ray.config.arithmetic import counted, derive_batch, value_model_steps
+from dvpo_ray.config.arithmetic import counted, derive_batch, trainer_steps, value_model_steps
 from dvpo_ray.config.inputs import is_local
-from dvpo_ray.config.schema import Config, PreferenceTraining, SplitData
+from dvpo_ray.config.schema import Config, DPOConfig, PreferenceTraining, SplitData
 
 
 def training_notes(config: Config) -> list[str]:
@@ -80,11 +80,25 @@ def few_steps(pairs: int, training: PreferenceTraining) -> list[str]:
         return []
     small = training.model_copy(update={"pairs_per_step": min(training.pairs_per_step, 8), "epochs": 1.0})
     epochs = math.ceil(FEW_STEPS / value_model_steps(pairs, small)[0])
-    return [
-        f"{counted(steps, 'optimizer step')} {'are' if steps > 1 else 'is'} too few to learn much: take {FEW_STEPS} or more, for example by "
-        f"{training.section}.pairs_per_step={small.pairs_per_step} {training.section}.epochs={epochs}, or raise {training.section}.learning_rate "
-        "(docs/gvm.md, How many pairs and epochs)"
-    ]
+    enough = f"{training.section}.pairs_per_step={small.pairs_per_step} {training.section}.epochs={epochs}"
+    return [f"{_too_few(steps, enough, training.section)} (docs/gvm.md, How many pairs and epochs)"]
+
+
+def few_dpo_steps(pairs: int, dpo: DPOConfig) -> list[str]:
+    """Likewise for a training by DPO."""
+    steps = trainer_steps(pairs, dpo)
+    if steps >= FEW_STEPS:
+        return []
+    epochs = math.ceil(FEW_STEPS / trainer_steps(pairs, dpo.model_copy(update={"epochs": 1.0})))
+    return [_too_few(steps, f"dpo.epochs={epochs}", "dpo")]
+
+
+def _too_few(steps: int, enough: str, section: str) -> str:
+    are = "are" if steps > 1 else "is"
+    return (
+        f"{counted(steps, 'optimizer step')} {are} too few to learn much: take {FEW_STEPS} or more, for example by {enough}, "
+        f"or raise {section}.learning_rate"
+    )
 
 
 JUDGED_PAIRS = "preferences.train.jsonl"

@@ -80,6 +80,11 @@ class PreferencePair:
         return None if self.chosen_score is None else self.chosen_score - self.rejected_score
 
 
+def no_scores(where: str) -> str:
+    """The error about a row without the scores that `gvm.outcome` asks for."""
+    return f"{where}: gvm.outcome is score, but the row has no chosen_score and rejected_score; add them or set gvm.outcome=binary"
+
+
 def load_preferences(data: PreferenceData, on_bad_row: Literal["error", "skip"]) -> Sets[PreferencePair]:
     """Read, check and split the preference pairs that the config names. Pairs whose scores tie or are too close are left out.
 

@@ -4,8 +4,10 @@ tokenizer of transformers, so it takes a second or two; what is not on this mach
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,12 +16,14 @@ from jinja2 import TemplateError
 from dvpo_ray.config import Config
 from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.inputs import NAMED_DATA, model_number, no_data
-from dvpo_ray.config.notes import foreign_heldout
+from dvpo_ray.config.notes import foreign_heldout, is_shipped
+from dvpo_ray.config.schema import SplitData
 from dvpo_ray.data.answers import Answer, load_answers
 from dvpo_ray.data.chat import ANCHOR, PROBE, TEMPLATE_ARGUMENTS, over_limit
-from dvpo_ray.data.preferences import PreferencePair, load_preferences
+from dvpo_ray.data.preferences import PreferencePair, load_preferences, parse_pair
 from dvpo_ray.data.prompts import Prompt, load_prompts
-from dvpo_ray.data.rows import Content, content_text, count_note
+from dvpo_ray.data.reading import read_rows
+from dvpo_ray.data.rows import BadRow, Content, NothingSaid, content_text, count_note, first_of
 from dvpo_ray.data.splitting import Sets
 from dvpo_ray.errors import InputError
 
@@ -40,11 +44,13 @@ class Preview:
         facts: numbers by name.
         notes: what the user should know, one line each.
         train: how many pairs, prompts or answers there are to train on; None where only the run finds out how many it leaves out.
+        unscored: the label of the first pair without scores.
     """
 
     facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     train: int | None = None
+    unscored: str | None = None
 
 
 def preview(config: Config, section: str) -> Preview:
@@ -67,7 +73,9 @@ def preview(config: Config, section: str) -> Preview:
     longest, of_lengths, left_out = _lengths(config, data.path, [*sets.train, *sets.heldout])
     facts = {section.removeprefix("data."): _counted(sets), **longest}
     train = _kept(len(sets.train), sum(index < len(sets.train) for index in left_out))
-    return Preview(facts, [*stops, *_of_rows(sets.notes, stops), *of_lengths], train)
+    unscored = [item.where for item in [*sets.train, *sets.heldout] if isinstance(item, PreferencePair) and item.score_gap is None]
+    notes = [*stops, *_of_rows(sets.notes, stops), *of_lengths, *(_cut_off_answers(config) if section == "data.prompts" else [])]
+    return Preview(facts, notes, train, first_of(unscored) if unscored else None)
 
 
 def _preview_answers(config: Config, path: str) -> Preview:
@@ -100,8 +108,17 @@ def _load(load: Callable[[str], T], config: Config) -> tuple[T | None, list[str]
 
 
 def _of_rows(notes: Sequence[str], stops: Sequence[str]) -> list[str]:
-    """The notes on rows that are left out, with the condition where bad rows stop the run."""
-    return [f"with data.on_bad_row=skip, {note}" if stops and "(data.on_bad_row skip)" in note else note for note in notes]
+    """The notes on rows that are left out. Where bad rows stop the run, those on them say what is counted, and name the other faults alone."""
+    told = []
+    for note in notes:
+        path, marked, bad = note.partition(": left out ")
+        rows, is_bad, faults = bad.partition(" rows: bad (data.on_bad_row skip)")
+        if stops and marked and is_bad:
+            first_is_said = any(stop.startswith(faults.removeprefix("; the first is ")) for stop in stops)
+            told.append(f"{path}: {rows} rows are bad{'' if first_is_said else faults}; the counts above are without them, as with data.on_bad_row=skip")
+        elif not any(stop.startswith(re.sub(r" \(\d+ such rows\)$", "", note)) for stop in stops):
+            told.append(note)
+    return told
 
 
 def _is_at_hand(*paths: str | None) -> bool:
@@ -134,9 +151,7 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
     except TemplateError:  # of some row; the run names it
         return {}, [], set()
     if pairs:
-        parts["response"] = [
-            max(counter.response(pair.chosen, pair.chosen_truncated), counter.response(pair.rejected, pair.rejected_truncated)) for pair in pairs
-        ]
+        parts["response"] = [counter.longer_response(pair) for pair in pairs]
     for part, lengths in parts.items():
         limit, setting, longest = getattr(config.data, f"max_{part}_tokens"), getattr(config.data, f"long_{part}"), max(lengths)
         over = [index for index, length in enumerate(lengths) if length > limit]
@@ -151,6 +166,39 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
             why, labels = over_limit(limit, longest, template if part == "prompt" else 0, part), [items[index].where for index in over]
             notes += count_note(start, labels, len(items), f"{row}s{first}", why)
     return facts, notes, left_out
+
+
+def _cut_off_answers(config: Config) -> list[str]:
+    """One line if a policy that writes as one's own pairs do is cut off. The pairs are those of the config, else those of the prompts' file."""
+    counter = _token_counter(Path(config.model.path), config.model.chat_template == "auto")
+    if counter is None or config.health.max_cut_off_fraction is None:
+        return []
+    for data in (config.data.preferences, config.data.prompts):
+        lengths = [counter.longer_response(pair) for pair in _first_pairs(data)] if data is not None and not is_shipped(data.path) else []
+        longer = [length for length in lengths if length > config.rollout.max_response_tokens]
+        if longer:
+            return [
+                f"rollout.max_response_tokens {config.rollout.max_response_tokens} is below the responses of {counted(len(longer), 'pair')} of "
+                f"{len(lengths)} in {data.path}, the longest of {counted(max(longer), 'token')}: a policy that writes as they do is cut off there; "
+                f"rollout.max_response_tokens={max(longer)} has room for all"
+            ]
+        if lengths:
+            break
+    return []
+
+
+def _first_pairs(data: SplitData) -> Iterator[PreferencePair]:
+    """The good pairs among the first `ROWS` rows; nothing where the rows are no pairs or not at hand."""
+    if not _is_at_hand(data.path):
+        return
+    try:
+        for row in islice(read_rows(data.path, data.split), ROWS):
+            try:
+                yield parse_pair(row.columns, row.where)
+            except (BadRow, NothingSaid):
+                continue
+    except InputError:  # the run says why
+        return
 
 
 def _answer_lengths(config: Config, path: str, answers: Sequence[Answer]) -> tuple[dict[str, str], list[str], int]:
@@ -198,6 +246,10 @@ class _Counter:
     def response(self, content: Content, truncated: bool = False) -> int:
         """With its end token unless it was cut off. What a template writes before and after an answer, which is mostly nothing, is left out."""
         return self._text(ANCHOR + content_text(content)) - self._text(ANCHOR) + (not truncated)
+
+    def longer_response(self, pair: PreferencePair) -> int:
+        """Of the longer one of a pair."""
+        return max(self.response(pair.chosen, pair.chosen_truncated), self.response(pair.rejected, pair.rejected_truncated))
 
     def text(self, content: Content) -> int:
         """Of a text that is learned without a prompt, with its end token."""

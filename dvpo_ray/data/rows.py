@@ -14,6 +14,7 @@ Messages = list[dict[str, str]]
 Content = str | Messages
 T = TypeVar("T")
 
+_LABEL = re.compile(r"(.*)[:\[](\d+)\]?")
 _OTHER_TEXT = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 """Keys under which a message holds text beside its `content`. Templates differ in what they make of it, so none of it is read."""
 
@@ -36,7 +37,15 @@ def count_note(start: str, labels: Sequence[str], total: int, rows: str, why: st
         rows: what the rows are called, in the plural.
         why: the reason, with the setting behind it.
     """
-    return [f"{start} {len(labels)} of {total} {rows}: {why}; the first is {labels[0]}"] if labels else []
+    return [f"{start} {len(labels)} of {total} {rows}: {why}; the first is {first_of(labels)}"] if labels else []
+
+
+def first_of(labels: Sequence[str]) -> str:
+    """The first of these rows in the file of `labels[0]`: held-out rows come after the others, whatever their place in the file."""
+    first, *others = (_LABEL.fullmatch(label) for label in labels)
+    if first is None:
+        return labels[0]
+    return min([first, *(one for one in others if one is not None and one[1] == first[1])], key=lambda label: int(label[2]))[0]
 
 
 def parse_rows(path: str, rows: Iterable[Row], parse: Callable[[Mapping, str], T], on_bad_row: Literal["error", "skip"]) -> tuple[list[T], list[str]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.data.encoding import EncodedPair, rows_of_pairs
+from dvpo_ray.data.preferences import no_scores
 from dvpo_ray.errors import InputError
 
 
@@ -66,9 +67,7 @@ def build_pairs(pairs: Sequence[EncodedPair], outcome: Literal["binary", "score"
     for pair in pairs:
         scores = (pair.chosen_score, pair.rejected_score)
         if outcome == "score" and None in scores:
-            raise InputError(
-                f"{pair.where}: gvm.outcome is score, but the row has no chosen_score and rejected_score; add them or set gvm.outcome=binary"
-            )
+            raise InputError(no_scores(pair.where))
         outcomes += (1.0, -1.0) if outcome == "binary" else (scale * score for score in scores)
     return PairBatch(rows_of_pairs(pairs).with_row_fields(outcome=np.array(outcomes, dtype=np.float32)))
 
