@@ -255,10 +255,10 @@ def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys
 def test_bench_trl_reward_checks_its_paths_before_it_does_anything(backend, capsys):
     calls = backend("dvpo_ray.bench.trl_reward", "bench_trl_reward", {})
     command = ["bench", "trl-reward", LOCAL_CPU, "data.preferences.heldout_path=null"]
-    given = [f"data.preferences.path={SHIPPED}/preferences.train.jsonl", "model.path=hub/model"]
+    given, here = [f"data.preferences.path={SHIPPED}/preferences.train.jsonl", "model.path=hub/model"], f"{Path.cwd()}, where this command starts"
     assert "data.preferences.path p.jsonl: no such file" in refusal(capsys, *command, "model.path=hub/model", "data.preferences.path=p.jsonl")
-    assert "gvm.path g: no such folder; give a GVM artifact" in refusal(capsys, *command, *given, "gvm.path=g")
-    assert "reward_model.path r: no such folder; give a reward model" in refusal(capsys, *command, *given, "reward_model.path=r")
+    assert f"gvm.path g: no such folder in {here}; give a GVM artifact" in refusal(capsys, *command, *given, "gvm.path=g")
+    assert f"reward_model.path r: no such folder in {here}; give a reward model" in refusal(capsys, *command, *given, "reward_model.path=r")
     assert not calls
 
 

@@ -25,9 +25,11 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
-def dry_run(capsys, *argv: str) -> list[str]:
+def dry_run(capsys, *argv: str, on_hub: bool = False) -> list[str]:
+    """The notes, without or with the one on names that are not looked for."""
     assert cli.main([*argv, "--dry-run"]) == 0
-    return [line.removeprefix("# note: ") for line in capsys.readouterr().out.splitlines() if line.startswith("# note: ")]
+    found = [line.removeprefix("# note: ") for line in capsys.readouterr().out.splitlines() if line.startswith("# note: ")]
+    return [note for note in found if on_hub or not note.startswith("taken for names on the hub")]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +194,7 @@ def test_what_training_said_against_the_scoring_model_is_said_again(tiny_model, 
         ),
         (
             ["train", LOCAL_CPU, "algorithm=ppo", "reward_model.path=runs/rm", "gvm.path=g", "data.prompts.path=hub/prompts"],
-            ["reward_model.path runs/rm: no such folder; give a reward model made by `dvpo rm train`"],
+            ["reward_model.path runs/rm: no such folder in {here}, where this command starts; give a reward model made by `dvpo rm train`"],
         ),
         (
             ["gvm", "train", LOCAL_CPU, "data.preferences.path=p.jsonl", "gvm.init_from=/nowhere"],
@@ -211,18 +213,20 @@ def test_a_dry_run_names_the_paths_that_are_missing(command, missing, capsys):
     settings = {"model.path": "hub/model", "data.prompts.heldout_path": "null", "data.preferences.heldout_path": "null"}
     more = ["evaluation.judge=none"] + [f"{key}={value}" for key, value in settings.items() if not any(text.startswith(key) for text in command)]
     found = dry_run(capsys, *command, *more)
-    assert len(found) == len(missing) and all(note.startswith(start) for note, start in zip(found, missing, strict=True)), found
+    starts = [start.format(here=Path.cwd()) for start in missing]
+    assert len(found) == len(starts) and all(note.startswith(start) for note, start in zip(found, starts, strict=True)), found
 
 
 @pytest.mark.parametrize(
     ("path", "note"),
     [
-        ("z.csv", "data.preferences.path z.csv: unknown format .csv; use .jsonl, .json, .parquet, a folder or a hub name"),
+        ("z.csv", "data.preferences.path z.csv: CSV is not read; convert it, for example by pandas.read_csv('z.csv').to_json('z.jsonl', orient='records', lines=True)"),
         ("pair.jsonl", "data.preferences.path pair.jsonl: no such file or folder; did you mean pairs.jsonl?"),
         ("./pairs", "data.preferences.path ./pairs: no such file or folder; did you mean ./pairs.jsonl?"),
         ("pairs.json", "data.preferences.path pairs.json: no such file or folder; did you mean pairs.jsonl?"),
         ("runs/a", "data.preferences.path runs/a: a run folder, which has no rows of a data set; give a file or a folder of rows"),
-        ("other.jsonl", "data.preferences.path other.jsonl: no such file or folder"),
+        ("other.jsonl", "data.preferences.path other.jsonl: no such file or folder in {here}, where this command starts"),
+        ("/other.jsonl", "data.preferences.path /other.jsonl: no such file or folder"),
         ("pairs", "data.preferences.path pairs is taken for a name on the hub; did you mean pairs.jsonl?"),
     ],
 )
@@ -231,6 +235,7 @@ def test_data_that_cannot_be_read_is_a_note_with_the_file_that_may_be_meant(path
     for name in ("z.csv", "pairs.jsonl", "pairs.txt", "runs/a/config.yaml", "runs/a/summary.json", "runs/a/metrics.jsonl"):
         Path(name).touch()
     settings = [LOCAL_CPU, f"model.path={tiny_model}", "gvm.num_layers=2", f"data.preferences.path={path}", "data.preferences.heldout_path=null"]
+    note = note.format(here=Path.cwd())
     assert dry_run(capsys, "gvm", "train", *settings) == [note]
     refusal = note.replace(" is taken for a name on the hub", f": {NEITHER_HERE_NOR_CACHED}")
     assert cli.main(["gvm", "train", *settings]) == 2
@@ -279,6 +284,31 @@ def test_what_the_model_does_not_have_is_a_note(command, note, capsys, tiny_mode
     found = dry_run(capsys, *command[:split], LOCAL_CPU, f"model.path={tiny_model}", *quiet, *fitting, *settings)
     found = [line for line in found if not line.startswith("gvm.path")]
     assert len(found) == 1 and found[0].startswith(note.format(model=tiny_model))
+
+
+def test_names_that_only_the_hub_knows_are_told(capsys, tiny_model):
+    settings = [LOCAL_CPU, "data.preferences=null", "data.prompts.heldout_path=null", "evaluation.judge=none", "gvm.path=hub/gvm"]
+    line = "taken for names on the hub, which a dry run does not ask: model.path hub/model, data.prompts.path ultrafeedback"
+    assert line in dry_run(capsys, "train", *settings, "model.path=hub/model", "data.prompts.path=ultrafeedback", on_hub=True)
+    Path("p.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": "Ho"}\n', encoding="utf-8")
+    for prompts in ("p", "p.jsonl"):
+        found = dry_run(capsys, "train", *settings, f"model.path={tiny_model}", f"data.prompts.path={prompts}", on_hub=True)
+        assert not any(note.startswith("taken for names") for note in found)
+
+
+@pytest.mark.parametrize("algorithm", ["dvpo", "reinforce"])
+def test_a_value_model_of_another_vocabulary_is_a_note(algorithm, capsys, tiny_model, tmp_path):
+    key = "gvm.path" if algorithm == "dvpo" else "reward_model.path"
+    gvm = make_gvm(tmp_path / "gvm", tiny_model)
+    argv = ["train", LOCAL_CPU, f"model.path={tiny_model}", f"algorithm={algorithm}", f"{key}={gvm}"]
+    told = f"{key} {gvm}: trained with another tokenizer than that of {tiny_model}; use models with the same tokenizer"
+    assert told not in dry_run(capsys, *argv)
+    tokenizer = json.loads((gvm / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"] = {}
+    (gvm / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert told in dry_run(capsys, *argv)
+    (gvm / "tokenizer.json").unlink()
+    assert told not in dry_run(capsys, *argv)
 
 
 @pytest.mark.parametrize(

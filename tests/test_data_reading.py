@@ -72,6 +72,7 @@ def test_parquet_file_folder_and_saved_dataset_give_the_same_rows(tmp_path):
         (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15"),
         (b'{"prompt": "a"', "not valid JSON"),
         (b'{"prompt": "a"},', "not valid JSON (',' after the end of the value at column 16); each line must be one JSON object"),
+        (b"prompt,chosen,rejected", "not valid JSON"),
         (b'["a"]', "must be a JSON object with named columns, got list"),
         (b'{"prompt": "a", "chosen": "b", "prompt": "c"}', "the key `prompt` is there twice; keep one of them"),
         (b'{"prompt": [{"role": "user", "role": "system", "content": "x"}]}', "the key `role` is there twice"),
@@ -89,7 +90,15 @@ def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, pr
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.csv", b"a,b\n", "unknown format .csv; use .jsonl, .json, .parquet"),
+        ("rows.tsv", b"a,b\n", "unknown format .tsv; use .jsonl, .json, .parquet"),
+        ("rows.csv", b"a,b\n", "/rows.csv: CSV is not read; convert it, for example by pandas.read_csv('"),
+        ("rows.jsonl", b'\nprompt,chosen,"rejected"\na,b,c\n', "looks like CSV, with the columns prompt, chosen, rejected; convert it, for example by"),
+        ("rows.jsonl", b'\xef\xbb\xbfid;"prompt"\n1;a\n', "looks like CSV, with the columns id, prompt; convert it"),
+        ("rows.jsonl", b'[\n{"prompt": "a"},\n{"prompt": "b"}\n]', "/rows.jsonl: is one JSON list; name it "),
+        ("rows.jsonl", b'[{"prompt": "a"},\n{"prompt": "b"}]\n', "/rows.json"),
+        ("rows.jsonl", b'[{"prompt": "a"}, {"prompt": "b"}]\n', "/rows.jsonl: is one JSON list; name it "),
+        ("rows.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), "/rows.jsonl: is UTF-16; save it as UTF-8"),
+        ("rows.jsonl", '{"prompt": "a"}\n'.encode("utf-16-be"), "/rows.jsonl: is UTF-16; save it as UTF-8"),
         (
             "rows.json",
             b'{"prompt": "a"}\n{"prompt": "b"}\n',
@@ -109,6 +118,13 @@ def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path, name, content, m
     assert str(path) in str(error.value)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_first_line_that_is_a_bad_row_is_only_that(tmp_path):
+    for line in ('["a"]', "some text, and more", "{prompt, chosen", '"prompt"'):
+        (tmp_path / "rows.jsonl").write_text(f'{line}\n{{"prompt": "b"}}\n', encoding="utf-8")
+        bad, good = read_rows(str(tmp_path / "rows.jsonl"), "train")
+        assert bad.problem is not None and good.columns == {"prompt": "b"}
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "some/where/deep/pairs"])

@@ -109,7 +109,9 @@ def test_names_of_the_hub_are_left_to_the_run(capsys):
     assert notes(capsys, "gvm-size", "--init-from", "meta-llama/Llama-3.2-1B-Instruct") == []
     assert notes(capsys, "gvm-quality", "data.preferences.path=ultrafeedback_binarized") == []
     # What starts with a folder of this machine is no name of the hub.
-    assert notes(capsys, "gvm-quality", "data.preferences.path=runs/pairs") == ["data.preferences.path runs/pairs: no such file or folder"]
+    assert notes(capsys, "gvm-quality", "data.preferences.path=runs/pairs") == [
+        f"data.preferences.path runs/pairs: no such file or folder in {Path.cwd()}, where this command starts"
+    ]
 
 
 def test_pairs_on_the_hub_are_counted_by_the_run_alone(capsys, started, monkeypatch):

@@ -56,7 +56,8 @@ def test_what_looks_like_a_folder_is_not_looked_for_on_the_hub(load, tmp_path, m
     Path("runs").mkdir()
     monkeypatch.setattr(loading, "prepare_hub", lambda: pytest.fail("asked the hub"))
     for path in ("./sft", "/nowhere/sft", "runs/sft", "runs/sft/final"):
-        assert refusal(load, path) == f"{path}: no such checkpoint folder; give a folder with config.json or a hub name"
+        here = "" if path.startswith("/") else f" in {tmp_path}, where this command starts"
+        assert refusal(load, path) == f"{path}: no such checkpoint folder{here}; give a folder with config.json or a hub name"
 
 
 def test_without_a_network_a_name_is_looked_for_in_the_cache_alone(monkeypatch):

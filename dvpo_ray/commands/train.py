@@ -31,6 +31,7 @@ from dvpo_ray.config.arithmetic import counted, derive_batch, trainer_steps, val
 from dvpo_ray.config.inputs import (
     Needed,
     names_of_files,
+    other_tokenizer,
     policy_inputs,
     policy_misfits,
     preference_inputs,
@@ -42,6 +43,7 @@ from dvpo_ray.config.inputs import (
 from dvpo_ray.config.notes import few_dpo_steps, few_steps, training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
+from dvpo_ray.data import hub
 from dvpo_ray.data.preferences import no_scores
 from dvpo_ray.data.preview import Preview, preview
 from dvpo_ray.errors import InputError
@@ -136,6 +138,7 @@ class Training:
                 *missing_trackers(config.train.trackers),
                 *problems(inputs),
                 *names_of_files(inputs),
+                *hub.not_checked(inputs),
                 *gpus_not_here(config, self.placement(config)),
                 *self.notes(config, data),
             ]
@@ -344,7 +347,7 @@ POLICY = Training(
     stage="train",
     missing=_missing_for_policy,
     inputs=policy_inputs,
-    notes=lambda config, data: [*policy_misfits(config), *scoring_warnings(config), *training_notes(config)],
+    notes=lambda config, data: [*policy_misfits(config), *other_tokenizer(config), *scoring_warnings(config), *training_notes(config)],
     arithmetic=_policy_arithmetic,
     train=_train_policy,
     placement=_policy_placement,

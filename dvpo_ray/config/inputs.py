@@ -7,6 +7,7 @@ to the run: only the hub knows it.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal
 
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import counted
-from dvpo_ray.config.paths import or_nearest
+from dvpo_ray.config.paths import from_home, or_nearest
 from dvpo_ray.config.schema import Config, SplitData
 
 MANIFEST = "gvm.json"
@@ -45,7 +46,7 @@ def no_artifact(path: str | Path, kind: Literal["gvm", "reward_model"] = "gvm") 
     if (folder / MANIFEST).is_file():
         return None
     if not folder.is_dir():
-        return f"{path}: no such folder; give a {name} made by {maker}"
+        return f"{path}: no such folder{_here(path)}; give a {name} made by {maker}"
     return f"{path}: no {MANIFEST}, so this is not a {name}; {_final_of(folder, MANIFEST) or f'give a folder made by {maker}'}"
 
 
@@ -55,7 +56,7 @@ def no_checkpoint(path: str) -> str | None:
     if (folder / "config.json").is_file():
         return None
     if not folder.is_dir():
-        what = "a file, not a checkpoint folder" if folder.exists() else "no such checkpoint folder"
+        what = "a file, not a checkpoint folder" if folder.exists() else f"no such checkpoint folder{_here(path)}"
         return f"{path}: {what}; give a folder with config.json or a hub name"
     advice = _final_of(folder, "config.json") or "give the folder that save_pretrained wrote"
     return f"{path}: no config.json, so this is not a checkpoint; {advice}"
@@ -69,10 +70,24 @@ def no_data(path: str) -> str | None:
     if path in NAMED_DATA or source.is_dir() or not is_local(path):
         return None
     if not source.exists():
-        return f"{path}: no such file or folder{or_nearest(path, DATA_SUFFIXES)}"
+        return f"{path}: no such file or folder{or_nearest(path, DATA_SUFFIXES) or _here(path)}"
     if source.suffix in DATA_SUFFIXES:
         return None
+    if source.suffix == ".csv":
+        return f"{path}: CSV is not read; {from_csv(path)}"
     return f"{path}: unknown format {source.suffix or '(no suffix)'}; use .jsonl, .json, .parquet, a folder or a hub name"
+
+
+def from_csv(path: str | Path) -> str:
+    """The advice on how to make rows of a CSV file."""
+    source = str(path)
+    rows = str(Path(path).with_suffix(".jsonl")) if Path(path).suffix == ".csv" else "ROWS.jsonl"
+    return f"convert it, for example by pandas.read_csv({source!r}).to_json({rows!r}, orient='records', lines=True)"
+
+
+def _here(path: str | Path) -> str:
+    """What a path that is not there is relative to; empty for an absolute one."""
+    return "" if Path(path).is_absolute() else f" in {from_home(os.getcwd())}, where this command starts"
 
 
 def _final_of(run_folder: Path, marker: str) -> str | None:
@@ -198,6 +213,26 @@ def value_model_misfits(config: Config, section: Literal["gvm", "reward_model"] 
     return _too_many_layers(f"{section}.num_layers", getattr(config, section).num_layers, value_model_start(config, section)[1])
 
 
+def other_tokenizer(config: Config) -> list[str]:
+    """One line if the model that scores rollouts has another vocabulary than the policy, by their tokenizer.json. Other differences, and
+    tokenizers that are not here, are left to the run."""
+    section = ALGORITHMS[config.algorithm].section
+    path = getattr(config, section).path
+    theirs, ours = _vocabulary(path), _vocabulary(config.model.path)
+    if theirs is None or ours is None or theirs == ours:
+        return []
+    return [f"{section}.path {path}: trained with another tokenizer than that of {config.model.path}; use models with the same tokenizer"]
+
+
+def _vocabulary(folder: str | None) -> dict | list | None:
+    if folder is None:
+        return None
+    try:
+        return json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["model"].get("vocab")
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def model_number(checkpoint: str, name: str) -> int | None:
     """A number of a checkpoint folder's config.json; None for a hub name, or if the number is not there."""
     try:
@@ -236,7 +271,7 @@ def not_made_yet(config: Config) -> str | None:
     path, (name, maker) = getattr(config, section).path, _ARTIFACTS[section]
     if is_made(path):
         return None
-    missing = f"{section}.path is not set" if path is None else f"{section}.path {path}: no such folder"
+    missing = f"{section}.path is not set" if path is None else f"{section}.path {path}: no such folder{_here(path)}"
     return f"{missing}; the plan assumes the {name} that {maker} makes from this config"
 
 

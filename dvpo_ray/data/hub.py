@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import urllib.request
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from threading import Thread
@@ -38,6 +39,12 @@ def prepare_hub() -> bool:
 def names(*needed: Needed) -> list[Needed]:
     """Those that are named for the hub."""
     return [one for one in needed if one.kind in ("policy", "trunk", "data") and (one.path in NAMED_DATA or not is_local(one.path))]
+
+
+def not_checked(needed: Iterable[Needed]) -> list[str]:
+    """One line on the names that are taken for ones of the hub, but for those that are probably a file of this machine."""
+    named = [f"{one.key} {one.path}" for one in names(*needed) if not or_with_suffix(one.path)]
+    return [f"taken for names on the hub, which a dry run does not ask: {', '.join(named)}"] if named else []
 
 
 def refuse_unreachable(*needed: Needed) -> None:

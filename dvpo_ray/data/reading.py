@@ -6,6 +6,7 @@ JSONL files are read and parsed here, because a parse error must name its line. 
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import re
@@ -13,14 +14,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow
 
-from dvpo_ray.config.inputs import DATA_SUFFIXES, NAMED_DATA, no_data, or_with_suffix
+from dvpo_ray.config.inputs import DATA_SUFFIXES, NAMED_DATA, from_csv, no_data, or_with_suffix
 from dvpo_ray.data.hub import NEITHER_HERE_NOR_CACHED, prepare_hub, unwritable_cache
 from dvpo_ray.errors import InputError
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_COLUMNS = {"prompt", "chosen", "rejected", "messages", "instruction", "completion", "text"}
+"""Names that only the first line of a table can have without quotes and braces around it."""
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "config.json")
 """Files beside the data of a hub's folder that hold no rows."""
 
@@ -80,6 +84,10 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with open(path, "rb") as lines:
+        other_format = _other_format(path, lines)
+        if other_format is not None:
+            raise InputError(other_format)
+        lines.seek(0)
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path}:{number}"
@@ -88,6 +96,28 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 except ValueError as error:
                     row = Row(where, problem=str(error))
                 yield row
+
+
+def _other_format(path: Path, lines: BinaryIO) -> str | None:
+    """What a file is whose first line shows that it holds no objects, one on each line; None where it may."""
+    first = next((line for line in lines if line.strip()), b"")
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first[:4]:
+        return f"{path}: is UTF-16; save it as UTF-8"
+    text = first.decode("utf-8-sig", errors="replace").strip()
+    if text.startswith("[") and (not _is_json(text) or not any(line.strip() for line in lines)):
+        return f"{path}: is one JSON list; name it {path.with_suffix('.json')}"
+    fields = [field.strip(' "') for field in re.split(r"[,;\t]", text)]
+    if len(fields) > 1 and _COLUMNS.intersection(fields) and not text.startswith(("{", "[")):
+        return f"{path}: looks like CSV, with the columns {', '.join(fields)}; {from_csv(path)}"
+    return None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_json(path: Path) -> Iterator[Row]:
