@@ -9,7 +9,7 @@ import pytest
 from gvm_artifacts import make_gvm
 
 from dvpo_ray import cli
-from dvpo_ray.config import Config, load_config
+from dvpo_ray.config import Config, dump_config, load_config
 from dvpo_ray.config.inputs import is_local
 from dvpo_ray.config.notes import few_steps, training_notes
 from dvpo_ray.config.schema import GVMConfig, RewardModelConfig
@@ -124,6 +124,27 @@ def test_a_judge_of_sentiment_beside_prompts_of_ones_own_is_told(prompts, pairs,
     if told:
         assert "mine.jsonl are prompts of your own" in found[0] and "set evaluation.judge=none (docs/training.md, Without a judge)" in found[0]
         assert found[0] in dry_run(capsys, "train", LOCAL_CPU, *settings)
+
+
+def test_heldout_prompts_of_the_value_model_s_training_pairs_are_told(tmp_path):
+    def found(*settings):
+        config = load_config(LOCAL_CPU, ["data.prompts={path: p.jsonl, heldout_path: null}", "evaluation.judge=none", *settings])
+        return [note for note in training_notes(config) if "heldout_fraction" in note]
+
+    same, more = "data.preferences={path: p.jsonl, heldout_path: null}", "data.prompts.heldout_fraction=0.4"
+    told = (
+        "data.prompts.heldout_fraction is 0.4, and the value model's pairs of the same file have data.preferences.heldout_fraction 0.1: about 75% of "
+        "the held-out prompts are those of its training pairs; set data.prompts.heldout_fraction=0.1 for prompts that it has not seen"
+    )
+    assert found(same, more) == [told]
+    assert found(same) == found(more) == found(same, more, "data.preferences.heldout_path=h.jsonl") == found(same, "data.prompts.heldout_fraction=0.05") == []
+    (tmp_path / "run").mkdir()  # the pairs of the value model count
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config(LOCAL_CPU, [same])), encoding="utf-8")
+    assert found(more, "gvm.path=run/final") == [told]
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(load_config(LOCAL_CPU)), encoding="utf-8")
+    assert found(same, more, "gvm.path=run/final") == []
+    (tmp_path / "run" / "config.yaml").write_text("no_key: 1", encoding="utf-8")
+    assert found(same, more, "gvm.path=run/final") == [told]
 
 
 def test_a_default_coefficient_gets_no_note():

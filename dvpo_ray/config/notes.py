@@ -9,7 +9,9 @@ from pathlib import Path
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import counted, derive_batch, trainer_steps, value_model_steps
 from dvpo_ray.config.inputs import is_local
-from dvpo_ray.config.schema import Config, DPOConfig, PreferenceTraining, SplitData
+from dvpo_ray.config.load import load_config
+from dvpo_ray.config.schema import Config, DPOConfig, PreferenceData, PreferenceTraining, SplitData
+from dvpo_ray.errors import InputError
 
 
 def training_notes(config: Config) -> list[str]:
@@ -18,7 +20,7 @@ def training_notes(config: Config) -> list[str]:
     Raises:
         InputError: as in `derive_batch`.
     """
-    return [*foreign_prompts(config), *foreign_judge(config), *_placement_notes(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
+    return [*foreign_prompts(config), *foreign_judge(config), *_known_prompts(config), *_placement_notes(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
 
 
 def foreign_heldout(section: str, data: SplitData) -> list[str]:
@@ -99,6 +101,32 @@ def _too_few(steps: int, enough: str, section: str) -> str:
         f"{counted(steps, 'optimizer step')} {are} too few to learn much: take {FEW_STEPS} or more, for example by {enough}, "
         f"or raise {section}.learning_rate"
     )
+
+
+def _known_prompts(config: Config) -> list[str]:
+    """One line if held-out prompts are those of pairs that the value model was trained on: a smaller share of one file is held out of its pairs."""
+    prompts, pairs = config.data.prompts, _pairs_of_value_model(config)
+    if prompts is None or pairs is None or Path(prompts.path) != Path(pairs.path) or not (prompts.holds_out_a_share and pairs.holds_out_a_share):
+        return []
+    if prompts.heldout_fraction <= pairs.heldout_fraction:
+        return []
+    known = 1 - pairs.heldout_fraction / prompts.heldout_fraction
+    return [
+        f"data.prompts.heldout_fraction is {prompts.heldout_fraction:g}, and the value model's pairs of the same file have "
+        f"data.preferences.heldout_fraction {pairs.heldout_fraction:g}: about {known:.0%} of the held-out prompts are those of its training pairs; "
+        f"set data.prompts.heldout_fraction={pairs.heldout_fraction:g} for prompts that it has not seen"
+    ]
+
+
+def _pairs_of_value_model(config: Config) -> PreferenceData | None:
+    """The pairs that the model that scores rollouts was trained on, by the config beside it, else those of this config."""
+    path = getattr(config, ALGORITHMS[config.algorithm].section).path
+    if path is not None and (beside := Path(path).parent / "config.yaml").is_file():
+        try:
+            return load_config(beside).data.preferences
+        except InputError:  # of another version
+            pass
+    return config.data.preferences
 
 
 JUDGED_PAIRS = "preferences.train.jsonl"
