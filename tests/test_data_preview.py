@@ -212,6 +212,15 @@ def test_steps_of_dpo_and_sft_are_counted_as_the_trainer_counts_them(tiny_model,
     assert "1 epoch x 9 training rows / 8 = 2 steps\n" in capsys.readouterr().out
 
 
+def test_a_run_on_cpus_with_prompts_of_ones_own_says_what_tells_its_time(tiny_model, tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "Hi"}, {"prompt": "Ho"}])
+    told = "#   length of the run        10 steps of 64 rollouts; `dvpo plan` with these settings estimates the time\n"
+    own = ["data.prompts.heldout_path=null", f"data.prompts.path={path}"]
+    for settings, expected in ((own, True), ([*own, "policy.gpus_per_actor=1"], False), ([], False)):
+        assert cli.main(["train", LOCAL_CPU, f"model.path={tiny_model}", "train.steps=10", *settings, "--dry-run"]) == 0
+        assert (told in capsys.readouterr().out) is expected
+
+
 def test_pairs_without_the_scores_that_the_outcome_asks_for_are_told(tiny_model, tmp_path, capsys):
     rows = [{"prompt": f"{WORDS} {i}", "chosen": " a", "rejected": " b", "chosen_score": 1, "rejected_score": 0} for i in range(60)]
     del rows[4]["chosen_score"], rows[4]["rejected_score"], rows[9]["chosen_score"], rows[9]["rejected_score"]

@@ -84,13 +84,13 @@ def test_a_run_that_an_alarm_stopped_says_so_first(run):
 @pytest.mark.parametrize(
     ("stage", "purpose", "command"),
     [
-        ("gvm", "optimise a policy with it", "dvpo train run/config.yaml gvm.path=run/final data.prompts.path=PROMPTS.jsonl"),
+        ("gvm", "optimise a policy with it", "dvpo train run/config.yaml gvm.path=run/final data.prompts.path=PROMPTS.jsonl --out run-policy"),
         (
             "rm",
             "optimise a policy with it",
-            "dvpo train run/config.yaml algorithm=ppo reward_model.path=run/final data.prompts.path=PROMPTS.jsonl",
+            "dvpo train run/config.yaml algorithm=ppo reward_model.path=run/final data.prompts.path=PROMPTS.jsonl --out run-policy",
         ),
-        ("sft", "train a value model for it", "dvpo gvm train run/config.yaml model.path=run/final data.preferences.path=PAIRS.jsonl"),
+        ("sft", "train a value model for it", "dvpo gvm train run/config.yaml model.path=run/final data.preferences.path=PAIRS.jsonl --out run-gvm"),
         (
             "dpo",
             "read its responses to held-out prompts beside those of the model before",

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import yaml
-from cli_runs import without_loading
+from cli_runs import LOCAL_CPU, without_loading
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -18,6 +18,7 @@ from dvpo_ray.actors.roles import plan_memory
 from dvpo_ray.config.schema import Config, DeepSpeedConfig, ModelConfig
 from dvpo_ray.errors import ResourceError
 from dvpo_ray.models.loading import load_policy
+from dvpo_ray.monitoring.console import duration
 from dvpo_ray.planning.architecture import Architecture, ModelPlan, critic_plan, policy_plan, value_plan
 from dvpo_ray.planning.memory import (
     GIB,
@@ -374,6 +375,20 @@ def test_plan_prints_roles_places_and_times(run_plan, tmp_path):
     assert plan["fits"] and plan["roles"]["learner"]["bytes_per_actor"]["optimizer"] == 8 * PARAMETERS
 
 
+def test_a_plan_ends_with_the_time_of_the_run(run_plan, tmp_path):
+    _, out, _ = run_plan("train.steps=7000", "--json", str(tmp_path / "plan.json"))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["run_seconds"] == 7000 * plan["step_seconds"]["step"]
+    time = duration(plan["run_seconds"])
+    assert f"\nthe run: 7000 steps of train.steps take {time}, without its start, evaluations, checkpoints and refreshes\n" in out
+
+
+@pytest.mark.parametrize("name", ["h100", "l4"])
+def test_a_device_that_will_not_do_is_known_before_anything_is_loaded(name, capsys):
+    assert cli.main(["plan", LOCAL_CPU, "--device", name]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_what_does_not_fit_is_said_with_what_to_change(run_plan):
     status, out, _ = run_plan("--node-memory-gib", "0.5", "batch.micro_batch_tokens=2000", "batch.prompts_per_step=128")
     assert status == 0
@@ -431,6 +446,9 @@ def test_columns_stay_apart_whatever_the_size(run_plan):
         (["data.max_prompt_tokens=61"], "dvpo: data.max_prompt_tokens 61 + rollout.max_response_tokens 4 = 65 tokens, but "),
         (["--device", "a100-80gb"], "dvpo: --device is a100-80gb, but policy.gpus_per_actor is 0"),
         (["--device", "abacus"], "dvpo: --device 'abacus': not known; expected cpu or one of h200,"),
+        (["--device", "h100"], "dvpo: --device 'h100': not known; did you mean h100-80gb? Expected cpu or one of h200,"),
+        (["--device", "A100"], "dvpo: --device 'A100': not known; did you mean a100-80gb or a100-40gb? "),
+        (["--device", "rtx4090"], "dvpo: --device 'rtx4090': not known; did you mean rtx-4090? "),
         (["--device", ""], "dvpo: --device '': not known; expected cpu or one of h200,"),
         (["--device", "cpu", "policy.gpus_per_actor=1"], "dvpo: --device is cpu, but policy.gpus_per_actor is 1; name a GPU: h200,"),
         (["--device", "l4", "--calibrate"], "dvpo: --calibrate measures this machine and --device l4 names another"),

@@ -12,7 +12,7 @@ from dvpo_ray.config.notes import training_notes
 from dvpo_ray.config.options import finite_number
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.errors import InputError
-from dvpo_ray.planning.placement import Seat, total_resources
+from dvpo_ray.planning.placement import Seat, check_device, total_resources
 
 GPUS_PER_NODE = 8
 """Of most nodes with several GPUs."""
@@ -31,6 +31,7 @@ def plan(args: Namespace) -> None:
     config = load(args)
     if args.calibrate and args.device is not None:
         raise InputError(f"--calibrate measures this machine and --device {args.device} names another; give one of them")
+    check_device(config, args.device)
     if args.json is not None:
         check_new_output(args.json, "--json")
     for problem in [*problems(plan_inputs(config)), *policy_misfits(config)]:

@@ -40,7 +40,7 @@ from dvpo_ray.config.inputs import (
     sft_inputs,
     value_model_misfits,
 )
-from dvpo_ray.config.notes import few_dpo_steps, few_steps, training_notes
+from dvpo_ray.config.notes import few_dpo_steps, few_steps, has_own_prompts, training_notes
 from dvpo_ray.config.paths import path_option
 from dvpo_ray.config.schema import GVMConfig, TRLStageConfig
 from dvpo_ray.data import hub
@@ -316,6 +316,10 @@ def _missing_for_policy(config: Config) -> list[str]:
 
 def _policy_arithmetic(config: Config, prompts: int | None) -> dict[str, str]:
     plan, batch = derive_batch(config), config.batch
+    estimated = {}
+    if config.policy.gpus_per_actor == 0 and has_own_prompts(config):  # the steps of a shipped config take hours with a larger model
+        rollouts = counted(plan.samples_per_step, "rollout")
+        estimated = {"length of the run": f"{counted(config.train.steps, 'step')} of {rollouts}; `dvpo plan` with these settings estimates the time"}
     distinct = "" if prompts is None else f": {counted(prompts, 'distinct one')}, each about {number(plan.total_prompts / prompts)} times"
     return {
         "samples per step": f"{plan.samples_per_step} = prompts_per_step {batch.prompts_per_step} x samples_per_prompt {batch.samples_per_prompt}",
@@ -328,6 +332,7 @@ def _policy_arithmetic(config: Config, prompts: int | None) -> dict[str, str]:
         f"minibatches_per_epoch {batch.minibatches_per_epoch}; {plan.optimizer_steps} in {counted(config.train.steps, 'step')}",
         "longest row": _longest_row(config.data.max_prompt_tokens, config.rollout.max_response_tokens),
         "samples in the run": f"{plan.total_samples}, {counted(plan.total_prompts, 'prompt')} with repeats{distinct}",
+        **estimated,
     }
 
 

@@ -169,14 +169,15 @@ def uses(folder: Path, stage: str, config: Mapping[str, Any]) -> dict[str, str]:
     judged = {purpose: f"dvpo eval {own} --policy {final}{prompts}"}
     load = "\n".join(f"{name} = {loader}.from_pretrained({str(folder / 'final')!r})" for name, loader in _LOADERS.items())
     served = {"serve it": f"vllm serve {final}", "load it in Python": f"from transformers import {', '.join(_LOADERS.values())}\n{load}"}
+    policy, gvm = (f" --out {shlex.quote(str(folder.with_name(f'{folder.name}-{name}')))}" for name in ("policy", "gvm"))
     by_stage = {
         "gvm": {
-            "optimise a policy with it": f"dvpo train {own} gvm.path={final}{prompts}",
+            "optimise a policy with it": f"dvpo train {own} gvm.path={final}{prompts}{policy}",
             "measure it again": f"dvpo gvm eval {own} --gvm {final} --out DIR",
             "see its values of texts": f"dvpo gvm score {own} --gvm {final} --input ROWS.jsonl --output VALUES.jsonl",
         },
-        "rm": {"optimise a policy with it": f"dvpo train {own} algorithm=ppo reward_model.path={final}{prompts}"},
-        "sft": {"train a value model for it": f"dvpo gvm train {own} model.path={final}{pairs}", **judged, **served},
+        "rm": {"optimise a policy with it": f"dvpo train {own} algorithm=ppo reward_model.path={final}{prompts}{policy}"},
+        "sft": {"train a value model for it": f"dvpo gvm train {own} model.path={final}{pairs}{gvm}", **judged, **served},
         "dpo": {**judged, **served},
         "train": {**judged, **served},
     }

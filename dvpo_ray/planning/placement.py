@@ -6,6 +6,7 @@ GPU for each slot.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections import Counter
@@ -25,6 +26,18 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TRAINERS = {"gvm": "gvm_trainer", "reward_model": "rm_trainer"}
 """The role that trains a value or reward model, by its section of the config."""
 
+
+# The makers' figures: usable GiB, dense bfloat16 TFLOP/s, GB/s of memory.
+GPUS = {
+    "h200": (139.8, 989, 4800),
+    "h100-80gb": (79.1, 989, 3350),
+    "a100-80gb": (79.2, 312, 2039),
+    "a100-40gb": (39.4, 312, 1555),
+    "l40s": (44.4, 362, 864),
+    "a10g": (22.0, 70, 600),
+    "l4": (22.0, 121, 300),
+    "rtx-4090": (23.5, 165, 1008),
+}
 
 _GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")
 """Devices of a machine with a GPU: of NVIDIA, of AMD, or under Windows."""
@@ -90,6 +103,22 @@ def shares_gpus(seats: Iterable[Seat]) -> bool:
     seats = list(seats)
     engines, trained = ({slot for seat in seats if seat.role in roles for slot in seat.slots} for roles in (GROUPS[0], GROUPS[2]))
     return bool(engines & trained)
+
+
+def check_device(config: Config, name: str | None) -> None:
+    """Refuse a device of `dvpo plan --device` that is not known, or on which the config does not compute.
+
+    Raises:
+        InputError: names the device that may be meant, or those that would do.
+    """
+    gpus, on_gpu = ", ".join(GPUS), config.policy.gpus_per_actor > 0
+    if name not in (None, "cpu", *GPUS):
+        near = [gpu for gpu in GPUS if name and gpu.startswith(name.lower())] or difflib.get_close_matches(name.lower(), GPUS, n=1)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise InputError(f"--device {name!r}: not known; {meant}{'Expected' if near else 'expected'} cpu or one of {gpus}")
+    if name is not None and (name != "cpu") != on_gpu:
+        right = f"name a GPU: {gpus}" if on_gpu else "this config computes on the CPU, so leave --device out"
+        raise InputError(f"--device is {name}, but policy.gpus_per_actor is {config.policy.gpus_per_actor:g}; {right}")
 
 
 def choose_transport(config: Config) -> str:

@@ -9,9 +9,11 @@ from itertools import groupby
 
 import psutil
 
+from dvpo_ray.config.arithmetic import counted
 from dvpo_ray.config.inputs import too_long_rows
 from dvpo_ray.config.schema import Config
 from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.monitoring.console import duration
 from dvpo_ray.planning.architecture import policy_plan
 from dvpo_ray.planning.memory import GIB, PROCESS_BYTES, ActorMemory, RolePlan, predict_roles
 from dvpo_ray.planning.placement import Seat, placement_lines, plan_placement, shares_gpus
@@ -114,6 +116,11 @@ class Plan:
         self.seats, self._is_this_host = seats, node_memory_gib is None
         self.places = [*(on_gpus(self.slots) if self.slots else []), in_host_memory(seats, self.roles, host, self.slots.away if self.slots else ())]
 
+    @property
+    def run_seconds(self) -> float:
+        """Of all steps, without what comes before, between and after them."""
+        return self.config.train.steps * self.seconds["step"]
+
     def lines(self) -> list[str]:
         """The plan for people."""
         return [*self._memory_lines(), "", *placement_lines(self.seats), "", *self._place_lines(), "", *self._time_lines()]
@@ -132,6 +139,7 @@ class Plan:
             ],
             "device": asdict(self.device),
             "step_seconds": self.seconds,
+            "run_seconds": self.run_seconds,
         }
 
     def _memory_lines(self) -> list[str]:
@@ -170,7 +178,9 @@ class Plan:
         lines = [
             f"seconds of a step with responses of full length, estimated; {device.name}, {speed}, {device.bytes_per_second / 1e9:.3g} GB/s, {source}"
         ]
-        return lines + [f"  {stage:<11} {seconds:>10.3f}" for stage, seconds in self.seconds.items()]
+        lines += [f"  {stage:<11} {seconds:>10.3f}" for stage, seconds in self.seconds.items()]
+        steps = counted(self.config.train.steps, "step")
+        return [*lines, f"the run: {steps} of train.steps take {duration(self.run_seconds)}, without its start, evaluations, checkpoints and refreshes"]
 
 
 def _problem(place: Place, roles: Mapping[str, RolePlan], config: Config) -> str:

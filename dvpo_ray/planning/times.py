@@ -22,7 +22,7 @@ from dvpo_ray.gvm.model import keep_first_layers
 from dvpo_ray.models.loading import default_device, torch_dtype
 from dvpo_ray.planning.architecture import Architecture, policy_plan
 from dvpo_ray.planning.memory import GIB, rows_together
-from dvpo_ray.planning.placement import choose_transport
+from dvpo_ray.planning.placement import GPUS, check_device, choose_transport
 
 ADAM_BYTES = 28
 """Of each trained element in an optimizer step, in float32: weight, gradient and two moments read, weight and moments written."""
@@ -155,19 +155,6 @@ class _Step:
 # ----------------------------------------------------------------------------------------------------------- devices
 
 
-# The makers' figures: usable GiB, dense bfloat16 TFLOP/s, GB/s of memory.
-GPUS = {
-    "h200": (139.8, 989, 4800),
-    "h100-80gb": (79.1, 989, 3350),
-    "a100-80gb": (79.2, 312, 2039),
-    "a100-40gb": (39.4, 312, 1555),
-    "l40s": (44.4, 362, 864),
-    "a10g": (22.0, 70, 600),
-    "l4": (22.0, 121, 300),
-    "rtx-4090": (23.5, 165, 1008),
-}
-
-
 def choose_device(config: Config, name: str | None) -> Device:
     """The device that the learner computes on: the named GPU, else that of this machine; a CPU if the config asks for no GPU.
 
@@ -175,19 +162,14 @@ def choose_device(config: Config, name: str | None) -> Device:
         InputError: no such GPU is known, or the config does not compute on such a device.
         ResourceError: the config asks for GPUs, no GPU is named, and this machine has none or one that is not in the table.
     """
-    gpus, on_gpu = ", ".join(GPUS), config.policy.gpus_per_actor > 0
-    if name not in (None, "cpu", *GPUS):
-        raise InputError(f"--device {name!r}: not known; expected cpu or one of {gpus}")
-    if name is not None and (name != "cpu") != on_gpu:
-        right = f"name a GPU: {gpus}" if on_gpu else "this config computes on the CPU"
-        raise InputError(f"--device is {name}, but policy.gpus_per_actor is {config.policy.gpus_per_actor:g}; {right}")
-    if not on_gpu:
+    check_device(config, name)
+    if config.policy.gpus_per_actor == 0:
         flops = CPU_FLOPS_PER_THREAD * config.policy.threads
         return Device("cpu", None, flops, flops, CPU_BYTES_PER_SECOND)
     if name is not None:
         return _gpu(name)
     if not torch.cuda.is_available():
-        raise ResourceError(f"the config computes on GPUs and this machine has none; name one with --device: {gpus}")
+        raise ResourceError(f"the config computes on GPUs and this machine has none; name one with --device: {', '.join(GPUS)}")
     here = torch.cuda.get_device_properties(0)
     memory_gib, words = here.total_memory / GIB, here.name.lower().replace(" ", "-")
     known = [gpu for gpu in GPUS if gpu.removesuffix("-80gb").removesuffix("-40gb") in words]
