@@ -271,6 +271,14 @@ def test_what_continues_a_run_and_the_log_of_its_actor(run):
     assert "To continue" not in visible(page(run))
 
 
+def test_commands_of_a_report_have_the_run_as_the_paths_of_its_config_are(run, monkeypatch):
+    (run / "config.yaml").write_text("data: {prompts: {path: p.jsonl}}\n")
+    (run / "final").mkdir()
+    write_summary(run, {"stage": "train", "state": "finished"})
+    monkeypatch.chdir(run.parent)
+    assert f"dvpo eval {run.name}/config.yaml --policy {run.name}/final To serve it vllm serve {run.name}/final" in visible(page(run))
+
+
 def test_command_data_settings_and_uses_are_there(run):
     (run / "config.yaml").write_text("data: {prompts: {path: p.jsonl}}\npolicy: {learning_rate: 3.0e-05}\nevaluation: {judge: vader}\n")
     (run / "final").mkdir()

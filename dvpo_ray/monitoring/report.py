@@ -14,6 +14,7 @@ from dvpo_ray.monitoring import report_summary, report_texts
 from dvpo_ray.monitoring.ending import RESULTS, uses
 from dvpo_ray.monitoring.report_charts import chart_sections
 from dvpo_ray.monitoring.run_data import DIED, RunData, load_run
+from dvpo_ray.monitoring.run_files import from_here
 
 _BADGES = {"finished": "good", "failed": "bad", DIED: "bad", "stopped": "warn", "interrupted": "warn", "running": "warn"}
 _KINDS = {"train": "policy", "gvm": "Global Value Model", "rm": "reward model", "sft": "SFT", "dpo": "DPO"}
@@ -57,7 +58,7 @@ def _content(run: RunData) -> dict:
         "badge": _BADGES.get(run.state, ""),
         "outcome": report_summary.outcome(run),
         "origin": report_summary.origin(run),
-        "uses": uses(run.folder.resolve(), run.stage, run.settings) if (run.folder / "final").is_dir() else {},
+        "uses": uses(from_here(run.folder.resolve()), run.stage, run.settings) if (run.folder / "final").is_dir() else {},
         "facts": report_summary.facts(run),
         "headline": report_summary.headline(run),
         "tiles": report_summary.tiles(run),

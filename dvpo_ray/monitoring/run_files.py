@@ -99,12 +99,17 @@ def last_saved_step(run_folder: Path) -> int:
     return max((int(re.sub(r"\D", "", path.name)) for path in saved_checkpoints(run_folder)), default=0)
 
 
+def from_here(folder: Path) -> Path:
+    """An absolute path as printed commands have it: relative to the present folder, as paths in a config are, where it is in that folder."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) and folder != here else folder
+
+
 def resume_command(run_folder: Path, stage: str) -> str | None:
     """The shell line that continues a run, if it has a checkpoint. Relative paths in its config mean those of the present folder."""
     if not any(saved_checkpoints(run_folder)):
         return None
-    here = Path.cwd()
-    shown = run_folder.relative_to(here) if run_folder.is_relative_to(here) and run_folder != here else run_folder
+    shown = from_here(run_folder)
     return f"{STAGES[stage].command} {shlex.quote(str(shown / CONFIG))} --out {shlex.quote(str(shown))} --resume"
 
 
