@@ -238,8 +238,8 @@ def test_a_rollout_limit_below_the_responses_of_ones_own_pairs_is_told(tiny_mode
     longest = len(load_tokenizer(str(tiny_model))(f" {WORDS}" * 2, add_special_tokens=False)["input_ids"]) + 1
     prompts = write(tmp_path / "q.jsonl", [{"prompt": f"{i}"} for i in range(10)])
     line = (
-        f"rollout.max_response_tokens {longest - 1} is below the responses of 5 pairs of 10 in {pairs}, the longest of {longest} tokens: a policy that "
-        f"writes as they do is cut off there; rollout.max_response_tokens={longest} has room for all"
+        f"rollout.max_response_tokens {longest - 1} is below 5 of 20 responses in the pairs of {pairs}, the longest of {longest} tokens: "
+        f"a policy that writes as they do is cut off there; rollout.max_response_tokens={longest} has room for all"
     )
 
     def notes(prompts, *settings):
@@ -247,7 +247,9 @@ def test_a_rollout_limit_below_the_responses_of_ones_own_pairs_is_told(tiny_mode
 
     assert notes(prompts) == []
     assert notes(pairs) == notes(prompts, f"data.preferences.path={pairs}") == [line]
-    assert notes(pairs, f"rollout.max_response_tokens={longest}") == notes(pairs, "health.max_cut_off_fraction=null") == []
+    assert notes(pairs, f"rollout.max_response_tokens={longest}") == []
+    cut = [{"prompt": f"{i}", "chosen": " a", "rejected": f" {WORDS}" * 2, "rejected_truncated": True} for i in range(10)]
+    assert notes(write(tmp_path / "c.jsonl", cut)) == []  # as the policy's own samples are
 
 
 def test_what_cannot_be_counted_in_a_moment_is_left_to_the_run(tiny_model, tmp_path):

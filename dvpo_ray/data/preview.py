@@ -151,7 +151,9 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
     except TemplateError:  # of some row; the run names it
         return {}, [], set()
     if pairs:
-        parts["response"] = [counter.longer_response(pair) for pair in pairs]
+        parts["response"] = [
+            max(counter.response(pair.chosen, pair.chosen_truncated), counter.response(pair.rejected, pair.rejected_truncated)) for pair in pairs
+        ]
     for part, lengths in parts.items():
         limit, setting, longest = getattr(config.data, f"max_{part}_tokens"), getattr(config.data, f"long_{part}"), max(lengths)
         over = [index for index, length in enumerate(lengths) if length > limit]
@@ -171,15 +173,17 @@ def _lengths(config: Config, path: str, items: Sequence[PreferencePair | Prompt]
 def _cut_off_answers(config: Config) -> list[str]:
     """One line if a policy that writes as one's own pairs do is cut off. The pairs are those of the config, else those of the prompts' file."""
     counter = _token_counter(Path(config.model.path), config.model.chat_template == "auto")
-    if counter is None or config.health.max_cut_off_fraction is None:
+    if counter is None:
         return []
     for data in (config.data.preferences, config.data.prompts):
-        lengths = [counter.longer_response(pair) for pair in _first_pairs(data)] if data is not None and not is_shipped(data.path) else []
+        pairs = _first_pairs(data) if data is not None and not is_shipped(data.path) else ()
+        both = (one for pair in pairs for one in ((pair.chosen, pair.chosen_truncated), (pair.rejected, pair.rejected_truncated)))
+        lengths = [counter.response(response) for response, cut_off in both if not cut_off]
         longer = [length for length in lengths if length > config.rollout.max_response_tokens]
         if longer:
             return [
-                f"rollout.max_response_tokens {config.rollout.max_response_tokens} is below the responses of {counted(len(longer), 'pair')} of "
-                f"{len(lengths)} in {data.path}, the longest of {counted(max(longer), 'token')}: a policy that writes as they do is cut off there; "
+                f"rollout.max_response_tokens {config.rollout.max_response_tokens} is below {len(longer)} of "
+                f"{counted(len(lengths), 'response')} in the pairs of {data.path}, the longest of {counted(max(longer), 'token')}: a policy that writes as they do is cut off there; "
                 f"rollout.max_response_tokens={max(longer)} has room for all"
             ]
         if lengths:
@@ -246,10 +250,6 @@ class _Counter:
     def response(self, content: Content, truncated: bool = False) -> int:
         """With its end token unless it was cut off. What a template writes before and after an answer, which is mostly nothing, is left out."""
         return self._text(ANCHOR + content_text(content)) - self._text(ANCHOR) + (not truncated)
-
-    def longer_response(self, pair: PreferencePair) -> int:
-        """Of the longer one of a pair."""
-        return max(self.response(pair.chosen, pair.chosen_truncated), self.response(pair.rejected, pair.rejected_truncated))
 
     def text(self, content: Content) -> int:
         """Of a text that is learned without a prompt, with its end token."""
