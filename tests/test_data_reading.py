@@ -92,7 +92,7 @@ def test_a_bad_line_names_itself_and_does_not_stop_the_others(tmp_path, line, pr
     [
         ("rows.tsv", b"a,b\n", "unknown format .tsv; use .jsonl, .json, .parquet"),
         ("rows.csv", b"a,b\n", "/rows.csv: CSV is not read; convert it, for example by pandas.read_csv('"),
-        ("rows.jsonl", b'\nprompt,chosen,"rejected"\na,b,c\n', "looks like CSV, with the columns prompt, chosen, rejected; convert it, for example by"),
+        ("rows.jsonl", b'\nprompt,chosen,"rejected"\na,b,c\n', "looks like CSV, with the columns prompt, chosen, rejected; convert it, for"),
         ("rows.jsonl", b'\xef\xbb\xbfid;"prompt"\n1;a\n', "looks like CSV, with the columns id, prompt; convert it"),
         ("rows.jsonl", b'[\n{"prompt": "a"},\n{"prompt": "b"}\n]', "/rows.jsonl: is one JSON list; name it "),
         ("rows.jsonl", b'[{"prompt": "a"},\n{"prompt": "b"}]\n', "/rows.json"),

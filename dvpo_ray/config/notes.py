@@ -20,7 +20,8 @@ def training_notes(config: Config) -> list[str]:
     Raises:
         InputError: as in `derive_batch`.
     """
-    return [*foreign_prompts(config), *foreign_judge(config), *_known_prompts(config), *_placement_notes(config), *_batch_notes(config), *_kl_notes(config), *_health_notes(config)]
+    kinds = (foreign_prompts, foreign_judge, _known_prompts, _placement_notes, _batch_notes, _kl_notes, _health_notes)
+    return [note for kind in kinds for note in kind(config)]
 
 
 def foreign_heldout(section: str, data: SplitData) -> list[str]:
@@ -62,8 +63,8 @@ def foreign_judge(config: Config) -> list[str]:
     if pairs is not None and Path(pairs.path) == prompts.with_name(JUDGED_PAIRS):  # sentiment is what they are about
         return []
     return [
-        f"evaluation.judge is vader, which scores sentiment and nothing else, and {prompts} are prompts of your own: unless sentiment is what counts, "
-        "its gold score and its alarms say nothing of your responses; set evaluation.judge=none (docs/training.md, Without a judge)"
+        f"evaluation.judge is vader, which scores sentiment and nothing else, and {prompts} are prompts of your own: unless sentiment is what "
+        "counts, its gold score and its alarms say nothing of your responses; set evaluation.judge=none (docs/training.md, Without a judge)"
     ]
 
 

@@ -114,8 +114,8 @@ def _of_rows(notes: Sequence[str], stops: Sequence[str]) -> list[str]:
         path, marked, bad = note.partition(": left out ")
         rows, is_bad, faults = bad.partition(" rows: bad (data.on_bad_row skip)")
         if stops and marked and is_bad:
-            first_is_said = any(stop.startswith(faults.removeprefix("; the first is ")) for stop in stops)
-            told.append(f"{path}: {rows} rows are bad{'' if first_is_said else faults}; the counts above are without them, as with data.on_bad_row=skip")
+            others = "" if any(stop.startswith(faults.removeprefix("; the first is ")) for stop in stops) else faults
+            told.append(f"{path}: {rows} rows are bad{others}; the counts above are without them, as with data.on_bad_row=skip")
         elif not any(stop.startswith(re.sub(r" \(\d+ such rows\)$", "", note)) for stop in stops):
             told.append(note)
     return told
@@ -182,8 +182,8 @@ def _cut_off_answers(config: Config) -> list[str]:
         longer = [length for length in lengths if length > config.rollout.max_response_tokens]
         if longer:
             return [
-                f"rollout.max_response_tokens {config.rollout.max_response_tokens} is below {len(longer)} of "
-                f"{counted(len(lengths), 'response')} in the pairs of {data.path}, the longest of {counted(max(longer), 'token')}: a policy that writes as they do is cut off there; "
+                f"rollout.max_response_tokens {config.rollout.max_response_tokens} is below {len(longer)} of {counted(len(lengths), 'response')} "
+                f"in the pairs of {data.path}, the longest of {counted(max(longer), 'token')}: a policy that writes as they do is cut off there; "
                 f"rollout.max_response_tokens={max(longer)} has room for all"
             ]
         if lengths:

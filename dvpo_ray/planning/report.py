@@ -179,8 +179,8 @@ class Plan:
             f"seconds of a step with responses of full length, estimated; {device.name}, {speed}, {device.bytes_per_second / 1e9:.3g} GB/s, {source}"
         ]
         lines += [f"  {stage:<11} {seconds:>10.3f}" for stage, seconds in self.seconds.items()]
-        steps = counted(self.config.train.steps, "step")
-        return [*lines, f"the run: {steps} of train.steps take {duration(self.run_seconds)}, without its start, evaluations, checkpoints and refreshes"]
+        steps, without = counted(self.config.train.steps, "step"), "without its start, evaluations, checkpoints and refreshes"
+        return [*lines, f"the run: {steps} of train.steps take {duration(self.run_seconds)}, {without}"]
 
 
 def _problem(place: Place, roles: Mapping[str, RolePlan], config: Config) -> str:

@@ -17,7 +17,7 @@ import torch
 from dvpo_ray.config.algorithms import ALGORITHMS
 from dvpo_ray.config.arithmetic import derive_batch
 from dvpo_ray.config.schema import Config
-from dvpo_ray.errors import InputError, ResourceError
+from dvpo_ray.errors import ResourceError
 from dvpo_ray.gvm.model import keep_first_layers
 from dvpo_ray.models.loading import default_device, torch_dtype
 from dvpo_ray.planning.architecture import Architecture, policy_plan

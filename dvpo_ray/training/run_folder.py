@@ -172,9 +172,9 @@ def check_resume(folder: Path, stage: str, config: Config) -> None:
     check_resumable(stage, load_config(kept_file), config, folder)
     if _is_over(folder, stage, config):
         raise RunIsFinished(f"{folder}: the run is finished and its result is in final/{_longer(folder, stage)}")
-    saved = last_saved_step(folder)
-    if stage == "train" and saved > config.train.steps:
-        raise InputError(f"{folder}: train.steps is {config.train.steps}, but the run has a checkpoint of step {saved}; give {saved} or more to resume")
+    saved, steps = last_saved_step(folder), config.train.steps
+    if stage == "train" and saved > steps:
+        raise InputError(f"{folder}: train.steps is {steps}, but the run has a checkpoint of step {saved}; give {saved} or more to resume")
     if not saved:
         if summary.get("state") == "finished":
             raise InputError(f"{folder}: the run is finished{_longer(folder, stage)}")
