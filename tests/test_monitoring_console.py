@@ -165,6 +165,47 @@ def test_only_the_innermost_stage_is_said(plain, clock):
     assert "14 s so far" not in out.getvalue()  # the stage within it was heard of 7 seconds ago
 
 
+def test_what_a_step_says_or_does_delays_no_line_of_progress(plain, clock):
+    """Each step says an alarm, saves a checkpoint in silence and is evaluated."""
+    console, out = plain
+    with console, console.stage("policy optimisation", 100, unit="steps") as outer:
+        for step in range(1, 11):
+            clock.now += 6.0
+            outer.step(step, {})
+            console.warn("ALARM")
+            with console.stage("saving a checkpoint", quiet=True):
+                clock.now += 1.0
+            with console.stage("evaluation", 4):
+                clock.now += 1.0
+    lines = [line.partition(" · ")[0] for line in out.getvalue().splitlines() if "optimisation" in line]
+    assert lines[:-1] == [f"policy optimisation: {step}/100 steps" for step in (0, 3, 5, 7, 9)]
+
+
+def test_a_silent_quiet_stage_is_no_line_that_the_user_has_seen(plain, clock):
+    console, out = plain
+    with console, console.stage("policy optimisation", 4, unit="steps") as outer:
+        clock.now = 7.0
+        with console.stage("saving a checkpoint", quiet=True):
+            pass
+        clock.now = 8.0
+        outer.tick()
+    assert "policy optimisation: 0/4 steps · 8 s so far\n" in out.getvalue()
+
+
+def test_a_line_that_ctrl_c_interrupts_is_not_printed_again(clock):
+    class Interrupted(io.StringIO):
+        def flush(self) -> None:
+            if "steps" in self.getvalue() and "interrupted" not in self.getvalue():
+                raise KeyboardInterrupt
+
+    out = Interrupted()
+    console = RunConsole(Console(file=out, force_terminal=False), clock)
+    with pytest.raises(KeyboardInterrupt), console.stage("policy optimisation", 10, unit="steps"):
+        pass
+    console.say("interrupted")
+    assert out.getvalue() == "policy optimisation: 0/10 steps\ninterrupted\n"
+
+
 def test_a_quiet_stage_that_is_short_leaves_no_line(plain, clock):
     console, out = plain
     with console, console.stage("saving a checkpoint", quiet=True):

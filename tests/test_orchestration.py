@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config import Config
 from dvpo_ray.errors import DiskFull, InputError
+from dvpo_ray.health.alarms import HealthMonitor
 from dvpo_ray.monitoring.console import RunConsole
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import read_summary
@@ -187,6 +188,27 @@ def test_a_run_saves_its_last_step_so_that_it_can_be_made_longer(tmp_path, monke
         optimise(run, state, loop, console)
     assert [folder.name for folder in (tmp_path / "checkpoints").glob("step_*")] == kept and (tmp_path / "final").is_dir()
     assert ("so the run cannot be made longer" in capsys.readouterr().out) is (not kept)
+
+
+def test_an_alarm_that_goes_on_is_said_ever_more_seldom_and_anew_after_a_pause(capsys):
+    """Every alarm stops the run, said or not."""
+    config = Config.model_validate({"model": {"path": "m"}, "train": {"steps": 99}, "health": {"window_steps": 3, "on_alarm": "stop"}})
+    run = SimpleNamespace(last_step=0, tell=lambda **_: None)
+    state = SimpleNamespace(run=run, config=config, health=HealthMonitor(config.health), _alarms=[])
+    state.refresher = SimpleNamespace(is_due=lambda step, alarmed: False)
+    stopped = []
+    for step in range(1, 35):
+        _, alarms = state.health.observe(step, {"health/gold_correlation": 0.5 if 25 <= step <= 31 else 0.0})
+        state.run.last_step = step
+        if PolicyState.heed(state, alarms, RunConsole()):
+            stopped.append(step)
+    assert stopped == [3, 6, 9, 12, 15, 18, 21, 24, 34] == [alarm.step for alarm in state.health.alarms]
+    lines = [line.partition(": Over 3 steps")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "warning: ALARM gold_correlation at step 3",
+        *(f"warning: ALARM gold_correlation goes on: raised {n} times from step 3 to step {3 * n}" for n in (2, 4, 8)),
+        "warning: ALARM gold_correlation at step 34",
+    ]
 
 
 def test_an_interrupted_run_says_what_is_saved_and_a_resumed_one_where_it_goes_on(tmp_path, capsys):

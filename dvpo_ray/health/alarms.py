@@ -187,6 +187,17 @@ class HealthMonitor:
         self._start, self._window = None, []
         self._silent_until = {name: until for name, until in self._silent_until.items() if RULES[name].once}
 
+    def lasting(self, alarm: Alarm) -> tuple[int, int]:
+        """Since which step an alarm that was raised has gone on, and how many times it was raised since, itself included.
+
+        It has ended where its rule was silent for a whole window more.
+        """
+        steps = [one.step for one in self.alarms if one.name == alarm.name and one.step <= alarm.step]
+        first = len(steps) - 1
+        while first > 0 and steps[first] - steps[first - 1] <= 2 * self.settings.window_steps:
+            first -= 1
+        return steps[first], len(steps) - first
+
     def _divergence(self, metrics: dict[str, float]) -> dict[str, float]:
         """Gain of the estimate since the start minus gain of the gold score, each in units of its spread at the start."""
         names = ("health/estimate_mean", "health/estimate_std", "reward/gold_mean", "reward/gold_std")

@@ -114,7 +114,7 @@ class Stage:
         self._console, self._bars, self._clock = console, console.bars, console.clock
         self._name, self._total, self._done, self._unit, self._quiet = name, total, done, unit, quiet
         self._done_before, self._details = done, ""
-        self._started = self._spoke = self._advanced = self._clock()
+        self._started = self._spoke = self._heard = self._advanced = self._clock()
         self._patience = QUIET_SECONDS if quiet else SILENCE_SECONDS
         self._longest_patience = LONGEST_SILENCE_SECONDS if unit == "steps" else SILENCE_SECONDS
         if self._bars is not None:
@@ -138,24 +138,25 @@ class Stage:
         if self._bars is not None:
             self._bars.update(self._task, completed=self._done, count=self._count(), details=details)
         elif now - self._spoke >= PLAIN_PERIOD_SECONDS and self._done != self._total:
+            self._spoke = now
             self.heard(now)
             self._console.say(_joined(self._progress(), details, self._remaining(now)))
 
     def heard(self, now: float) -> None:
         """The user has just seen a line of this stage, or of what it does."""
-        self._spoke, self._patience = now, SILENCE_SECONDS
+        self._heard, self._patience = now, SILENCE_SECONDS
 
     def tick(self) -> None:
         """Say that the stage goes on, if nothing has been said for long."""
         now = self._clock()
-        if self._bars is None and now - self._spoke >= self._patience:
+        if self._bars is None and now - self._heard >= self._patience:
             self._console.say(_joined(self._progress(), f"{duration(now - self._started)} so far", self._remaining(now)))
-            self._spoke, self._patience = now, min(2 * max(self._patience, SILENCE_SECONDS), self._longest_patience)
+            self._spoke = self._heard = now
+            self._patience = min(2 * max(self._patience, SILENCE_SECONDS), self._longest_patience)
 
     def finish(self) -> None:
         """Leave a line that stays, unless it is a quiet stage that was short."""
-        seconds = self._clock() - self._started
-        silent = self._quiet and seconds < QUIET_SECONDS
+        seconds, silent = self._clock() - self._started, self.is_silent
         if self._bars is None:
             if not silent:
                 self._console.say(_joined(self._progress(), self._details, f"done in {duration(seconds)}"))
@@ -165,6 +166,11 @@ class Stage:
         if not silent:
             text = _joined(f"{self._done} {self._unit} in {duration(seconds)}" if self._counts else f"in {duration(seconds)}", self._details)
             self._bars.console.print(Text.assemble(("✓ ", "green"), (self._name, "bold"), f"  {text}"))
+
+    @property
+    def is_silent(self) -> bool:
+        """A quiet stage that is short: the user has seen no line of it."""
+        return self._quiet and self._clock() - self._started < QUIET_SECONDS
 
     @property
     def _counts(self) -> bool:
@@ -265,7 +271,12 @@ class RunConsole:
         self._print(Text(f"warning: {text}", style="yellow"))
 
     def _print(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=not self._console.is_terminal)
+        if self._console.is_terminal:
+            self._console.print(text)
+            return
+        # Not by rich: it would print a line again that Ctrl-C interrupted after its write.
+        self._console.file.write(f"{text.plain}\n")
+        self._console.file.flush()
 
     def starting(self, roles: Mapping[str, str]) -> None:
         """How far the start of the actors is: one line for each state that has changed since the last call.
@@ -301,8 +312,9 @@ class RunConsole:
             yield stage
         finally:
             self._stages.remove(stage)
-            for outer in self._stages[-1:]:
-                outer.heard(self.clock())
+            if not stage.is_silent:
+                for outer in self._stages[-1:]:
+                    outer.heard(self.clock())
         stage.finish()
 
     @contextmanager

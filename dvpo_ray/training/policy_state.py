@@ -55,7 +55,11 @@ class PolicyState:
     def heed(self, alarms: list[Alarm], console: RunConsole) -> bool:
         """Tell the user of the alarms of the last step, and decide what follows it. Returns whether the run stops here."""
         for alarm in alarms:
-            console.warn(f"ALARM {alarm.name} at {alarm}")
+            since, times = self.health.lasting(alarm)
+            if times == 1:
+                console.warn(f"ALARM {alarm.name} at {alarm}")
+            elif times & (times - 1) == 0:  # ever more seldom: the 2nd, 4th, 8th … time
+                console.warn(f"ALARM {alarm.name} goes on: raised {times} times from step {since} to step {alarm.step}")
         if alarms:
             self.run.tell(alarms=self._alarms)
         goes_on = self.run.last_step < self.config.train.steps
