@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
+import os
 import shutil
+import signal
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.config import Config
@@ -24,6 +29,7 @@ from dvpo_ray.monitoring.run_files import read_summary
 from dvpo_ray.policy.statistics import batch_statistics, explained_variance, sequence_kl
 from dvpo_ray.rollouts.schedule import prompt_indices, sampling_seed
 from dvpo_ray.runtime import checkpoints
+from dvpo_ray.runtime.termination import Termination
 from dvpo_ray.training.policy import optimise
 from dvpo_ray.training.policy_state import PolicyState
 from dvpo_ray.training.run import Run
@@ -225,6 +231,66 @@ def test_an_interrupted_run_says_what_is_saved_and_a_resumed_one_where_it_goes_o
     resumed.open_checkpoint()
     with RunConsole() as console, resumed.started("GVM", {}, [], dict, console):
         assert "going on from the checkpoint of step 2\n" in capsys.readouterr().out
+
+
+def interrupted_step(run: Run, console: RunConsole, *signals: int) -> None:
+    """A step of a run whose update lasts 0.2 s and gets signals, the second one late enough to count."""
+    with run.saved_when_interrupted(Path.touch, dict, console), run.whole_step(console):
+        for one in signals:
+            os.kill(os.getpid(), one)
+        time.sleep(0.2)
+        run.last_step += 1
+
+
+@pytest.mark.parametrize(
+    ("signals", "saved", "told"),
+    [
+        ([signal.SIGINT], 3, ["ending: the step is finished and saved first; Ctrl-C again ends at once"]),
+        (
+            [signal.SIGINT, signal.SIGINT],
+            2,
+            ["ending: the step is finished and saved first; Ctrl-C again ends at once", "warning: the step is lost: it was ended by a second Ctrl-C"],
+        ),
+        (
+            [signal.SIGTERM],
+            2,
+            [
+                "ending: the step is finished and saved first, in at most 0.05 s",
+                "warning: the step is lost: it took longer than termination.grace_seconds=0.05; raise termination.grace_seconds, and give the "
+                "scheduler that time",
+            ],
+        ),
+    ],
+    ids=["Ctrl-C", "Ctrl-C twice", "SIGTERM"],
+)
+def test_a_step_longer_than_the_grace_is_saved_after_ctrl_c_and_lost_by_a_scheduler(tmp_path, capsys, monkeypatch, signals, saved, told):
+    monkeypatch.setattr("dvpo_ray.runtime.termination._ECHO_SECONDS", -1.0)
+    write_checkpoint(tmp_path, 2)
+    run = Run("gvm", Config.model_validate({"model": {"path": "m"}, "termination": {"grace_seconds": 0.05}}), tmp_path)
+    run.last_step = 2
+    termination = Termination()
+    try:
+        with pytest.raises(KeyboardInterrupt), RunConsole() as console, run.started("GVM", {}, [], dict, console):
+            interrupted_step(run, console, *signals)
+    finally:
+        termination.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(("ending", "warning"))] == told
+    assert lines[-1].startswith(f"step {saved} is saved; continue with: ")
+
+
+def test_a_note_says_once_that_a_scheduler_would_not_wait_for_a_step(tmp_path, capsys):
+    run = Run("gvm", Config.model_validate({"model": {"path": "m"}, "termination": {"grace_seconds": 0.05}}), tmp_path)
+    with RunConsole() as console:
+        for seconds in (0.0, 0.1, 0.1):
+            with run.whole_step(console):
+                time.sleep(seconds)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("note: to finish and save a step took 0 s, and termination.grace_seconds is 0.05: SIGTERM or SIGHUP would lose")
+    terminal = io.StringIO()
+    with RunConsole(Console(file=terminal, force_terminal=True)) as console, Run("gvm", run.config, tmp_path).whole_step(console):
+        time.sleep(0.1)
+    assert "note" not in terminal.getvalue()
 
 
 def test_the_peak_memory_of_a_resumed_run_is_that_of_all_its_parts(tmp_path):

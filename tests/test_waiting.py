@@ -16,7 +16,7 @@ from dvpo_ray.config.schema import RayConfig
 from dvpo_ray.errors import InputError, ResourceError, RoleDied
 from dvpo_ray.runtime import waiting
 from dvpo_ray.runtime.cluster import connect
-from dvpo_ray.runtime.termination import Termination, held, limited
+from dvpo_ray.runtime.termination import Termination, grace_is_over, held, limited
 from dvpo_ray.runtime.waiting import as_they_come, get, introduce, patience, wait
 
 
@@ -134,14 +134,47 @@ def test_a_signal_waits_for_the_end_of_a_step(termination, number):
     assert termination.received == (None if number == signal.SIGINT else number)
 
 
-def test_after_the_grace_it_waits_no_longer(termination):
+def test_after_the_grace_a_scheduler_waits_no_longer(termination):
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), held(0.1):
         os.kill(os.getpid(), signal.SIGTERM)
+        assert not grace_is_over(60)
         time.sleep(60)
     with pytest.raises(KeyboardInterrupt), limited(0.1):
         time.sleep(60)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 30 and grace_is_over(0.1)
+
+
+def test_ctrl_c_waits_without_a_limit_until_a_second_one(termination, monkeypatch):
+    """`timeout -s INT` sends the signal twice at once; that is one Ctrl-C."""
+    steps = []
+    with pytest.raises(KeyboardInterrupt), held(0.01):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        steps.append("finished")
+    with limited(0.01):
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)  # an echo too
+        steps.append("saved")
+    monkeypatch.setattr("dvpo_ray.runtime.termination._ECHO_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt), limited(0.01):
+        os.kill(os.getpid(), signal.SIGINT)
+        steps.append("not reached")
+    with pytest.raises(KeyboardInterrupt), held(0.01):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        steps.append("not reached")
+    assert steps == ["finished", "saved"] and not grace_is_over(0.01)
+
+
+def test_a_scheduler_that_asks_after_ctrl_c_has_its_grace(termination):
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), held(0.1) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert signals == [signal.SIGINT] and time.monotonic() - started < 30
 
 
 def test_a_step_in_another_thread_gets_no_signals():

@@ -556,7 +556,9 @@ class RayConfig(Section):
 class TerminationConfig(Section):
     """What a run does when SIGTERM, SIGHUP or Ctrl-C ends it: it finishes the step's update and saves a checkpoint."""
 
-    grace_seconds: Positive = Field(25.0, description="How long this may take; schedulers commonly kill a job after 30 seconds.")
+    grace_seconds: Positive = Field(
+        25.0, description="How long this may take after SIGTERM or SIGHUP; schedulers commonly kill a job after 30 seconds. Ctrl-C has no limit."
+    )
 
 
 class Config(Section):

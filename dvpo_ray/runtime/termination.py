@@ -11,30 +11,47 @@ from types import FrameType
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_arrived = float("-inf")
-"""When the last signal came that waited in `held`, on the monotonic clock."""
+_ECHO_SECONDS = 0.5
+"""`timeout -s INT` and other wrappers send a signal twice, to the process and to its group. A person takes longer."""
+
+_asked_at: float | None = None
+"""When a scheduler first asked this process to end (SIGTERM or SIGHUP), on the monotonic clock."""
+
+
+def grace_is_over(grace_seconds: float) -> bool:
+    """Whether a scheduler has asked this process to end, at least so long ago. Nobody ends a process soon after Ctrl-C."""
+    return _asked_at is not None and time.monotonic() - _asked_at >= grace_seconds
 
 
 class Termination:
-    """Until `close`, the first SIGTERM or SIGHUP raises KeyboardInterrupt. For the main thread only.
+    """Until `close`, Ctrl-C and the first SIGTERM or SIGHUP raise KeyboardInterrupt. For the main thread only.
 
-    A SIGHUP that the command was told to ignore, by nohup for instance, stays ignored.
+    A signal that the command was told to ignore, as SIGHUP by nohup, stays ignored.
 
     Attributes:
-        received: the signal that asked this process to end, or None.
+        received: the signal by which a scheduler asked this process to end, or None.
     """
 
     def __init__(self) -> None:
+        global _asked_at
         self.received: signal.Signals | None = None
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self._interrupted_at = _asked_at = None
+        self._before = {number: signal.getsignal(number) for number in _ENDING}
         for number, handler in self._before.items():
             if handler is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # Only KeyboardInterrupt ends Ray's waits. A second signal must not interrupt what the first one started.
-        if self.received is None:
+        global _asked_at
+        now = time.monotonic()
+        # Only KeyboardInterrupt ends Ray's waits. A scheduler's second signal must not interrupt what the first one started.
+        if signum == signal.SIGINT:
+            if self._interrupted_at is None or now - self._interrupted_at > _ECHO_SECONDS:
+                self._interrupted_at = now
+                raise KeyboardInterrupt
+        elif self.received is None:
             self.received = signal.Signals(signum)
+            _asked_at = _asked_at or now
             raise KeyboardInterrupt
 
     def close(self) -> None:
@@ -55,11 +72,14 @@ def keeps_termination() -> Iterator[None]:
 
 
 @contextmanager
-def held(grace_seconds: float, told: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
-    """Let a signal that ends the run wait until the end of this block; after the grace it interrupts the block all the same.
+def held(grace_seconds: float, told: Callable[[int], None] = lambda signum: None) -> Iterator[list[int]]:
+    """Let a signal that ends the run wait until the end of this block.
+
+    Ctrl-C waits as long as that takes; a second one interrupts the block. SIGTERM and SIGHUP come from a scheduler, which kills the process
+    after some time: when the grace is over, the block is interrupted.
 
     Args:
-        told: called when the first signal comes.
+        told: called with the first signal when it comes.
 
     Yields:
         The signals that wait; empty as long as none has come.
@@ -68,14 +88,22 @@ def held(grace_seconds: float, told: Callable[[], None] = lambda: None) -> Itera
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield waiting
         return
+    first = 0.0
 
     def hold(signum: int, frame: FrameType | None) -> None:
-        global _arrived
-        if not waiting:
+        global _asked_at
+        nonlocal first
+        now, is_first = time.monotonic(), not waiting
+        if is_first:
+            first = now
             waiting.append(signum)
-            _arrived = time.monotonic()
+        elif signum == signal.SIGINT and now - first > _ECHO_SECONDS:
+            raise KeyboardInterrupt
+        if signum != signal.SIGINT and _asked_at is None:
+            _asked_at = now
             signal.setitimer(signal.ITIMER_REAL, grace_seconds)
-            told()
+        if is_first:
+            told(signum)
 
     handlers = {number: signal.getsignal(number) for number in _ENDING}
     kept = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
@@ -95,14 +123,12 @@ def held(grace_seconds: float, told: Callable[[], None] = lambda: None) -> Itera
 
 @contextmanager
 def limited(grace_seconds: float) -> Iterator[None]:
-    """Interrupt this block, which follows a signal, when the grace is over."""
-    if threading.current_thread() is not threading.main_thread():
+    """Interrupt this block, which follows a signal, when the grace of a scheduler is over. There is none after Ctrl-C."""
+    if _asked_at is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    passed = time.monotonic() - _arrived
     alarm = signal.signal(signal.SIGALRM, _interrupt)
-    # A signal that did not wait has just come.
-    signal.setitimer(signal.ITIMER_REAL, max(0.01, grace_seconds - passed) if passed < grace_seconds else grace_seconds)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, _asked_at + grace_seconds - time.monotonic()))
     try:
         yield
     finally:

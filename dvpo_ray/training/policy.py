@@ -80,7 +80,7 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
         for step in range(run.last_step + 1, config.train.steps + 1):
             refreshed = state.refresh(loop, console)
             experience = loop.collect(step)
-            with run.whole_step():
+            with run.whole_step(console):
                 metrics = loop.learn(step, experience)
                 health, alarms = state.health.observe(step, metrics)
                 log.write(step, metrics | health | refreshed)
@@ -90,7 +90,7 @@ def optimise(run: Run, state: PolicyState, loop: PolicyLoop, console: RunConsole
             state.evaluate_if_due(loop, console)
             is_kept = stops or state.refresh_is_due or is_due(step, config.checkpoint.every_steps)
             if is_kept or step == config.train.steps:
-                with console.stage("saving a checkpoint", quiet=True), run.whole_step():
+                with console.stage("saving a checkpoint", quiet=True), run.whole_step(console):
                     try:
                         run.save_checkpoint(loop.save, loop.state_dict() | state.state_dict())
                     except DiskFull as full:  # the checkpoint that more steps would start from; the result matters more

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,8 @@ from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.monitoring.report import write_report
 from dvpo_ray.monitoring.run_files import amend_summary, last_saved_step, read_summary, resume_command, write_summary
 from dvpo_ray.runtime import checkpoints
-from dvpo_ray.runtime.termination import held, limited
-from dvpo_ray.runtime.waiting import patience, tell
+from dvpo_ray.runtime.termination import grace_is_over, held, limited
+from dvpo_ray.runtime.waiting import patience
 from dvpo_ray.training.run_folder import begin, check_resume, locked
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Run:
         self._saved_step = 0
         self._checkpoint_bytes = 0
         self._is_whole = True
-        self._say: Callable[[str], None] = tell
+        self._told_of_long_steps = False
         self._writes_metrics = False
         if resume:
             check_resume(self.folder, stage, config)
@@ -103,7 +104,6 @@ class Run:
                 self.tell(**{"model": self.config.model.path, "notes": list(notes)} | dict(summary()))
             try:
                 with self.memory, patience(say=console.say):
-                    self._say = console.say
                     console.header(title, {**facts, "run folder": self.folder})
                     for note in notes:
                         console.warn(note)
@@ -206,7 +206,9 @@ class Run:
 
     @contextmanager
     def saved_when_interrupted(self, write: Callable[[Path], None], state: Callable[[], Mapping[str, Any]], console: RunConsole) -> Iterator[None]:
-        """When the block is interrupted, save a checkpoint of the last step that is done, within `termination.grace_seconds`.
+        """When the block is interrupted, save a checkpoint of the last step that is done.
+
+        After SIGTERM or SIGHUP within `termination.grace_seconds`; after Ctrl-C until a second one.
 
         Args:
             write, state: as in `save_checkpoint`.
@@ -214,29 +216,61 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            if not self._is_whole:
-                limit = f"termination.grace_seconds={self.config.termination.grace_seconds:g}"
-                console.warn(f"the step and its checkpoint took longer than {limit}: nothing after step {self._saved_step} is saved")
-            elif self.last_step > self._saved_step:
+            if self._is_whole and self.last_step > self._saved_step:
                 try:
                     with console.stage(f"checkpoint of step {self.last_step}"), limited(self.config.termination.grace_seconds):
                         self.save_checkpoint(write, state())
                 except (KeyboardInterrupt, ResourceError, OSError) as second:
-                    why = str(second) or f"it took longer than termination.grace_seconds={self.config.termination.grace_seconds:g}"
-                    console.warn(f"no checkpoint of step {self.last_step}: {why}")
+                    console.warn(f"no checkpoint of step {self.last_step}: {str(second) or self._why_cut_off()}")
             # Now, because the same signal may have ended Ray, and then this process may not come to its own end.
             end = {"state": "interrupted", "steps": self.last_step, "resume_command": resume_command(self.folder, self.stage)}
             self.tell(**end)
             raise
 
     @contextmanager
-    def whole_step(self) -> Iterator[None]:
-        """From the update of a step to its record: a signal that ends the run waits, at most `termination.grace_seconds`."""
+    def held_signals(self, console: RunConsole) -> Iterator[list[int]]:
+        """A signal that ends the run waits for the end of this block, as `held` says. The user is told of it, and of work that it costs.
+
+        Yields:
+            The signals that wait.
+        """
         grace = self.config.termination.grace_seconds
-        with held(grace, lambda: self._say(f"ending: the step is finished and saved first, in at most {grace:g} s")):
+
+        def told(signum: int) -> None:
+            limit = "; Ctrl-C again ends at once" if signum == signal.SIGINT else f", in at most {grace:g} s"
+            console.say(f"ending: the step is finished and saved first{limit}")
+
+        with held(grace, told) as signals:
+            try:
+                yield signals
+            except KeyboardInterrupt:
+                console.warn(f"the step is lost: {self._why_cut_off()}")
+                raise
+
+    def _why_cut_off(self) -> str:
+        name, grace = "termination.grace_seconds", self.config.termination.grace_seconds
+        if not grace_is_over(grace):
+            return "it was ended by a second Ctrl-C"
+        return f"it took longer than {name}={grace:g}; raise {name}, and give the scheduler that time"
+
+    @contextmanager
+    def whole_step(self, console: RunConsole) -> Iterator[None]:
+        """From the update of a step to its record: a signal that ends the run waits.
+
+        Where nobody watches a terminal, a note says once that this takes longer than a scheduler is going to wait.
+        """
+        grace, began = self.config.termination.grace_seconds, time.monotonic()
+        with self.held_signals(console):
             self._is_whole = False
             yield
             self._is_whole = True
+        seconds = time.monotonic() - began
+        if seconds > grace and console.bars is None and not self._told_of_long_steps:
+            self._told_of_long_steps = True
+            console.say(
+                f"note: to finish and save a step took {seconds:.0f} s, and termination.grace_seconds is {grace:g}: SIGTERM or SIGHUP would lose "
+                "what follows the last checkpoint; raise it if your scheduler waits longer before it kills"
+            )
 
 
 def _how_it_ended(error: BaseException) -> dict[str, str]:

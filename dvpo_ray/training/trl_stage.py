@@ -22,7 +22,6 @@ from dvpo_ray.monitoring.logs import LibraryOutput, library_output
 from dvpo_ray.monitoring.metrics import MetricsLog
 from dvpo_ray.planning.memory import FULL, MOMENTS
 from dvpo_ray.runtime.checkpoints import check_room, problem, write_manifest
-from dvpo_ray.runtime.termination import held
 from dvpo_ray.training.run import Run, check_finite
 
 logger = logging.getLogger(__name__)
@@ -113,7 +112,7 @@ def run_stage(
         check_room(run.folder, (FULL + MOMENTS) * sum(parameter.numel() for parameter in trainer.model.parameters()))
         with console.stage("rehearsing the saving", quiet=True):
             rehearse_saving(partial(save_policy, trainer.model, {}, tokenizer, source), run.folder, source.path)
-        with run.metrics_log() as log, held(run.config.termination.grace_seconds) as signals:
+        with run.metrics_log() as log, run.held_signals(console) as signals:
             trainer.add_callback(_Progress(run, console, log, metrics, signals))
             trainer.train(resume_from_checkpoint=str(run.checkpoint[0]) if run.checkpoint is not None else None)
         _check_weights(trainer.model, stage)

@@ -142,7 +142,7 @@ class ValueModelTraining:
             self.run.saved_when_interrupted(write, lambda: state, console),
         ):
             for step in range(self.run.last_step + 1, self.total_steps + 1):
-                with self.run.whole_step():
+                with self.run.whole_step(console):
                     metrics = self.step(trainers, step)
                     check_finite(step, metrics, "gvm", self.settings.section, dtype=self.config.model.dtype)
                     self.run.last_step = step
