@@ -10,7 +10,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,30 @@ def test_full_disk_is_status_2(failing, capsys):
 def test_interrupt_is_status_130(failing, capsys):
     assert cli.main(failing(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "dvpo: interrupted\n"
+
+
+@pytest.mark.parametrize("module", ["dvpo_ray.cli", "pydantic", "dvpo_ray.monitoring.report"])
+def test_ctrl_c_during_the_imports_is_one_line_and_status_130(module, tmp_path):
+    """By the entry point that pyproject.toml names; the signal comes when a module is about to be imported."""
+    entry, _, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["dvpo"].partition(":")
+    program = f"""
+        import os, signal, sys
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupting())
+        sys.argv = ["dvpo", "report", {str(tmp_path)!r}]
+        from {entry} import {function}
+        sys.exit({function}())
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "dvpo: interrupted\n")
+
+
+def test_the_entry_point_runs_the_command():
+    done = subprocess.run([sys.executable, "-m", "dvpo_ray", "report", "none"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "dvpo: none: no such run folder\n")
 
 
 def test_what_the_system_says_of_a_path_is_one_line(failing, capsys):

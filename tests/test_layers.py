@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dvpo_ray"
 
 LAYERS = (
+    "__main__",
     "cli",
     "commands",
     "experiments",
