@@ -14,6 +14,7 @@ from typing import NoReturn
 from dvpo_ray import __version__
 from dvpo_ray.commands import bench, experiment, plan, quickstart, results, train
 from dvpo_ray.commands.common import Command, add_commands, group
+from dvpo_ray.config.keys import nearest_keys
 from dvpo_ray.errors import InputError, ResourceError, one_line
 from dvpo_ray.monitoring.logs import quiet_libraries
 from dvpo_ray.runtime.termination import Termination
@@ -78,7 +79,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         InputError: argparse's error, in one line.
     """
-    args, rest = build_parser().parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    elif words == ["version"]:
+        words = ["--version"]
+    args, rest = build_parser().parse_known_args(words)
     # argparse takes only the overrides before the first option; the others arrive in `rest`.
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
     unknown = [text for text in rest if text not in overrides]
@@ -113,18 +119,27 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """argparse's check of a choice, with the nearest one in its error."""
-        nearest = difflib.get_close_matches(value, action.choices, n=1) if action.choices is not None and isinstance(value, str) else []
-        if nearest and value not in action.choices:
+        if action.choices is None or not isinstance(value, str) or value in action.choices:
+            return super()._check_value(action, value)
+        beginning = [choice for choice in action.choices if value and str(choice).startswith(value)]
+        nearest = beginning or difflib.get_close_matches(value, action.choices, n=1)
+        if nearest:
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}; did you mean {nearest[0]}?")
         super()._check_value(action, value)
 
     def unknown_argument(self, argument: str) -> str:
         """The error about an argument that this command does not know, with the nearest option."""
-        option = argument.partition("=")[0]
-        nearest = difflib.get_close_matches(option, self._option_string_actions, n=1) if option.startswith("-") else []
-        if nearest:
-            return f"unknown argument {argument}; did you mean {nearest[0]}? See `{self.prog} --help`"
-        hint = "; overrides are written without dashes, key=value" if option.startswith("-") and "=" in argument else ""
+        option, equals, value = argument.partition("=")
+        hint = ""
+        if option.startswith("-"):
+            options = {name.lstrip("-"): name for name in self._option_string_actions}
+            nearest = difflib.get_close_matches(option.lstrip("-"), options, n=1)
+            if nearest:
+                return f"unknown argument {argument}; did you mean {options[nearest[0]]}? See `{self.prog} --help`"
+            keys = nearest_keys(option.lstrip("-"))
+            if (keys or equals) and any(action.dest == "overrides" for action in self._actions):
+                meant = " or ".join(f"{key}={value or 'VALUE'}" for key in keys)
+                hint = f"; overrides are written without dashes, {meant or 'key=value'}"
         return f"unknown argument {argument}{hint}; see `{self.prog} --help`"
 
 

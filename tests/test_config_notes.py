@@ -71,8 +71,8 @@ REFRESHED = ["gvm.refresh.source=judge"]
         (["kl.placement=off", "kl.coefficient=0.05"], "kl.coefficient 0.05 has no effect, since kl.placement is off"),
         (["kl.placement=off", "kl.adaptive_target_nats=6"], "kl.adaptive_target_nats 6 has no effect, since kl.placement is off"),
         (
-            ["train.steps=5", "health.window_steps=6"],
-            "health.window_steps 6 is above train.steps 5; no alarm about the value estimate can be raised; that is no fault in a short run",
+            ["train.steps=5", "health.window_steps=6", "health.on_alarm=stop"],
+            "health.on_alarm is stop, but health.window_steps 6 is above train.steps 5; no alarm that does so can be raised",
         ),
         (
             ["health.on_alarm=stop", "evaluation.judge=none"],
@@ -95,7 +95,8 @@ def test_settings_without_effect(overrides, note, capsys):
         ["kl.coefficient=0.05"],
         ["kl.placement=off", "kl.coefficient=0"],
         ["kl.placement=loss"],
-        ["train.steps=5", "health.window_steps=5"],
+        ["train.steps=5", "health.window_steps=6"],
+        ["train.steps=5", "health.window_steps=5", "health.on_alarm=stop"],
         ["health.on_alarm=stop"],
         ["health.on_alarm=stop", "evaluation.judge=none", "health.max_calibration_error=0.1"],
         ["train.steps=12", "gvm.refresh_every_steps=11", *REFRESHED],
@@ -162,9 +163,10 @@ def test_a_run_warns_of_them(tiny_model, tmp_path):
         "gvm": {"path": str(make_gvm(tmp_path / "gvm", tiny_model))},
         "rollout": {"max_response_tokens": 12},
         "train": {"steps": 5},
+        "health": {"on_alarm": "stop"},
     }
     assert load_inputs(Config(**settings)).notes == [
-        "health.window_steps 10 is above train.steps 5; no alarm about the value estimate can be raised; that is no fault in a short run"
+        "health.on_alarm is stop, but health.window_steps 10 is above train.steps 5; no alarm that does so can be raised"
     ]
 
 

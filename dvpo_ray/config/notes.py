@@ -176,9 +176,9 @@ def _kl_notes(config: Config) -> Iterator[str]:
 
 def _health_notes(config: Config) -> Iterator[str]:
     health, steps, every = config.health, config.train.steps, config.gvm.refresh_every_steps
-    if health.window_steps > steps:
-        missed = "no alarm about the value estimate can be raised; that is no fault in a short run"
-        yield f"health.window_steps {health.window_steps} is above train.steps {steps}; {missed}"
+    if health.on_alarm != "warn" and health.window_steps > steps:
+        missed = "no alarm that does so can be raised"
+        yield f"health.on_alarm is {health.on_alarm}, but health.window_steps {health.window_steps} is above train.steps {steps}; {missed}"
     elif health.on_alarm != "warn" and config.evaluation.judge == "none" and health.max_calibration_error is None:
         yield f"health.on_alarm is {health.on_alarm}, but no alarm that does so can be raised, since evaluation.judge is none"
     if every >= steps:
