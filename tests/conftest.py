@@ -189,7 +189,9 @@ def backend(monkeypatch):
     """Puts a recording function in the place of a module that does a command's work."""
 
     monkeypatch.setattr("dvpo_ray.data.hub.refuse_unreachable", lambda *_: None)  # the tests run with the hub switched off
-    monkeypatch.setattr("dvpo_ray.commands.train.problems", lambda _: [])  # and name files that are not there
+    for command in ("train", "results"):  # and name files that are not there
+        monkeypatch.setattr(f"dvpo_ray.commands.{command}.problems", lambda _: [])
+    monkeypatch.setattr("dvpo_ray.commands.results.no_artifact", lambda _: None)
 
     def backend(module: str, function: str, result=None) -> list:
         calls = []

@@ -59,13 +59,22 @@ def test_help_ends_with_an_example_that_parses(command, capsys):
     [
         ([], "the following arguments are required: COMMAND; see `dvpo --help`"),
         (["traim"], "argument COMMAND: invalid choice: 'traim'; did you mean train? See `dvpo --help`"),
+        (["doc"], "argument COMMAND: invalid choice: 'doc'; did you mean doctor? See `dvpo --help`"),
         (["gvm", "evel"], "argument COMMAND: invalid choice: 'evel'; did you mean eval? See `dvpo gvm --help`"),
         (["zzz"], "argument COMMAND: invalid choice: 'zzz' (choose from "),
         (["train"], "the following arguments are required: CONFIG; see `dvpo train --help`"),
         (["gvm"], "the following arguments are required: COMMAND; see `dvpo gvm --help`"),
         (["train", "x.yaml", "--dryrun"], "unknown argument --dryrun; did you mean --dry-run? See `dvpo train --help`"),
         (["gvm", "eval", "x.yaml", "--gmv", "g"], "unknown argument --gmv; did you mean --gvm? See `dvpo gvm eval --help`"),
-        (["train", "x.yaml", "--seed=4"], "unknown argument --seed=4; overrides are written without dashes, key=value; see `dvpo train --help`"),
+        (["train", "x.yaml", "--seed=4"], "unknown argument --seed=4; overrides are written without dashes, seed=4; see `dvpo train --help`"),
+        (
+            ["train", "x.yaml", "--steps=4"],
+            "unknown argument --steps=4; overrides are written without dashes, train.steps=4; see `dvpo train --help`",
+        ),
+        (["train", "x.yaml", "--steps", "4"], "unknown argument --steps; overrides are written without dashes, train.steps=VALUE; see `dvpo "),
+        (["train", "x.yaml", "--zzz=4"], "unknown argument --zzz=4; overrides are written without dashes, key=value; see `dvpo train --help`"),
+        (["train", "x.yaml", "--zzz"], "unknown argument --zzz; see `dvpo train --help`"),
+        (["report", "runs/a", "--steps=4"], "unknown argument --steps=4; see `dvpo report --help`"),
         (["report", "runs/a", "seed=4"], "unknown argument seed=4; see `dvpo report --help`"),
         (["train", "x.yaml"], "x.yaml: no such file"),
         (["train", LOCAL_CPU.replace(".yaml", ".yml")], f"{LOCAL_CPU.replace('.yaml', '.yml')}: no such file; did you mean {LOCAL_CPU}?"),
@@ -100,6 +109,41 @@ def test_a_report_of_what_lies_in_a_run_folder_names_the_run(tmp_path, monkeypat
 @pytest.mark.parametrize(("command", "section"), [(["train"], "data.prompts"), (["gvm", "train"], "data.preferences"), (["dpo"], "data.preferences")])
 def test_data_that_a_command_needs(command, section, capsys):
     assert f"{section}.path is not set" in refusal(capsys, *command, LOCAL_CPU, f"{section}=null", "gvm.path=g")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [(["help"], ["--help"]), (["help", "gvm", "train"], ["gvm", "train", "--help"]), (["version"], ["--version"])]
+)
+def test_help_and_version_may_be_written_as_commands(words, option, capsys):
+    printed = []
+    for argv in (words, option):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(argv)
+        printed.append(capsys.readouterr().out)
+        assert ended.value.code == 0
+    assert printed[0] == printed[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["eval", "data.prompts.path=gone.jsonl"], "data.prompts.path gone.jsonl: no such file or folder"),
+        (["eval", "--policy", "./gone"], "--policy ./gone: no such checkpoint folder"),
+        (["gvm", "eval", "--gvm", "g", "data.preferences.path=gone.jsonl"], "data.preferences.path gone.jsonl: no such file or folder"),
+        (["gvm", "eval", "--gvm", "gone"], "gone: no such folder in "),
+        (["gvm", "score", "--gvm", "g", "--input", "gone.jsonl", "--output", "o"], "--input gone.jsonl: no such file or folder"),
+    ],
+    ids=" ".join,
+)
+def test_what_an_evaluation_reads_is_looked_for_before_the_libraries_are_loaded(command, line, capsys, tmp_path):
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "gvm.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    words = [word for word in command if word in ("eval", "gvm", "score")]
+    argv = [*words, LOCAL_CPU, *command[len(words) :], f"model.path={tmp_path}"]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"dvpo: {line}")
 
 
 def test_overrides_may_stand_anywhere_after_the_config():

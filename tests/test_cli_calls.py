@@ -63,14 +63,14 @@ ACCURACY = {
 }
 
 
-def test_gvm_eval_calls_the_evaluation_and_says_what_it_means(backend, capsys):
+def test_gvm_eval_calls_the_evaluation_and_says_what_it_means(backend, capsys, tmp_path):
     calls = backend("dvpo_ray.gvm.evaluation", "evaluate_gvm", ACCURACY)
     assert cli.main(["gvm", "eval", LOCAL_CPU, "seed=4", "--gvm", "g", "--out", "e"]) == 0
     assert cli.main(["gvm", "eval", LOCAL_CPU, "--gvm", "g"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU, ["seed=4"]), Path("g"), Path("e")), {})
     assert re.fullmatch(r"runs/local-cpu-gvm-eval-\d{8}-\d{6}", str(calls[1][0][2]))
     lines = capsys.readouterr().out.splitlines()
-    lines = lines[lines.index("note: left out 2 of 42 pairs") : lines.index("e/evaluation.json") + 1]
+    lines = lines[lines.index("note: left out 2 of 42 pairs") : lines.index(f"{tmp_path}/e/evaluation.json") + 1]
     assert lines == [
         "note: left out 2 of 42 pairs",
         "held-out accuracy: 0.800 by mean value, 0.750 by last value, 40 pairs",
@@ -79,7 +79,7 @@ def test_gvm_eval_calls_the_evaluation_and_says_what_it_means(backend, capsys):
         "plots: e",
         "next, to use it:",
         f"dvpo train {LOCAL_CPU} seed=4 gvm.path=g",
-        "e/evaluation.json",
+        f"{tmp_path}/e/evaluation.json",
     ]
 
 
@@ -111,7 +111,7 @@ def test_report_calls_the_report(backend, capsys, tmp_path):
     assert cli.main(["report", "run"]) == 0
     (folder, _), _ = calls[0]
     assert folder == Path("run")
-    assert capsys.readouterr().out == "run/report.html\n"
+    assert capsys.readouterr().out == f"{tmp_path}/run/report.html\n"
 
 
 def test_report_says_what_it_leaves_out(capsys, tmp_path):
@@ -121,7 +121,7 @@ def test_report_says_what_it_leaves_out(capsys, tmp_path):
     (tmp_path / "run" / "rollouts" / "step_000002.jsonl").write_text("")
     assert cli.main(["report", "run"]) == 0
     out, err = capsys.readouterr()
-    assert out == "run/report.html\n"
+    assert out == f"{tmp_path}/run/report.html\n"
     assert err.splitlines()[0] == "dvpo: warning: run/rollouts/step_000002.jsonl: no rows; the file is left out"
     assert err.splitlines()[1].startswith("dvpo: warning: run/rollouts/step_000001.jsonl:1: not valid JSON (")
 
@@ -146,7 +146,7 @@ JUDGED = {
 }
 
 
-def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
+def test_eval_calls_the_evaluation_of_a_policy(backend, capsys, tmp_path):
     calls = backend("dvpo_ray.training.evaluate", "evaluate_policy", JUDGED)
     assert cli.main(["eval", LOCAL_CPU, "--policy", "runs/a/final", "--out", "there"]) == 0
     printed = without_loading(capsys.readouterr().out)
@@ -159,7 +159,7 @@ def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
         "responses: there/evaluation.jsonl",
         f"next, to compare with {load_config(LOCAL_CPU).model.path}:",
         f"dvpo eval {LOCAL_CPU}",
-        "there/evaluation.json",
+        f"{tmp_path}/there/evaluation.json",
     ]
     assert f"next, to compare with a trained policy:\ndvpo eval {LOCAL_CPU} model.path=m --policy RUN/final\n" in capsys.readouterr().out
 
@@ -179,7 +179,7 @@ def test_eval_calls_the_evaluation_of_a_policy(backend, capsys):
     ],
     ids=["no value model", "one side", "both sides"],
 )
-def test_eval_without_a_judge_says_what_there_is(backend, capsys, estimate, told):
+def test_eval_without_a_judge_says_what_there_is(backend, capsys, tmp_path, estimate, told):
     unjudged = {key: value for key, value in JUDGED.items() if key != "gold"} | {"judge": "none", "policy": "p", "beside": "m", "estimate": estimate}
     backend("dvpo_ray.training.evaluate", "evaluate_policy", unjudged)
     assert cli.main(["eval", LOCAL_CPU, "evaluation.judge=none", "model.path=m", "--policy", "p", "--out", "there"]) == 0
@@ -189,7 +189,7 @@ def test_eval_without_a_judge_says_what_there_is(backend, capsys, estimate, told
         "No judge scored them (evaluation.judge is none). The estimate is what a policy is optimised for, so read the responses too.",
         "responses: there/evaluation.jsonl",
         "next: read `before` and `response` of each row there, or give the file to a judge of yours (docs/training.md, Without a judge)",
-        "there/evaluation.json",
+        f"{tmp_path}/there/evaluation.json",
     ]
 
 
@@ -217,7 +217,8 @@ def test_json_has_standard_output_for_itself(argv, module, function, result, tmp
         sys.modules[{module!r}] = types.SimpleNamespace({function}=work)
         from dvpo_ray import commands
         from dvpo_ray.cli import main
-        commands.train.problems = lambda _: []
+        commands.train.problems = commands.results.problems = lambda _: []
+        commands.results.no_artifact = lambda _: None
         sys.exit(main({[*command, LOCAL_CPU, f"model.path={tmp_path}", *argv[len(command) :], "--json"]!r}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=tmp_path)
@@ -231,7 +232,7 @@ def test_bench_step_calls_the_benchmark_and_keeps_its_results(backend, capsys, t
     assert cli.main(["bench", "step", LOCAL_CPU, "gvm.path=g", "--out", "b", "--repeats", "2"]) == 0
     assert calls[0] == ((load_config(LOCAL_CPU, ["gvm.path=g"]), Path("b"), 2), {})
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "step"}
-    assert without_loading(capsys.readouterr().out) == "b/bench.json\n"
+    assert without_loading(capsys.readouterr().out) == f"{tmp_path}/b/bench.json\n"
     assert refusal(capsys, "bench", "step", LOCAL_CPU, "gvm.path=g", "--repeats", "0") == (
         "argument --repeats: '0' is not a whole number of at least 1; see `dvpo bench step --help`"
     )
@@ -247,7 +248,7 @@ def test_bench_trl_calls_the_benchmark_and_keeps_its_results(monkeypatch, capsys
     )
     assert calls == [(load_config(LOCAL_CPU), Path("p"), Path("b"), 2, {"ppo": ["policy.threads=1"], "dvpo": []}, 3)]
     assert json.loads((tmp_path / "b" / "bench.json").read_text(encoding="utf-8")) == {"benchmark": "trl"}
-    assert without_loading(capsys.readouterr().out) == "b/bench.json\n"
+    assert without_loading(capsys.readouterr().out) == f"{tmp_path}/b/bench.json\n"
     assert "data.prompts.path is not set" in refusal(capsys, "bench", "trl", LOCAL_CPU, "data.prompts=null", "--trl-python", "p")
     assert "arguments are required: --trl-python" in refusal(capsys, "bench", "trl", LOCAL_CPU)
 

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if markdown is not None:
         with whole_file(out / f"{args.kind}.md") as file:
             file.write(markdown)
-    print(out / f"{args.kind}.json")
+    print((out / f"{args.kind}.json").resolve())
     return 0
 
 

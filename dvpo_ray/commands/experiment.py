@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{args.experiment}: {counted(len(runs), 'run')} in {out}", flush=True)
     print(run_study(study, runs))
-    print(out)
+    print(out.resolve())
     return 0
 
 

@@ -24,7 +24,7 @@ from dvpo_ray.commands.common import (
 )
 from dvpo_ray.config import Config
 from dvpo_ray.config.arithmetic import counted
-from dvpo_ray.config.inputs import Needed
+from dvpo_ray.config.inputs import Needed, no_artifact, policy_inputs, preference_inputs, problems
 from dvpo_ray.config.paths import name_or_path_option, path_option
 from dvpo_ray.errors import InputError
 from dvpo_ray.monitoring.console import Shell
@@ -51,13 +51,23 @@ def evaluate(args: Namespace) -> None:
     policy = args.policy or config.model.path
     with only_json(args.json):
         beside = [] if config.evaluation.judge != "none" else [Needed("model.path", config.model.path, "policy")]
-        refuse_unreachable(Needed("--policy" if args.policy else "model.path", policy, "policy"), *beside)
+        prompts = (one for one in policy_inputs(config) if one.key.startswith("data.prompts"))
+        _check(Needed("--policy" if args.policy else "model.path", policy, "policy"), *beside, *prompts)
         with loading():
             from dvpo_ray.training.evaluate import evaluate_policy
         result = evaluate_policy(config, policy, out)
         tell([*policy_words(result), f"responses: {out / 'evaluation.jsonl'}", *_other_side(args, result, config.model.path)])
     # The last line is for scripts.
-    print(json.dumps(result, indent=2) if args.json else out / "evaluation.json")
+    print(json.dumps(result, indent=2) if args.json else (out / "evaluation.json").resolve())
+
+
+def _check(*needed: Needed, gvm: Path | None = None) -> None:
+    """Refuse what is not there before the libraries are loaded, which takes seconds. `gvm`: a value model or a reward model."""
+    if gvm is not None and (problem := no_artifact(gvm)) is not None:
+        raise InputError(problem)
+    refuse_unreachable(*needed)
+    for problem in problems(needed):
+        raise InputError(problem)
 
 
 def _other_side(args: Namespace, result: dict, start: str) -> list[str]:
@@ -96,7 +106,7 @@ def evaluate_gvm(args: Namespace) -> None:
     out = args.out or dated_folder(config, "-gvm-eval")
     check_new_output(out, "the evaluation")
     with only_json(args.json):
-        refuse_unreachable(Needed("model.path", config.model.path, "policy"))
+        _check(*(one for one in preference_inputs(config) if one.key == "model.path" or one.kind == "data"), gvm=gvm)
         with loading():
             from dvpo_ray.gvm.evaluation import evaluate_gvm
         with stage("values of the held-out pairs"):
@@ -106,7 +116,7 @@ def evaluate_gvm(args: Namespace) -> None:
         use = shlex.join(["dvpo", "train", args.config, *args.overrides, *more]) + own_prompts(config.model_dump(mode="json"))
         words = accuracy_words(result, ["last"] if is_reward_model else ["mean", "last"])
         tell([*_notes(result), *words, f"plots: {out}", "next, to use it:", Shell(use)])
-    print(json.dumps(result, indent=2) if args.json else out / "evaluation.json")
+    print(json.dumps(result, indent=2) if args.json else (out / "evaluation.json").resolve())
 
 
 @command(
@@ -119,7 +129,7 @@ def evaluate_gvm(args: Namespace) -> None:
 def score(args: Namespace) -> None:
     config, gvm = _load_with_gvm(args)
     check_new_output(args.output, "--output")
-    refuse_unreachable(Needed("model.path", config.model.path, "policy"))
+    _check(Needed("model.path", config.model.path, "policy"), Needed("--input", str(args.input), "data"), gvm=gvm)
 
     with loading():
         from dvpo_ray.gvm.scoring import score_file
@@ -141,4 +151,4 @@ def report(args: Namespace) -> None:
 
     from dvpo_ray.monitoring.report import write_report
 
-    print(write_report(args.run_folder, lambda note: print(f"dvpo: warning: {note}", file=sys.stderr)))
+    print(write_report(args.run_folder, lambda note: print(f"dvpo: warning: {note}", file=sys.stderr)).resolve())

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_when_told()
     chosen = [step for step in STEPS if not args.steps or step.name in args.steps]
     ended = run_steps(chosen, args.out.resolve(), args.device, args.seconds, gpus)
-    print(args.out / "table.md")
+    print((args.out / "table.md").resolve())
     return int(any(one.failed for one in ended))
 
 
