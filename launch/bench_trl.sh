@@ -7,6 +7,7 @@
 # DVPO_VENV=/path                 where dvpo is installed (default: .venv)
 # DVPO_TRL_VENV=/path             where to build (default: .venv-trl)
 set -euo pipefail
+[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=${DVPO_VENV:-$root/.venv}/bin
 venv=${DVPO_TRL_VENV:-$root/.venv-trl}
@@ -33,7 +34,6 @@ make_environment() {
 }
 
 (($#)) || fail "which config? usage: launch/bench_trl.sh CONFIG [KEY=VALUE ...] [--set ALGORITHM:KEY=VALUE] [--repeats N] [--rounds N] [--out DIR]"
-[[ $1 != -h && $1 != --help ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 [[ -x $bin/dvpo ]] || fail "$bin/dvpo is not there; run launch/install.sh first"
 unset PYTHONPATH PYTHONHOME
 read -r torch transformers <<<"$(requirements)"

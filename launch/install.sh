@@ -9,6 +9,7 @@
 # PYTHON=/path/to/python3.12   the Python to build on (default: the first 3.11 or 3.12 on the PATH)
 # DVPO_VENV=/path              where to build instead of .venv
 set -euo pipefail
+[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${DVPO_VENV:-$root/.venv}
@@ -93,6 +94,13 @@ install_key() {
     cat "$root/pyproject.toml" "$root"/launch/overrides-*.txt "$root/launch/install.sh" <(echo "$root $mode") | sha256sum | cut -c1-16
 }
 
+# A process that has loaded libraries of the environment may fail at its next import.
+warn_of_users() {
+    local user
+    user=$(grep -lsF "$(cd "$venv" 2>/dev/null && pwd -P)/" /proc/[0-9]*/maps | head -n 1 | tr -dc 0-9) || true
+    [[ -z $user ]] || echo "install.sh: warning: process $user runs from $venv, and what it imports is going to change under it" >&2
+}
+
 check_disk() {
     local free
     free=$(($(df -Pk "$(dirname "$venv")" | awk 'NR == 2 {print $4}') / 1048576))
@@ -154,7 +162,6 @@ extras=()
 for argument in "$@"; do
     case $argument in
         cpu | gpu) mode=$argument ;;
-        -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit ;;
         dev | wandb | mlflow) extras+=("$argument") ;;
         *) fail "unknown argument $argument; expected: launch/install.sh [cpu|gpu] [dev] [wandb] [mlflow]" ;;
     esac
@@ -192,6 +199,7 @@ else
     download="5 GB"
     check_disk 16
 fi
+[[ ! -d $venv ]] || warn_of_users
 if [[ -n $existing ]]; then
     echo "install.sh: repairing or updating $venv ($mode, Python $(python_version "$venv/bin/python"))"
 else

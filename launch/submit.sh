@@ -8,6 +8,7 @@
 # The token of a cluster that asks for one: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token.
 # The exit status is that of `dvpo train`. Ctrl-C stops the output only. `ray job stop ID` stops the job.
 set -euo pipefail
+[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bin=${DVPO_VENV:-$root/.venv}/bin
 address=${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}
@@ -42,7 +43,6 @@ PYTHON
 }
 
 (($#)) || fail "which config? usage: launch/submit.sh CONFIG [KEY=VALUE ...] [--out DIR] [--resume]"
-[[ $1 != -h && $1 != --help ]] || { sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" && exit; }
 [[ -x $bin/dvpo && -x $bin/ray ]] || fail "$bin/dvpo is not there; run launch/install.sh first"
 # A wrong config or override ends here, with one line and exit status 2. The address keeps out the limits of a local Ray.
 RAY_ADDRESS=auto "$bin/dvpo" train "$@" --dry-run >/dev/null

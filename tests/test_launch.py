@@ -47,6 +47,22 @@ def test_scripts_parse(script):
     assert script.name == "train.sbatch" or os.access(script, os.X_OK)
 
 
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+@pytest.mark.parametrize("script", sorted(path for path in SCRIPTS if path.parent != ROOT / ".ci"), ids=lambda path: path.name)
+def test_help_says_how_a_script_is_called_and_does_nothing(script, argument, checkout, tmp_path):
+    """Wherever it stands. The stand-ins of the checkout fail; gpu_check.sh leaves its help to Python."""
+    copy = checkout / script.relative_to(ROOT)
+    if script.name == "install.sh":
+        shutil.copy(script, copy)
+    before = sorted(tmp_path.rglob("*"))
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} if script.name == "gpu_check.sh" else {}
+    for arguments in ([argument], ["config.yaml", argument]):
+        done = run(copy, *arguments, TMPDIR=str(tmp_path), DVPO_VENV=str(tmp_path / "new" / "venv"), **environment)
+        assert done.returncode == 0 and not done.stderr
+        assert script.name in done.stdout and "#" not in done.stdout and "SBATCH -" not in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ------------------------------------------------------------------------------------- install, quickstart, test, CI
 
 
@@ -68,6 +84,25 @@ def test_install_says_when_there_is_no_python(tmp_path):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done = run(LAUNCH / "install.sh", "cpu", DVPO_VENV=str(tmp_path / "venv"), PATH=str(tmp_path))
     assert done.returncode == 2 and "no Python 3.11 or 3.12" in done.stderr and is_one_line(done.stderr)
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_install_warns_of_a_process_that_uses_what_is_going_to_change(tmp_path, is_used):
+    """The stand-in for Python passes every check and makes no environment, so nothing is installed."""
+    venv = tmp_path / "venv"
+    executable(tmp_path / "python", "[[ $1 == -c ]] || exit 9\n[[ $2 != *version()* ]] || echo 3.12.1")
+    library = (venv if is_used else tmp_path) / "library.so"
+    library.parent.mkdir(exist_ok=True)
+    venv.mkdir(exist_ok=True)
+    library.write_bytes(b"x")
+    program = "import mmap, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as user:
+        user.stdout.readline()
+        done = run(LAUNCH / "install.sh", "cpu", DVPO_VENV=str(venv), PYTHON=str(tmp_path / "python"))
+        user.stdin.close()
+    assert "an empty environment ... failed" in done.stdout
+    warning = f"install.sh: warning: process {user.pid} runs from {venv}, and what it imports is going to change under it"
+    assert (done.stderr.splitlines()[0] == warning) == is_used and done.stderr.count("warning") == is_used
 
 
 @pytest.fixture
