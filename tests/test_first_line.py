@@ -54,18 +54,22 @@ def commands(tmp_path) -> list[list[str]]:
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "reported").mkdir()
     finished_run(tmp_path / "reported")
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "gvm.json").touch()
+    (tmp_path / "i.jsonl").touch()
     model = [f"model.path={tmp_path / 'model'}"]
     with_pairs = [*model, f"data.preferences.path={SHIPPED}/preferences.train.jsonl", "data.preferences.heldout_path=null"]
+    with_prompts = [*model, f"data.prompts.path={SHIPPED}/prompts.train.jsonl", "data.prompts.heldout_path=null"]
     return [
         ["quickstart", "--out", "new"],
         ["sft", LOCAL_CPU, *GIVEN],
         ["gvm", "train", LOCAL_CPU, *GIVEN],
-        ["gvm", "eval", LOCAL_CPU, *GIVEN],
-        ["gvm", "score", LOCAL_CPU, "gvm.path=g", "--input", "i.jsonl", "--output", "o.jsonl"],
+        ["gvm", "eval", LOCAL_CPU, *with_pairs, *GIVEN],
+        ["gvm", "score", LOCAL_CPU, *model, "gvm.path=g", "--input", "i.jsonl", "--output", "o.jsonl"],
         ["rm", "train", LOCAL_CPU, *GIVEN],
         ["dpo", LOCAL_CPU, *GIVEN],
         ["train", LOCAL_CPU, *GIVEN],
-        ["eval", LOCAL_CPU, *GIVEN],
+        ["eval", LOCAL_CPU, *with_prompts, *GIVEN],
         ["plan", LOCAL_CPU, *model],
         ["bench", "step", LOCAL_CPU, *GIVEN],
         ["bench", "ledger", LOCAL_CPU, *GIVEN],
