@@ -42,7 +42,7 @@ def test_the_summary_box_has_the_main_numbers(run):
         "With the gold score, not instead of it.",
         "12.5 nats",
         "79.2%",
-        "mean 73.1%",
+        "73.1% by mean value, of held-out pairs; 79.2% by last value",
         "3 min 05 s",
         "6.25 GiB",
         "6 s per step",
@@ -58,7 +58,7 @@ def test_a_baseline_shows_its_reward_model_and_no_gvm(run, algorithm):
     trained = {"reward_model": {"heldout_accuracy": {"mean": 0.512, "last": 0.688}}}
     write_summary(run, summary | {"algorithm": algorithm} | trained)
     text = visible(page(run))
-    assert "Reward model accuracy 68.8% of held-out pairs: last 68.8% value" in text and "GVM accuracy" not in text and "51.2%" not in text
+    assert "Reward model accuracy 68.8% by last value, of held-out pairs" in text and "GVM accuracy" not in text and "51.2%" not in text
     write_summary(run, summary)  # of a run that ended before it began
     (run / "config.yaml").write_text(f"algorithm: {algorithm}\n", encoding="utf-8")
     text = visible(page(run))
@@ -69,7 +69,7 @@ def test_the_accuracy_of_the_scoring_model_comes_with_its_pairs_and_its_warnings
     measured = {"heldout_accuracy": {"mean": 1.0, "last": 1.0, "longer_wins": 1.0}, "pairs": 6, "accuracy_ci95": {"mean": [0.61, 1.0]}}
     write_summary(run, {"state": "finished", "gvm": measured, "warnings": ["g: length alone"], "notes": ["g: length alone", "a note"]})
     text = visible(page(run))
-    assert "100.0% of 6 held-out pairs, 95 % interval 61.0% to 100.0%: mean 100.0%, last 100.0% value; the longer wins 100.0%" in text
+    assert "100.0% by mean value, of 6 held-out pairs (61.0% to 100.0%); 100.0% by last value; 100.0% by length" in text
     assert "Worth a look g: length alone Notes on data and settings: 1 a note" in text
 
 

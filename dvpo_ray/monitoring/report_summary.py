@@ -186,12 +186,12 @@ def _scoring_accuracy(run: RunData) -> tuple[str, str, str]:
     accuracy = {view: value for view in views if (value := run.summary_number(f"{section}.heldout_accuracy.{view}")) is not None}
     if not accuracy:
         return name, "–", "not in the summary"
-    pairs, ends = run.summary_number(f"{section}.pairs"), setting(run.summary, f"{section}.accuracy_ci95.{next(iter(accuracy))}")
-    measured = f"of {counted(pairs, 'held-out pair')}, 95 % interval {ends[0]:.1%} to {ends[1]:.1%}" if pairs and ends else "of held-out pairs"
+    (view, counts), *others = accuracy.items()
+    pairs, ends = run.summary_number(f"{section}.pairs"), setting(run.summary, f"{section}.accuracy_ci95.{view}")
+    measured = f"{counted(pairs, 'held-out pair')} ({ends[0]:.1%} to {ends[1]:.1%})" if pairs and ends else "held-out pairs"
     longer = run.summary_number(f"{section}.heldout_accuracy.longer_wins")
-    by_length = f"; the longer wins {longer:.1%}" if longer is not None else ""
-    shown = ", ".join(f"{view} {value:.1%}" for view, value in accuracy.items())
-    return name, f"{next(iter(accuracy.values())):.1%}", f"{measured}: {shown} value{by_length}"
+    rest = [f"{value:.1%} by {other} value" for other, value in others] + ([f"{longer:.1%} by length"] if longer is not None else [])
+    return name, f"{counts:.1%}", "; ".join([f"by {view} value, of {measured}", *rest])
 
 
 def alarms(run: RunData) -> list[tuple[str, str]]:
