@@ -20,6 +20,7 @@ from gpu_check_steps import OUT
 
 from dvpo_ray.batch import RaggedBatch
 from dvpo_ray.bench.gpu_check import __main__ as command
+from dvpo_ray.bench.gpu_check import runner
 from dvpo_ray.bench.gpu_check.figures import Figure, Report, markdown_rows, read_figures
 from dvpo_ray.bench.gpu_check.runner import Ended, Step, table
 from dvpo_ray.bench.gpu_check.shapes import SHAPES, base_config
@@ -223,6 +224,17 @@ def test_the_table_is_narrow_and_whole():
     assert "| small | 0.123 |  |  |" in lines and any(line.startswith("| part | error: a / b c ddd") for line in lines)
     assert max(map(len, lines)) < 250
     assert markdown_rows(["a", "b"], []) == ["| a | b |", "| --- | --- |"]
+
+
+def test_each_step_has_a_folder_beside_the_one_that_they_share(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append([Path(word) for word in words if word.startswith(str(tmp_path))]))
+    check = runner._Check(tmp_path, tmp_path, "cuda", ["GPU 0: H100 (UUID)"] * 2)
+    for step in STEPS:
+        check.begin(step, 1000.0)
+        (shared,) = {folders[-1] for folders in started}
+        shared.mkdir(exist_ok=True)
+    assert len({folders[-2] for folders in started} | {shared}) == len(STEPS) + 1
 
 
 def test_the_steps_are_there_and_fit_the_time():

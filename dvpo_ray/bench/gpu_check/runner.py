@@ -163,7 +163,7 @@ class _Check:
             return
         folder, limit = self.work / step.name, min(step.seconds, left)
         folder.mkdir()
-        files = [self._figures(step), folder, self.work / "models"]
+        files = [self._figures(step), folder, self.work / "checkpoints"]
         words = [sys.executable, "-P", "-m", "dvpo_ray.bench.gpu_check.inside", step.function, self.device, *map(str, files), str(limit)]
         with (self.out / f"{step.name}.log").open("wb") as output:
             environment = os.environ | {_MARK: step.name}
