@@ -146,7 +146,9 @@ def test_new_adapters_replace_the_old_in_every_response_to_come(with_adapters):
 
     weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(9, 4)}
     (bucket,) = pack(weights.items(), 1000, checksum=True)
-    with_adapters.load_adapters(PeftLoraConfig(r=9, lora_alpha=6, target_modules=["q_proj"]), bucket)
+    with_adapters.start_weight_update()
+    with_adapters.update_weights({"description": PeftLoraConfig(r=9, lora_alpha=6, target_modules=["q_proj"]), **bucket})
+    with_adapters.finish_weight_update()
     request, description, arrived = given.pop()
     assert request.load_inplace and (description["r"], description["lora_alpha"]) == (9, 6)
     assert arrived.keys() == weights.keys() and all(torch.equal(arrived[name], weights[name]) for name in weights)
@@ -159,7 +161,7 @@ def test_new_adapters_replace_the_old_in_every_response_to_come(with_adapters):
     with pytest.raises(
         ResourceError, match=r"^weight_sync.transport is adapters, but vLLM has no place for the one of model.layers.0.other; set it to auto$"
     ):
-        with_adapters.load_adapters(PeftLoraConfig(), bucket)
+        with_adapters.update_weights({"description": PeftLoraConfig(), **bucket})
 
 
 def test_a_model_without_adapters_in_vllm_is_one_line(with_adapters, monkeypatch):

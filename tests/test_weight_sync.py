@@ -74,9 +74,9 @@ def test_adapters_travel_in_one_bucket_with_their_description(monkeypatch):
     weights = [("a.lora_A.weight", torch.randn(2, 8).bfloat16()), ("a.lora_B.weight", torch.randn(8, 2).bfloat16())]
     AdapterSender(Client(), lambda: iter(weights), "described", True, WeightSyncConfig(bucket_mib=1e-6)).send(4, changing_only=False)
     AdapterSender(Client(), lambda: iter(weights), "described", False, WeightSyncConfig()).send(4, changing_only=False)  # another rank
-    assert [phase for phase, *_ in done] == ["begin", "load_adapters", "set_policy_version"] and done[2][1] == 4
-    description, bucket = done[1][1]
-    assert description == "described"
+    assert [phase for phase, *_ in done] == ["begin", "start_weight_update", "update_weights", "finish_weight_update", "set_policy_version"]
+    (bucket,), (version,) = done[2][1:], done[4][1:]
+    assert bucket.pop("description") == "described" and version == 4
     assert all(name == sent and torch.equal(got, weight) for (name, got), (sent, weight) in zip(unpack(**bucket), weights, strict=True))
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from peft import LoraConfig as PeftLoraConfig
-
 Part = Literal["weights", "cache"]
 """What of an engine can wake alone."""
 
@@ -73,15 +71,6 @@ class RolloutBackend(ABC):
     @abstractmethod
     def finish_weight_update(self) -> None:
         """The new weights are whole: drop everything computed from the old ones."""
-
-    def load_adapters(self, description: PeftLoraConfig, bucket: dict) -> None:
-        """Replace the adapters, and drop everything computed with the old ones. Only of backends that the config allows them with.
-
-        Args:
-            description: peft's.
-            bucket: the arguments of `dvpo_ray.sync.object_store.unpack`.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def sleep(self) -> bool:

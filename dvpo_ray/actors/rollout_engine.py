@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from peft import LoraConfig as PeftLoraConfig
 
 from dvpo_ray.actors.rollout_backend import Part, Response, RolloutBackend
 from dvpo_ray.batch import RaggedBatch
@@ -122,10 +121,6 @@ class RolloutEngine(Actor):
 
     def finish_weight_update(self) -> None:
         self.backend.finish_weight_update()
-
-    def load_adapters(self, adapters: tuple[PeftLoraConfig, dict]) -> None:
-        description, bucket = adapters
-        self.backend.load_adapters(description, bucket)
 
     def set_policy_version(self, version: int) -> None:
         self.policy_version = version

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import save_file
@@ -120,16 +121,22 @@ class VLLMBackend(RolloutBackend):
         self.llm.collective_rpc("init_weight_transfer_engine", args=(init_info,))
 
     def start_weight_update(self) -> None:
-        self.llm.collective_rpc("start_weight_update")
+        if self.adapters is None:
+            self.llm.collective_rpc("start_weight_update")
 
     def update_weights(self, update_info: dict) -> None:
-        self.llm.collective_rpc("update_weights", args=(update_info,))
+        if self.adapters is None:
+            self.llm.collective_rpc("update_weights", args=(update_info,))
+        else:
+            self._load_adapters(**update_info)
 
     def finish_weight_update(self) -> None:
-        self.llm.collective_rpc("finish_weight_update")
-        self._forget()
+        if self.adapters is None:
+            self.llm.collective_rpc("finish_weight_update")
+        if not self.llm.reset_prefix_cache():  # cached keys and values were computed with the old weights
+            raise RuntimeError("vLLM kept keys and values of the old weights: a response was unfinished when new weights came")
 
-    def load_adapters(self, description: PeftLoraConfig, bucket: dict) -> None:
+    def _load_adapters(self, description: PeftLoraConfig, **bucket: Any) -> None:
         with TemporaryDirectory(prefix="dvpo-adapters-") as folder:  # vLLM takes adapters from a folder only
             description.save_pretrained(folder)
             save_file(dict(unpack(**bucket)), Path(folder) / "adapter_model.safetensors")
@@ -137,12 +144,6 @@ class VLLMBackend(RolloutBackend):
         idle = {name for names in self.llm.collective_rpc("idle_adapters", args=(self.adapters.lora_int_id,)) for name in names}
         if idle:
             raise ResourceError(f"weight_sync.transport is adapters, but vLLM has no place for the one of {min(idle)}; set it to auto")
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop cached keys and values, which were computed with the old weights."""
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept keys and values of the old weights: a response was unfinished when new weights came")
 
     def sleep(self) -> bool:
         if self.sleeps:

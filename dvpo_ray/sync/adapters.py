@@ -28,6 +28,8 @@ class AdapterSender:
         weights = list(self.adapters())  # gathering sharded ones is a collective of all ranks
         if self.is_sender:
             self.client.begin()
+            self.client.start_weight_update()
             (bucket,) = pack(weights, sum(tensor.nbytes for _, tensor in weights), self.checksum)
-            self.client.load_adapters(ray.put((self.description, bucket)))
+            self.client.update_weights(ray.put({"description": self.description, **bucket}))
+            self.client.finish_weight_update()
             self.client.set_policy_version(version)

@@ -84,10 +84,6 @@ class EngineClient:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._ask("finish_weight_update")
 
-    def load_adapters(self, stored: ObjectRef) -> None:
-        """Send adapters: a reference to peft's description of them and to their bucket."""
-        self._ask("load_adapters", stored)
-
     def set_policy_version(self, version: int) -> None:
         """Tell the engines the version of the weights that have arrived, and wait until all of it is done."""
         self._ask("set_policy_version", version)
